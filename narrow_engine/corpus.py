@@ -1,0 +1,177 @@
+"""Datasets → tokens on disk, memory-mapped, in a deterministic order with an exact resume position.
+
+A document is [start] + its tokens, where start is the model's BOS, or its EOS where it has none: what separated
+documents in its pretraining. Training reads blocks of the concatenated documents. The order of the blocks is a function
+of the seed and the step alone, so a run that was killed goes on with the very next block and nothing has to be saved.
+
+The target is split by document into training and held-out. The split follows a hash of the text, so that a document
+which occurs twice never stands on both sides.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from narrow_engine.documents import read_documents
+from narrow_engine.errors import NarrowError
+from narrow_engine.events import Sink
+
+HELD_OUT = 0.1
+"""Share of the target's tokens that training never sees, at most."""
+
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokenized documents: `tokens` end to end, document i at `tokens[offsets[i]:offsets[i + 1]]`, and a hash of each text."""
+
+    tokens: NDArray[np.uint32]
+    offsets: NDArray[np.int64]
+    hashes: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> NDArray[np.uint32]:
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+    def take(self, indices: NDArray[np.int64]) -> "Documents":
+        chosen = [self[i] for i in indices]
+        tokens = np.concatenate(chosen) if chosen else np.empty(0, np.uint32)
+        return Documents(tokens, np.cumsum([0, *map(len, chosen)], dtype=np.int64), self.hashes[indices])
+
+
+def tokenize(
+    path: Path, column: str, tokenizer: Tokenizer, start: int | None, check: Callable[[], None], emit: Sink
+) -> Documents:
+    """Reads and tokenizes a dataset. Blank documents are left out, with a notice.
+
+    `check` is called between batches and may raise to stop. Raises NarrowError (empty_dataset and those of `read_documents`).
+    """
+    pieces: list[NDArray[np.uint32]] = []
+    hashes: list[int] = []
+    blank = 0
+    texts = iter(read_documents(path, column))
+    while batch := list(islice(texts, _BATCH)):
+        check()
+        filled = [text for text in batch if text]
+        blank += len(batch) - len(filled)
+        for text, encoding in zip(filled, tokenizer.encode_batch(filled), strict=True):
+            ids = encoding.ids if start is None or encoding.ids[:1] == [start] else [start, *encoding.ids]
+            pieces.append(np.array(ids, np.uint32))
+            hashes.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
+    if blank:
+        emit("notice", "load", f"{blank} blank documents of {path.name} were left out.", {"code": "blank_documents"})
+    if not pieces:
+        raise NarrowError("empty_dataset", f"{path.name} holds no text: bring at least one document.")
+    return Documents(
+        np.concatenate(pieces), np.cumsum([0, *map(len, pieces)], dtype=np.int64), np.array(hashes, np.uint64)
+    )
+
+
+def sample(documents: Documents, tokens: int, seed: int) -> Documents:
+    """Documents drawn without replacement until they hold `tokens`; the last may be longer than what is left."""
+    order = np.random.default_rng(seed).permutation(len(documents))
+    needed = int(np.searchsorted(np.cumsum(documents.lengths[order]), tokens)) + 1
+    return documents.take(np.sort(order[:needed]))
+
+
+def hold_out(documents: Documents, tokens: int, emit: Sink) -> tuple[Documents, Documents]:
+    """Training and held-out documents; the latter hold about `tokens`, but at most a tenth of all.
+
+    A single document cannot be split by document: its last tenth is held out then, with a notice.
+    """
+    wanted = min(tokens, int(HELD_OUT * len(documents.tokens)))
+    order = np.argsort(documents.hashes, kind="stable")
+    reached = np.cumsum(documents.lengths[order])
+    held = np.zeros(len(documents), bool)
+    held[order[: int(np.searchsorted(reached, wanted)) + 1]] = True
+    held = np.isin(documents.hashes, documents.hashes[held])
+    if not held.all():
+        return documents.take(np.flatnonzero(~held)), documents.take(np.flatnonzero(held))
+    emit(
+        "notice",
+        "load",
+        "The target has too few documents to hold some out: the last tenth of its text is measured on instead.",
+        {"code": "held_out_tail"},
+    )
+    cut = len(documents.tokens) - max(1, wanted)
+    parts = [documents.tokens[:cut], documents.tokens[cut:]]
+    one, two = (Documents(part, np.array([0, len(part)]), documents.hashes[:1]) for part in parts)
+    return one, two
+
+
+def save(documents: Documents, folder: Path, name: str) -> None:
+    np.save(folder / f"{name}.tokens.npy", documents.tokens)
+    np.savez(folder / f"{name}.documents.npz", offsets=documents.offsets, hashes=documents.hashes)
+
+
+def load(folder: Path, name: str) -> Documents:
+    """The documents that `save` wrote, with the tokens memory-mapped."""
+    with np.load(folder / f"{name}.documents.npz") as meta:
+        return Documents(np.load(folder / f"{name}.tokens.npy", mmap_mode="r"), meta["offsets"], meta["hashes"])
+
+
+class Blocks:
+    """Endless shuffled blocks of `length` + 1 tokens of a token stream; each epoch cuts the stream at another offset."""
+
+    def __init__(self, tokens: NDArray[np.uint32], length: int, seed: int) -> None:
+        self.count = (len(tokens) - 1 - length) // length
+        """Blocks in an epoch. One block's length is kept free for the offset."""
+        if self.count < 1:
+            raise NarrowError(
+                "text_too_short",
+                f"The target holds {len(tokens)} tokens to train on, and a block takes {length}: bring at least "
+                f"{2 * length + 1} tokens or lower block_tokens.",
+            )
+        self.tokens, self.length, self.seed = tokens, length, seed
+
+    def batch(self, first: int, rows: int) -> torch.Tensor:
+        """Blocks number `first` to `first + rows` of the endless sequence. Shape [rows, length + 1], int64."""
+        return torch.from_numpy(np.stack([self._block(index) for index in range(first, first + rows)]))
+
+    def _block(self, index: int) -> NDArray[np.int64]:
+        epoch, position = divmod(index, self.count)
+        if getattr(self, "_epoch", None) != epoch:
+            random = np.random.default_rng([self.seed, epoch])
+            self._epoch, self._order, self._offset = (
+                epoch,
+                random.permutation(self.count),
+                int(random.integers(self.length)),
+            )
+        at = self._offset + int(self._order[position]) * self.length
+        return self.tokens[at : at + self.length + 1].astype(np.int64)
+
+
+def windows(documents: Documents, length: int) -> list[tuple[int, NDArray[np.int64]]]:
+    """Documents cut into windows of up to `length` + 1 tokens: (document, tokens). Each token but a document's first
+    is predicted once, from the tokens before it in its window."""
+    return [
+        (index, np.asarray(document[at : at + length + 1], np.int64))
+        for index, document in enumerate(documents[i] for i in range(len(documents)))
+        for at in range(0, max(1, len(document) - 1), length)
+        if len(document) > 1
+    ]
+
+
+def batches(rows: Iterable[tuple[int, NDArray[np.int64]]], tokens: int) -> list[list[tuple[int, NDArray[np.int64]]]]:
+    """Windows of like length together, up to `tokens` with padding in a batch."""
+    out: list[list[tuple[int, NDArray[np.int64]]]] = []
+    for row in sorted(rows, key=lambda row: -len(row[1])):
+        if out and len(out[-1][0][1]) * (len(out[-1]) + 1) <= tokens:
+            out[-1].append(row)
+        else:
+            out.append([row])
+    return out

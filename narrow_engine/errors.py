@@ -1,0 +1,20 @@
+"""The one error that the engine raises on purpose.
+
+NarrowError            a sentence for the user: what was wrong, where, what to do; `code` is stable, for programs
+└── Cancelled          the run was asked to stop; what it had finished is kept and a later run goes on from there
+"""
+
+
+class NarrowError(Exception):
+    """Something that the user can understand and mend. `str(error)` is the sentence."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Cancelled(NarrowError):
+    """The run stopped because it was asked to."""
+
+    def __init__(self) -> None:
+        super().__init__("cancelled", "The run was cancelled. What it had finished is kept.")

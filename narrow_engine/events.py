@@ -1,0 +1,61 @@
+"""What a run says about itself: typed events, numbered without gaps, appended to `events.jsonl`.
+
+Nothing in the engine is silent: whatever was truncated, skipped, rounded or fell back is a `notice`, and every notice
+is in the report as well. The file survives a kill: a torn last line is cut off and the numbering goes on after it.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+Kind = Literal["state", "started", "progress", "finished", "notice", "failed"]
+
+
+class Event(BaseModel):
+    """One thing that happened in a run."""
+
+    seq: int = Field(ge=1, description="1, 2, 3, ... without gaps.")
+    time: datetime
+    kind: Kind = Field(
+        description="state: the job changed status; started, progress, finished: of a phase; notice; failed."
+    )
+    phase: str = Field(description="The stage of the run that it belongs to; empty outside any.")
+    message: str
+    data: dict[str, Any] = Field(default={}, description="Figures: done, total, loss, tokens, seconds, code, ...")
+
+
+Sink = Callable[[Kind, str, str, dict[str, Any]], None]
+"""Takes kind, phase, message and data of an event; numbers, stamps and stores it."""
+
+
+class EventLog:
+    """An append-only file of events, one JSON object a line. Call it like a `Sink`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seq = 0
+        if path.exists():
+            whole = path.read_bytes()
+            whole = whole[: whole.rfind(b"\n") + 1]
+            self.seq = whole.count(b"\n")
+            os.truncate(path, len(whole))
+        self._file = path.open("a", encoding="utf-8")
+
+    def __call__(self, kind: Kind, phase: str, message: str, data: dict[str, Any]) -> None:
+        self.seq += 1
+        event = Event(seq=self.seq, time=datetime.now(UTC), kind=kind, phase=phase, message=message, data=data)
+        self._file.write(event.model_dump_json() + "\n")
+        self._file.flush()
+
+
+def read_events(path: Path) -> list[Event]:
+    """All whole events of a file; a torn last line is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [Event.model_validate(json.loads(line)) for line in lines]

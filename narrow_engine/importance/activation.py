@@ -1,0 +1,34 @@
+"""‖h‖ · ‖w‖: the norm of a unit's activations times that of the weights that read it. Forward passes only.
+
+Wanda's metric (Sun et al., arXiv 2306.11695, equation 1) summed over the unit's structure. A layer's score is the share
+of the residual stream's energy that it writes.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from narrow_engine.families import dimensions
+from narrow_engine.importance.statistics import LayerStatistics
+from narrow_engine.models import config_dict, family, layers
+from narrow_engine.plan import Scores
+
+
+def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Scores:
+    table, dims = family(model), dimensions(config_dict(model))
+    neurons, heads = [], []
+    for layer, statistics in zip(layers(model), found, strict=True):
+        neurons.append(_energy(layer.get_submodule(table.mlp_out).weight, statistics.mlp.gram).sqrt())
+        attention = _energy(layer.get_submodule(table.attention_out).weight, statistics.attention.gram)
+        heads.append(attention.unflatten(0, (dims.heads, -1)).sum(1))
+    by_head = torch.stack(heads)
+    return {
+        "neuron": torch.stack(neurons),
+        "head": by_head.sqrt(),
+        "kv_group": by_head.unflatten(1, (dims.kv_heads, -1)).sum(2).sqrt(),
+        "layer": torch.stack([statistics.share for statistics in found]),
+    }
+
+
+def _energy(weight: Tensor, gram: Tensor) -> Tensor:
+    return gram.diagonal() * weight.detach().double().square().sum(0)

@@ -1,0 +1,39 @@
+"""The norm of all the weights that belong to a unit. Sees no data: the base line that scores must beat."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from narrow_engine.families import Axis, dimensions, present
+from narrow_engine.importance.statistics import LayerStatistics
+from narrow_engine.models import config_dict, family, layers
+from narrow_engine.plan import Scores
+
+
+def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Scores:
+    dims = dimensions(config_dict(model))
+    groups = dims.kv_heads
+    neurons = _norms(model, "width", dims.width)
+    heads = _norms(model, "q", dims.heads) + _norms(model, "qkv", dims.heads)
+    keys = _norms(model, "kv", groups)
+    whole = [sum(p.detach().double().square().sum() for p in layer.parameters()) for layer in layers(model)]
+    return {
+        "neuron": neurons.sqrt(),
+        "head": heads.sqrt(),
+        "kv_group": (heads.unflatten(1, (groups, -1)).sum(2) + keys).sqrt(),
+        "layer": torch.stack([torch.as_tensor(w) for w in whole]).sqrt(),
+    }
+
+
+def _norms(model: PreTrainedModel, axis: Axis, units: int) -> Tensor:
+    """Squared norm of the weights of each of `units` along an axis, [layers, units]."""
+    table = family(model)
+    tensors = [t for t in present(table.layer_tensors, table, config_dict(model)) if axis in t.axes]
+    rows = []
+    for layer in layers(model):
+        total = torch.zeros(units, dtype=torch.float64, device=model.device)
+        for tensor in tensors:
+            value = layer.get_parameter(tensor.name).detach().double().movedim(tensor.axes.index(axis), 0)
+            total += value.reshape(units, -1).square().sum(1)
+        rows.append(total)
+    return torch.stack(rows)

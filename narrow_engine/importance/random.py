@@ -1,0 +1,20 @@
+"""No score at all: the control. A criterion that is not clearly better than this has found nothing."""
+
+import torch
+from transformers import PreTrainedModel
+
+from narrow_engine.families import dimensions
+from narrow_engine.importance.statistics import LayerStatistics
+from narrow_engine.models import config_dict
+from narrow_engine.plan import Scores
+
+
+def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Scores:
+    dims = dimensions(config_dict(model))
+    random = torch.Generator().manual_seed(seed)
+    return {
+        "neuron": torch.rand(dims.layers, dims.width, generator=random),
+        "head": torch.rand(dims.layers, dims.heads, generator=random),
+        "kv_group": torch.rand(dims.layers, dims.kv_heads, generator=random),
+        "layer": torch.rand(dims.layers, generator=random),
+    }

@@ -1,0 +1,182 @@
+"""What the criteria measure: one pass over the calibration tokens that collects everything they are made of.
+
+The units of a layer are read by two projections: neurons by the MLP's output projection, heads by the attention's. At
+the input h of each (and with the gradient g of the summed loss with respect to h) a unit u has, at every token, the effect
+e = Σ −h·g over its dimensions: the first-order change of the loss if it were set to zero. The criteria differ only in
+how they add e, h or the weights up.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from narrow_engine.corpus import Blocks
+from narrow_engine.families import dimensions
+from narrow_engine.losses import objective
+from narrow_engine.models import config_dict, family, head, hidden_states, layers
+
+
+@dataclass
+class Reader:
+    """Statistics at the input of one output projection. n: its inputs, u: units of its finest kind, d = hidden."""
+
+    gram: Tensor
+    """Σ h hᵀ over tokens, float64 [n, n]."""
+    effect: Tensor
+    """Σ e over tokens, [u]."""
+    effect_squared: Tensor
+    """Σ e² over tokens, [u]."""
+    output_gradient: Tensor
+    """Σ γ γᵀ over tokens of the gradient γ at the projection's output, [d, d]."""
+
+
+@dataclass
+class LayerStatistics:
+    mlp: Reader
+    attention: Reader
+    group_effect: Tensor
+    """Σ e of KV groups, [kv_heads]."""
+    group_effect_squared: Tensor
+    effect: Tensor
+    """Σ e of the whole layer, what it writes to the stream set to zero. Scalar, and its square's sum."""
+    effect_squared: Tensor
+    share: Tensor
+    """Σ ‖what the layer writes‖² ÷ Σ ‖the stream after it‖². Scalar."""
+
+
+def collect(
+    model: PreTrainedModel, blocks: Blocks, tokens: int, gradients: bool, progress: Callable[[int, int], None]
+) -> list[LayerStatistics]:
+    """Statistics of every layer over about `tokens` calibration tokens.
+
+    Without `gradients` the pass is forward only and the effects stay zero. `progress` is called with (done, total)
+    blocks and may raise to stop.
+    """
+    dims = dimensions(config_dict(model))
+    table = family(model)
+    found = [_empty(dims.width, dims.heads, dims.kv_heads, dims.axis("q"), dims.hidden, model.device) for _ in range(dims.layers)]
+    stream_energy = torch.zeros(dims.layers, 2, dtype=torch.float64)
+    taps = [
+        (_Tap(layer.get_submodule(table.attention_out)), _Tap(layer.get_submodule(table.mlp_out)), _Output(layer))
+        for layer in layers(model)
+    ]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    total = max(1, tokens // blocks.length)
+    # The inputs and outputs of all the readers live at once: about 256 MiB of them.
+    rows = max(1, min(8, 2**26 // (dims.layers * (dims.width + dims.axis("q") + 2 * dims.hidden) * blocks.length)))
+    try:
+        for first in range(0, total, rows):
+            progress(first, total)
+            batch = blocks.batch(first, min(rows, total - first)).to(model.device)
+            with torch.set_grad_enabled(gradients):
+                hidden = hidden_states(model, batch[:, :-1]).flatten(0, 1)
+                if gradients:
+                    (objective(hidden, head(model), batch[:, 1:].flatten()).total * hidden.shape[0]).backward()  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                for number, ((attention, mlp, stream), layer) in enumerate(zip(taps, found, strict=True)):
+                    _add(layer, attention, mlp, dims.heads, dims.kv_heads)
+                    written = attention.output.double().square().sum() + mlp.output.double().square().sum()
+                    stream_energy[number] += torch.stack([written, stream.output.double().square().sum()]).cpu()
+            for row in taps:
+                for tap in row:
+                    tap.clear()
+        progress(total, total)
+    finally:
+        for row in taps:
+            for tap in row:
+                tap.remove()
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+    for layer, (written, stream_total) in zip(found, stream_energy, strict=True):
+        layer.share = written / stream_total
+    return found
+
+
+def _empty(width: int, heads: int, kv_heads: int, q: int, hidden: int, device: torch.device) -> LayerStatistics:
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=device)
+
+    return LayerStatistics(
+        mlp=Reader(zeros(width, width), zeros(width), zeros(width), zeros(hidden, hidden)),
+        attention=Reader(zeros(q, q), zeros(heads), zeros(heads), zeros(hidden, hidden)),
+        group_effect=zeros(kv_heads),
+        group_effect_squared=zeros(kv_heads),
+        effect=zeros(),
+        effect_squared=zeros(),
+        share=zeros(),
+    )
+
+
+def _add(layer: LayerStatistics, attention: "_Tap", mlp: "_Tap", heads: int, kv_heads: int) -> None:
+    for reader, tap in ((layer.mlp, mlp), (layer.attention, attention)):
+        rows = tap.input.flatten(0, 1)
+        reader.gram += (rows.T @ rows).double()
+    if attention.output.grad is None or mlp.output.grad is None or attention.input.grad is None or mlp.input.grad is None:
+        return
+    for reader, tap, units in ((layer.mlp, mlp, None), (layer.attention, attention, heads)):
+        effect = -(tap.input * tap.input.grad).flatten(0, 1)
+        if units:
+            effect = effect.unflatten(1, (units, -1)).sum(2)
+        reader.effect += effect.sum(0).double()
+        reader.effect_squared += effect.double().square().sum(0)
+        gradient = tap.output.grad.flatten(0, 1)
+        reader.output_gradient += (gradient.T @ gradient).double()
+    groups = effect.unflatten(1, (kv_heads, -1)).sum(2).double()
+    layer.group_effect += groups.sum(0)
+    layer.group_effect_squared += groups.square().sum(0)
+    whole = -(attention.output * attention.output.grad + mlp.output * mlp.output.grad).sum(2).double()
+    layer.effect += whole.sum()
+    layer.effect_squared += whole.square().sum()
+
+
+class _Tap:
+    """Keeps input and output of a projection, with their gradients where the pass has any."""
+
+    input: Tensor
+    output: Tensor
+
+    def __init__(self, module: nn.Module) -> None:
+        self.hooks = [module.register_forward_pre_hook(self._before), module.register_forward_hook(self._forward)]
+
+    def _before(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        # The weights need no gradient, so the first reader's input starts the graph; from there on it is carried along.
+        hidden = args[0]
+        if torch.is_grad_enabled():
+            hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_(True)
+            hidden.retain_grad()
+        self.input = hidden
+        return (hidden,)
+
+    def _forward(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            output.retain_grad()
+        self.output = output
+
+    def clear(self) -> None:
+        del self.input, self.output
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+class _Output:
+    """Keeps a layer's output, the residual stream."""
+
+    output: Tensor
+
+    def __init__(self, module: nn.Module) -> None:
+        self.hook = module.register_forward_hook(self._forward)
+
+    def _forward(self, module: nn.Module, args: tuple[Tensor], output: Tensor | tuple[Tensor, ...]) -> None:
+        self.output = output[0] if isinstance(output, tuple) else output
+
+    def clear(self) -> None:
+        del self.output
+
+    def remove(self) -> None:
+        self.hook.remove()

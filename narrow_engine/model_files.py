@@ -1,0 +1,240 @@
+"""Is this folder a model that Narrow can take? Answered from headers and config alone: no torch, no weight is read.
+
+Model folders come from anyone. Only the files named here are ever opened; weights are safetensors and nothing else;
+every tensor that the config implies must be in the headers with its shape, so that a config cannot ask for more memory
+than the uploaded bytes already take.
+"""
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from narrow_engine.errors import NarrowError
+from narrow_engine.families import dimensions, family_of, tensor_shapes
+from narrow_engine.spec import Unit
+
+HEADER_LIMIT = 16 * 2**20
+JSON_LIMIT = 64 * 2**20
+DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+INDEX = "model.safetensors.index.json"
+_JSON_FILES = ("config.json", "generation_config.json", INDEX)
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npz", ".h5", ".msgpack")
+_BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+"""Old checkpoints save these buffers; transformers computes them and ignores the saved ones."""
+
+
+class ModelInfo(BaseModel):
+    """What a model folder holds."""
+
+    family: str
+    config: dict[str, Any]
+    parameters: int
+    bytes: int
+    dtype: str
+    sha256: str
+    units: list[Unit]
+
+
+def accepted_name(name: str) -> bool:
+    """Whether a file of this name belongs in a model folder. Names only: no separators, nothing hidden."""
+    return name in _JSON_FILES or name in TOKENIZER_FILES or _WEIGHTS.fullmatch(name) is not None
+
+
+def refuse_name(name: str) -> NarrowError:
+    """Why a file of this name is not accepted, as a sentence."""
+    shown = name[:80]
+    if name.lower().endswith(_PICKLES):
+        return NarrowError(
+            "unsafe_weights",
+            f"{shown!r}: only safetensors weights are taken, since other formats can run code. Convert it.",
+        )
+    if name.lower().endswith(".py"):
+        return NarrowError("remote_code", f"{shown!r}: models that bring code of their own are not taken.")
+    return NarrowError(
+        "unexpected_file",
+        f"{shown!r} does not belong in a model folder: send config.json, model*.safetensors and the tokenizer's files.",
+    )
+
+
+def inspect_model(folder: Path) -> ModelInfo:
+    """Checks a folder in the Hugging Face layout without loading it.
+
+    Raises NarrowError: missing_file, unsafe_weights, remote_code, bad_config, unsupported_architecture,
+    bad_safetensors, wrong_tensors.
+    """
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise NarrowError("bad_config", "config.json is not a JSON object.")
+    if "auto_map" in config:
+        raise NarrowError(
+            "remote_code", "config.json has an 'auto_map': models that bring code of their own are not taken."
+        )
+    if config.get("quantization_config"):
+        raise NarrowError("bad_config", "config.json says that the weights are quantized: bring the unquantized model.")
+    family, dims = family_of(config), dimensions(config)
+    if not (folder / "tokenizer.json").is_file():
+        raise NarrowError(
+            "missing_file", "tokenizer.json is missing: save the tokenizer in the fast format beside the weights."
+        )
+
+    weights = weight_files(folder)
+    headers: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for path in weights:
+        for name, entry in read_header(path).items():
+            if name in headers:
+                raise NarrowError("bad_safetensors", f"The tensor {name[:80]!r} is in two files.")
+            headers[name] = entry
+    expected = tensor_shapes(config, dims)
+    _compare(expected, headers, dict(family.on_disk), family.head if dims.tied else "")
+
+    files = [p for p in sorted(folder.iterdir()) if accepted_name(p.name) and p.is_file() and not p.is_symlink()]
+    return ModelInfo(
+        family=family.model_type,
+        config=config,
+        parameters=sum(math.prod(shape) for shape in expected.values()),
+        bytes=sum(p.stat().st_size for p in weights),
+        dtype=headers[_saved_name(next(iter(expected)), dict(family.on_disk))][0],
+        sha256=files_sha256(files),
+        units=list(family.units),
+    )
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a model. Raises NarrowError (missing_file, bad_config)."""
+    if not path.is_file():
+        raise NarrowError("missing_file", f"{path.name} is missing from the model.")
+    if path.stat().st_size > JSON_LIMIT:
+        raise NarrowError("bad_config", f"{path.name} is larger than {JSON_LIMIT >> 20} MiB.")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise NarrowError("bad_config", f"{path.name} is not valid JSON ({str(error)[:100]}).") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, one or as its index says. Raises NarrowError (missing_file, ...)."""
+    single = folder / "model.safetensors"
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        if not names or not all(isinstance(n, str) and _WEIGHTS.fullmatch(n) for n in names):
+            raise NarrowError("bad_safetensors", f"{INDEX} does not map tensors to files named model-...safetensors.")
+        paths = [folder / name for name in sorted(names)]
+    elif single.is_file():
+        paths = [single]
+    else:
+        others = sorted(p.name for p in folder.iterdir() if p.name.lower().endswith(_PICKLES))
+        raise (
+            refuse_name(others[0])
+            if others
+            else NarrowError("missing_file", "model.safetensors is missing from the model.")
+        )
+    for path in paths:
+        if not path.is_file():
+            raise NarrowError("missing_file", f"{path.name} is named in {INDEX} but missing from the model.")
+    return paths
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name → (dtype, shape) of a safetensors file, checked byte for byte against the file's length.
+
+    The layout: 8 bytes little-endian length of the header, the header as JSON, then the tensors without gap or overlap
+    (https://huggingface.co/docs/safetensors, "Format"). Raises NarrowError (bad_safetensors).
+    """
+
+    def bad(why: str) -> NarrowError:
+        return NarrowError("bad_safetensors", f"{path.name} is not a whole safetensors file: {why}.")
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(HEADER_LIMIT, size - 8):
+            raise bad("its header does not fit into it")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise bad("its header is not valid JSON") from error
+    if not isinstance(header, dict):
+        raise bad("its header is not an object")
+    header.pop("__metadata__", None)
+    entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+    spans = []
+    for name, entry in header.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            numbers = [*shape, begin, end]
+        except (TypeError, KeyError, ValueError) as error:
+            raise bad(f"the entry of {name[:80]!r} lacks dtype, shape or data_offsets") from error
+        if dtype not in DTYPES:
+            raise bad(f"{name[:80]!r} has the type {str(dtype)[:20]!r}; weights must be {', '.join(DTYPES)}")
+        if not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
+            raise bad(f"{name[:80]!r} has a size that is not a whole number")
+        if end - begin != math.prod(shape) * DTYPES[dtype]:
+            raise bad(f"{name[:80]!r} takes {end - begin} bytes where its shape {shape} needs another number")
+        entries[name] = (dtype, tuple(shape))
+        spans.append((begin, end, name))
+    at = 0
+    for begin, end, name in sorted(spans):
+        if begin != at:
+            raise bad(f"{name[:80]!r} overlaps its neighbour or leaves a gap")
+        at = end
+    if at != size - 8 - length:
+        raise bad(f"its tensors take {at} bytes, but {size - 8 - length} follow the header (was the upload cut short?)")
+    return entries
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
+def _compare(
+    expected: dict[str, tuple[int, ...]],
+    found: dict[str, tuple[str, tuple[int, ...]]],
+    on_disk: dict[str, str],
+    tied: str,
+) -> None:
+    wanted = {_saved_name(name, on_disk): shape for name, shape in expected.items()}
+    for name, shape in wanted.items():
+        if name not in found:
+            raise NarrowError("wrong_tensors", f"The weights lack {name!r}, which config.json asks for.")
+        if found[name][1] != shape:
+            raise NarrowError(
+                "wrong_tensors", f"{name!r} has shape {list(found[name][1])}, but config.json asks for {list(shape)}."
+            )
+    spare = {_saved_name(f"{tied}.weight", on_disk)} if tied else set()
+    for name in found.keys() - wanted.keys() - spare:
+        if not name.endswith(_BUFFERS):
+            raise NarrowError("wrong_tensors", f"The weights hold {name[:80]!r}, which config.json has no place for.")
+
+
+def _saved_name(name: str, on_disk: dict[str, str]) -> str:
+    return on_disk.get(name, name)
+
+
+def files_sha256(files: list[Path]) -> str:
+    """One digest over the names and contents of files."""
+    whole = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            whole.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()

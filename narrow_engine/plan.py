@@ -1,0 +1,74 @@
+"""Scores + budget → plan. A plan is data: which units are kept, by their index in the base, and nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from torch import Tensor
+
+from narrow_engine.families import Dimensions, dimensions
+from narrow_engine.report.model import Cut
+from narrow_engine.sizing import shrink, unit_counts
+from narrow_engine.spec import Unit
+
+Scores = dict[Unit, Tensor]
+"""Larger is more important: neuron [layers, width], head [layers, heads], kv_group [layers, kv_heads], layer [layers]."""
+
+
+class Plan(BaseModel):
+    """Kept units. `layers` holds old layer numbers; the other lists have one entry for each *kept* layer, ascending."""
+
+    layers: list[int]
+    neurons: list[list[int]]
+    kv_groups: list[list[int]]
+    heads: list[list[int]]
+
+    @staticmethod
+    def read(path: Path) -> "Plan":
+        return Plan.model_validate_json(path.read_bytes())
+
+
+def make_plan(config: dict[str, Any], scores: Scores, keep: dict[Unit, int]) -> Plan:
+    """Keeps the best `keep[unit]` of each kind named in it, the same number in every layer, and all of the other kinds.
+
+    Heads: the same number in each kept KV group, since stock attention pairs them by division.
+    """
+    dims = dimensions(config)
+    small = shrink(dims, keep)
+    layers = _best(scores["layer"], small.layers) if "layer" in keep else list(range(dims.layers))
+    per_group = small.heads // small.kv_heads
+    neurons, kv_groups, heads = [], [], []
+    for layer in layers:
+        neurons.append(_best(scores["neuron"][layer], small.width) if "neuron" in keep else list(range(dims.width)))
+        groups = _best(scores["kv_group"][layer], small.kv_heads) if "kv_group" in keep else list(range(dims.kv_heads))
+        kv_groups.append(groups)
+        heads.append([head for group in groups for head in _heads(dims, group, scores, layer, per_group)])
+    return Plan(layers=layers, neurons=neurons, kv_groups=kv_groups, heads=heads)
+
+
+def cuts(config: dict[str, Any], plan: Plan, units: list[Unit]) -> list[Cut]:
+    """What the plan keeps of each kind, for the report."""
+    kept: dict[Unit, list[int]] = {
+        "neuron": [len(row) for row in plan.neurons],
+        "head": [len(row) for row in plan.heads],
+        "kv_group": [len(row) for row in plan.kv_groups],
+        "layer": plan.layers,
+    }
+    counts = unit_counts(dimensions(config))
+    return [
+        Cut(unit=unit, kept=len(plan.layers) if unit == "layer" else kept[unit][0], of=counts[unit], per_layer=kept[unit])
+        for unit in units
+    ]
+
+
+def _heads(dims: Dimensions, group: int, scores: Scores, layer: int, count: int) -> list[int]:
+    size = dims.heads // dims.kv_heads
+    first = group * size
+    if count == size:
+        return list(range(first, first + size))
+    return [first + head for head in _best(scores["head"][layer, first : first + size], count)]
+
+
+def _best(scores: Tensor, count: int) -> list[int]:
+    """Indices of the `count` largest, ascending; ties go to the lower index, so that a plan is reproducible."""
+    return sorted(scores.argsort(descending=True, stable=True)[:count].tolist())

@@ -1,0 +1,136 @@
+"""The report of a run, as data. `report.json` is this model; the HTML page and the model card are drawn from it."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from narrow_engine.spec import Role, Unit
+
+Variant = Literal["base", "cut", "recovered"]
+
+
+class Size(BaseModel):
+    parameters: int
+    bytes: int = Field(description="Of the weights, as saved.")
+    flops_per_token: int = Field(description="Multiply-adds × 2 of one token's forward pass without attention over the past.")
+    layers: int
+    hidden: int
+    width: int = Field(description="MLP neurons in a layer.")
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+
+class Interval(BaseModel):
+    value: float
+    low: float = Field(description="Lower end of the 95 % bootstrap interval over documents.")
+    high: float
+
+
+class Fit(BaseModel):
+    """How one model does on one skill."""
+
+    loss: float = Field(description="Mean next-token cross-entropy in nats.")
+    perplexity: float
+
+
+class Skill(BaseModel):
+    """One row of the table of skills."""
+
+    role: Role
+    documents: int
+    tokens: int
+    base: Fit
+    cut: Fit = Field(description="After the cut and the refit, before any training.")
+    recovered: Fit
+    retention: Interval = Field(description="Base perplexity ÷ compressed perplexity: 1 kept, near 0 lost.")
+    agreement: float = Field(description="Share of positions where base and compressed model predict the same token.")
+    kl: float = Field(description="Mean KL divergence from the base's next-token distribution, in nats.")
+    note: str = Field("", description="What to keep in mind when reading this row.")
+
+
+class Speed(BaseModel):
+    """Tokens per second on the machine that ran the job, base and result in turn in one process."""
+
+    runtime: Literal["torch", "onnxruntime"]
+    prefill_base: float
+    prefill_narrow: float
+    decode_base: float
+    decode_narrow: float
+
+
+class Cut(BaseModel):
+    """What was kept of one kind of unit."""
+
+    unit: Unit
+    kept: int
+    of: int
+    per_layer: list[int] = Field(description="Kept units of each layer; for `layer` the kept layers' old indices.")
+
+
+class Parity(BaseModel):
+    """Agreement of two forms of one model on the same tokens."""
+
+    max_error: float = Field(description="Largest absolute difference of logits.")
+    relative_error: float = Field(description="The same over the largest absolute logit.")
+    greedy_tokens: int | None = Field(None, description="Greedy tokens that were compared.")
+    greedy_equal: int | None = Field(None, description="How many of them, from the first, are equal.")
+
+
+class CurvePoint(BaseModel):
+    phase: str
+    tokens: int
+    loss: float | None = Field(None, description="Training objective, mean since the point before; none at the start.")
+    validation: float | None = Field(None, description="Next-token loss on held-out target documents.")
+    sparsity: float | None = None
+    seconds: float
+
+
+class Sample(BaseModel):
+    prompt: str
+    base: str
+    narrow: str
+
+
+class File(BaseModel):
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Notice(BaseModel):
+    """Something that was truncated, skipped, rounded or fell back."""
+
+    phase: str
+    code: str
+    message: str
+
+
+class Provenance(BaseModel):
+    base_sha256: str
+    data_sha256: dict[str, str]
+    spec_sha256: str
+    seed: int
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    seconds: dict[str, float] = Field(description="Wall time of each stage.")
+    recovery_tokens: int
+    regularizer_tokens: int
+
+
+class Report(BaseModel):
+    schema_version: Literal[1] = 1
+    target: str = Field(description="The target's name in `skills`.")
+    family: str
+    spec: dict[str, Any]
+    before: Size
+    after: Size
+    speed: list[Speed]
+    skills: dict[str, Skill]
+    cuts: list[Cut]
+    parity: dict[str, Parity] = Field(description="slice: sliced and masked; reload: a fresh process; onnx: ONNX Runtime and torch.")
+    curve: list[CurvePoint]
+    samples: list[Sample]
+    notices: list[Notice]
+    files: list[File]
+    provenance: Provenance

@@ -1,0 +1,191 @@
+"""How large a model is, and how large it becomes: parameters, bytes, FLOPs and memory from its config. No torch.
+
+`solve` turns a budget into the number of units kept, and is the only place that does: the API's dry run and the
+engine's plan call it alike, so that what was promised is what is cut. Widths are the same in every layer, because stock
+transformers, vLLM and ONNX tools read one width from the config.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from narrow_engine.errors import NarrowError
+from narrow_engine.families import Dimensions, dimensions, family_of, tensor_shapes
+from narrow_engine.report.model import Size
+from narrow_engine.spec import Options, Unit
+
+MULTIPLE = 8
+"""Neurons are kept in multiples of this where a budget leaves the choice: odd widths waste vector lanes."""
+
+SECONDS_PER_FLOP = 1 / 60e9
+FIXED_SECONDS = 45.0
+"""What two laptop-class cores reach in training, and what imports, export and checks take whatever the size."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A dry run."""
+
+    before: Size
+    after: Size
+    keep: dict[Unit, int]
+    memory_bytes: int
+    flops: float
+    seconds: float
+    notices: list[str]
+
+
+def parameters(config: dict[str, Any], dims: Dimensions) -> int:
+    """Number of parameters of a model with this config and these lengths; a tied head counts once."""
+    one_layer = tensor_shapes(config, replace(dims, layers=1))
+    prefix = family_of(config).layers + "."
+    return sum(math.prod(shape) * (dims.layers if name.startswith(prefix) else 1) for name, shape in one_layer.items())
+
+
+def size_of(config: dict[str, Any], dims: Dimensions, bytes_per_parameter: int) -> Size:
+    count = parameters(config, dims)
+    embedding = dims.vocab * dims.hidden
+    return Size(
+        parameters=count,
+        bytes=count * bytes_per_parameter,
+        # Each weight is one multiply-add a token, but for the embedding, which is looked up, unless it is the head too.
+        flops_per_token=2 * (count if dims.tied else count - embedding),
+        layers=dims.layers,
+        hidden=dims.hidden,
+        width=dims.width,
+        heads=dims.heads,
+        kv_heads=dims.kv_heads,
+        vocabulary=dims.vocab,
+    )
+
+
+def unit_counts(dims: Dimensions) -> dict[Unit, int]:
+    """How many units of each kind there are: in a layer, or layers in the model."""
+    return {"neuron": dims.width, "head": dims.heads, "kv_group": dims.kv_heads, "layer": dims.layers}
+
+
+def shrink(dims: Dimensions, keep: dict[Unit, int]) -> Dimensions:
+    """The lengths once `keep` units of each kind are left. Kinds that are not named stay whole."""
+    kv_heads = keep.get("kv_group", dims.kv_heads)
+    heads = keep.get("head", kv_heads * (dims.heads // dims.kv_heads))
+    return replace(
+        dims,
+        width=keep.get("neuron", dims.width),
+        layers=keep.get("layer", dims.layers),
+        heads=heads,
+        kv_heads=kv_heads,
+    )
+
+
+def solve(config: dict[str, Any], options: Options) -> tuple[dict[Unit, int], list[str]]:
+    """How many units of each kind to keep, and what had to be rounded.
+
+    With `budget.keep`, each fraction is rounded to whole units (heads: the same number in each KV group). With
+    `budget.parameters`, all kinds keep about the same fraction: the coarse kinds (layers, KV groups, heads) are rounded
+    to it and neurons fill what the budget leaves. The result never exceeds the budget.
+    Raises NarrowError (unit_not_supported, budget_too_small).
+    """
+    family, dims = family_of(config), dimensions(config)
+    units = options.method.units
+    for unit in units:
+        if unit not in family.units:
+            raise NarrowError(
+                "unit_not_supported",
+                f"Units of kind {unit!r} cannot be cut from a {family.model_type} model, whose stock code fixes the size of "
+                f"a head to hidden ÷ heads: it takes {', '.join(family.units)}.",
+            )
+    if options.budget.keep is not None:
+        return _round_fractions(dims, {unit: options.budget.keep[unit] for unit in units})
+
+    total = parameters(config, dims)
+    asked = options.budget.parameters
+    assert asked is not None
+    limit = int(asked * total) if asked <= 1 else int(asked)
+    candidates = [keep for keep in _candidates(dims, units) if parameters(config, shrink(dims, keep)) <= limit]
+    if "neuron" in units:
+        candidates = [_fill(config, dims, keep, limit) for keep in candidates]
+    if not candidates:
+        smallest = min(parameters(config, shrink(dims, keep)) for keep in _candidates(dims, units))
+        raise NarrowError(
+            "budget_too_small",
+            f"Cutting {' and '.join(f'{u}s' for u in units)} can bring this model from {total:,} to {smallest:,} parameters, "
+            f"not to {limit:,}: raise the budget or add {', '.join(u for u in family.units if u not in units) or 'nothing'} "
+            "to method.units.",
+        )
+    best = min(candidates, key=lambda keep: _unevenness(dims, keep) - parameters(config, shrink(dims, keep)) / total)
+    return best, [
+        f"{limit:,} parameters were asked for; whole units make it {parameters(config, shrink(dims, best)):,}."
+    ]
+
+
+def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: int = 2) -> Sizes:
+    """The dry run of a job: shapes, bytes, FLOPs, memory and a rough time. Raises like `solve`."""
+    dims = dimensions(config)
+    keep, notices = solve(config, options)
+    small = shrink(dims, keep)
+    before, after = size_of(config, dims, bytes_per_parameter), size_of(config, small, bytes_per_parameter)
+    method = options.method
+    recover = method.recover
+    lasso_tokens = method.regularizer.tokens if method.regularizer else 0
+    teacher = before.flops_per_token if recover.objective != "next_token" else 0
+    flops = (
+        3.0 * before.flops_per_token * (method.calibration_tokens + lasso_tokens)
+        + (3.0 * after.flops_per_token + teacher) * recover.tokens
+        + (2.0 * before.flops_per_token + 3.0 * after.flops_per_token) * options.skill_tokens
+    )
+    # fp32 base, gradients of a pass over it, Gram matrices; or student with gradients and two moments beside the base;
+    # and in either case the activations of a batch.
+    grams = 8 * small.layers * (dims.width**2 + dims.axis("q") ** 2)
+    activations = 4 * recover.batch_tokens * (small.layers * (10 * dims.hidden + 4 * small.width) + 256)
+    memory = (
+        600 * 2**20 + max(8 * before.parameters + grams, 4 * before.parameters + 16 * after.parameters) + activations
+    )
+    return Sizes(before, after, keep, memory, flops, FIXED_SECONDS + flops * SECONDS_PER_FLOP, notices)
+
+
+def _candidates(dims: Dimensions, units: list[Unit]) -> Iterator[dict[Unit, int]]:
+    """Every combination of the coarse kinds, with the fewest neurons; neurons are filled in afterwards."""
+    per_group = dims.heads // dims.kv_heads
+    layers = range(1, dims.layers + 1) if "layer" in units else [dims.layers]
+    groups = range(1, dims.kv_heads + 1) if "kv_group" in units else [dims.kv_heads]
+    heads = range(1, per_group + 1) if "head" in units else [per_group]
+    for layer, group, head in product(layers, groups, heads):
+        keep: dict[Unit, int] = {
+            "layer": layer,
+            "kv_group": group,
+            "head": group * head,
+            "neuron": min(MULTIPLE, dims.width),
+        }
+        yield {unit: keep[unit] for unit in units}
+
+
+def _fill(config: dict[str, Any], dims: Dimensions, keep: dict[Unit, int], limit: int) -> dict[Unit, int]:
+    """`keep` with as many neurons as the limit allows, in whole multiples."""
+    least = keep["neuron"]
+    room = limit - parameters(config, shrink(dims, keep))
+    one = parameters(config, shrink(dims, {**keep, "neuron": least + 1})) - parameters(config, shrink(dims, keep))
+    neurons = min(dims.width, least + room // one)
+    return {**keep, "neuron": neurons if neurons == dims.width else max(least, neurons // MULTIPLE * MULTIPLE)}
+
+
+def _unevenness(dims: Dimensions, keep: dict[Unit, int]) -> float:
+    """How far apart the kept fractions of the kinds are, as the spread of their logarithms."""
+    counts = unit_counts(dims)
+    logs = [math.log(kept / counts[unit]) for unit, kept in keep.items()]
+    return max(logs) - min(logs)
+
+
+def _round_fractions(dims: Dimensions, fractions: dict[Unit, float]) -> tuple[dict[Unit, int], list[str]]:
+    counts = unit_counts(dims)
+    keep: dict[Unit, int] = {unit: max(1, round(fraction * counts[unit])) for unit, fraction in fractions.items()}
+    if "head" in keep:
+        groups, per_group = keep.get("kv_group", dims.kv_heads), dims.heads // dims.kv_heads
+        keep["head"] = groups * max(1, round(fractions["head"] * per_group))
+    notices = [
+        f"{fraction:.3g} of {counts[unit]} {unit}s is {fraction * counts[unit]:.1f}; {keep[unit]} are kept."
+        for unit, fraction in fractions.items()
+        if not math.isclose(fraction * counts[unit], keep[unit])
+    ]
+    return keep, notices

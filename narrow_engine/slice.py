@@ -1,0 +1,107 @@
+"""Plan + model → a smaller stock model. Exact: its logits equal those of the base with the cut units masked.
+
+What is selected along which axis of which tensor follows from the family table alone. The result is an ordinary
+transformers model with an ordinary config: it loads anywhere and knows nothing of Narrow.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from narrow_engine.families import Axis, Dimensions, Family, dimensions, present
+from narrow_engine.models import config_dict, family, hidden_states, head, layers
+from narrow_engine.plan import Plan
+from narrow_engine.report.model import Parity
+
+
+def slice_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """A new model with the kept units only. `model` is left as it is."""
+    table, config = family(model), config_dict(model)
+    dims = dimensions(config)
+    small = AutoModelForCausalLM.from_config(
+        type(model.config).from_dict({**config, **_sliced_config(table, config, plan, dims)}),
+        attn_implementation=model.config._attn_implementation,
+    ).to(device=model.device, dtype=model.dtype)
+    old, new = model.state_dict(), dict(small.state_dict())
+    for tensor in present(table.outer_tensors, table, config):
+        new[tensor.name] = old[tensor.name]
+    for position, layer in enumerate(plan.layers):
+        for tensor in present(table.layer_tensors, table, config):
+            value = old[f"{table.layers}.{layer}.{tensor.name}"]
+            for number, axis in enumerate(tensor.axes):
+                rows = _kept(axis, plan, position, dims)
+                if rows is not None:
+                    value = value.index_select(number, torch.tensor(rows, device=value.device))
+            new[f"{table.layers}.{position}.{tensor.name}"] = value
+    small.load_state_dict(new)
+    small.tie_weights()
+    small.config.use_cache = model.config.use_cache
+    if model.generation_config is not None:
+        small.generation_config = copy.deepcopy(model.generation_config)
+    return small.eval()  # type: ignore[no-any-return]
+
+
+def mask_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """The base with everything outside the plan silenced and nothing removed: what slicing must be equal to.
+
+    A neuron or head is silenced where it is read, a layer where it writes to the residual stream.
+    """
+    masked = copy.deepcopy(model)
+    table, dims = family(model), dimensions(config_dict(model))
+    for number, layer in enumerate(layers(masked)):
+        attention_out, mlp_out = layer.get_submodule(table.attention_out), layer.get_submodule(table.mlp_out)
+        with torch.no_grad():
+            if number not in plan.layers:
+                for parameter in (*attention_out.parameters(), *mlp_out.parameters()):
+                    parameter.zero_()
+                continue
+            position = plan.layers.index(number)
+            for weight, axis in ((mlp_out.weight, "width"), (attention_out.weight, "q")):
+                silent = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+                silent[_kept(axis, plan, position, dims)] = False  # type: ignore[arg-type]
+                weight[:, silent] = 0
+    return masked
+
+
+@torch.no_grad()
+def compare(one: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> Parity:
+    """The largest difference between the logits of two models on tokens [rows, length]."""
+    first, second = (head(m).logits(hidden_states(m, ids).flatten(0, 1)) for m in (one, other))
+    error = (first - second).abs().max().item()
+    return Parity(max_error=error, relative_error=error / max(first.abs().max().item(), 1e-9))
+
+
+def _kept(axis: Axis | str, plan: Plan, position: int, dims: Dimensions) -> list[int] | None:
+    """Kept indices along an axis of the layer at `position` of the plan; None for an axis that is never cut."""
+    if axis == "width":
+        return plan.neurons[position]
+    if axis == "q":
+        return _expand(plan.heads[position], dims.head_dim)
+    if axis == "qkv":
+        return _expand(plan.heads[position], 3 * dims.head_dim)
+    if axis == "kv":
+        return _expand(plan.kv_groups[position], dims.head_dim)
+    return None
+
+
+def _expand(blocks: list[int], size: int) -> list[int]:
+    return [block * size + i for block in blocks for i in range(size)]
+
+
+def _sliced_config(table: Family, config: dict[str, Any], plan: Plan, dims: Dimensions) -> dict[str, Any]:
+    changes: dict[str, Any] = {
+        "num_hidden_layers": len(plan.layers),
+        "intermediate_size": len(plan.neurons[0]),
+        "num_attention_heads": len(plan.heads[0]),
+    }
+    if table.kv_heads_key:
+        changes[table.kv_heads_key] = len(plan.kv_groups[0])
+    if table.head_dim_key:
+        changes[table.head_dim_key] = dims.head_dim
+    for key in table.per_layer_keys:
+        if config.get(key) is not None:
+            changes[key] = [config[key][layer] for layer in plan.layers]
+    return changes

@@ -1,0 +1,180 @@
+"""What to compress, into what, and how: the one vocabulary of spec files, API, database and client.
+
+A `CompressionSpec` names its inputs by path and is what the engine runs; a `JobSpec` names the same inputs by id and
+is what `POST /jobs` takes. Everything between the two is shared. Only the inputs and the budget are required: each
+default here is one that was measured (docs/decisions, bench/) and that a person who knows nothing would be glad of.
+
+This module imports no torch: the API process and the client's generated models stand on it.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Unit = Literal["neuron", "head", "kv_group", "layer"]
+Criterion = Literal["reconstruction", "fisher", "attribution", "activation", "magnitude", "random"]
+Objective = Literal["next_token", "distill", "mixed"]
+Role = Literal["keep", "forget", "watch"]
+Format = Literal["safetensors", "onnx"]
+
+UNITS: tuple[Unit, ...] = get_args(Unit)
+
+T = TypeVar("T")
+Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\w][\w .+-]*$")]
+
+
+class Model(BaseModel):
+    """Base of everything a person can write: an unknown or misspelt option is an error, not a silent default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class Budget(Model):
+    """How small the result must be. Exactly one of the fields."""
+
+    parameters: float | None = Field(
+        None,
+        gt=0,
+        le=1e13,
+        description="Parameters of the result: a fraction of the base's up to 1, a count above 1.",
+        examples=[0.5, 4_000_000],
+    )
+    keep: dict[Unit, Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None,
+        min_length=1,
+        description="The fraction of each kind of unit to keep, for those who want a shape rather than a size.",
+        examples=[{"neuron": 0.25}],
+    )
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.parameters is None) == (self.keep is None):
+            raise ValueError("a budget takes exactly one of 'parameters' and 'keep'")
+        if self.parameters is not None and self.parameters > 1 and self.parameters != int(self.parameters):
+            raise ValueError("'parameters' above 1 is a count and must be a whole number; up to 1 it is a fraction")
+        return self
+
+
+class GroupLasso(Model):
+    """Narrow the base before the cut: train on the target with a group-lasso penalty (arXiv 2505.15811, section 5).
+
+    The penalty moves the target's skill into few neurons and drives the others to exactly zero by proximal steps.
+    """
+
+    kind: Literal["group_lasso"] = "group_lasso"
+    tokens: int = Field(131_072, ge=1, le=10**12, description="Tokens to train on under the penalty.")
+    learning_rate: float = Field(5e-4, gt=0, le=1)
+
+
+class Recover(Model):
+    """Train the cut model on the target."""
+
+    objective: Objective = Field(
+        "mixed",
+        description="next_token: the data's own next token; distill: KL to the base; mixed: the mean of both.",
+    )
+    tokens: int = Field(1_000_000, ge=0, le=10**12, description="Tokens to train on; 0 leaves the cut model as it is.")
+    optimizer: Literal["muon", "adamw"] = "muon"
+    learning_rate: float | None = Field(None, gt=0, le=1, description="Peak; by default the optimizer's measured best.")
+    schedule: Literal["linear", "constant"] = "linear"
+    batch_tokens: int = Field(4096, ge=1, le=2**22, description="Tokens of one optimizer step.")
+    temperature: float = Field(1.0, gt=0, le=100, description="Softens both distributions of the distillation term.")
+
+
+class Prune(Model):
+    """Score, cut, refit, recover."""
+
+    kind: Literal["prune"] = "prune"
+    units: list[Unit] = Field(default=["neuron"], min_length=1, max_length=len(UNITS))
+    importance: Criterion = "reconstruction"
+    calibration_tokens: int = Field(
+        65_536, ge=1, le=10**9, description="Tokens of the target that scores and refit see."
+    )
+    regularizer: GroupLasso | None = None
+    refit: bool = Field(True, description="Least-squares refit of the projections that read the cut units.")
+    recover: Recover = Recover()
+
+    @model_validator(mode="after")
+    def _units_once(self) -> Self:
+        if len(set(self.units)) != len(self.units):
+            raise ValueError("'units' names a kind of unit twice")
+        if self.regularizer and "neuron" not in self.units:
+            raise ValueError("group_lasso acts on neurons: add 'neuron' to 'units' or leave the regularizer out")
+        return self
+
+
+class Options(Model):
+    """What a spec file and a job have in common."""
+
+    method: Prune = Prune()
+    budget: Budget
+    export: list[Format] = Field(default=["safetensors", "onnx"], min_length=1, max_length=2)
+    block_tokens: int = Field(512, ge=8, le=2**17, description="Length of the token blocks that training reads.")
+    skill_tokens: int = Field(65_536, ge=64, le=10**9, description="Tokens that each skill is measured on, at most.")
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.budget.keep is not None and set(self.budget.keep) != set(self.method.units):
+            raise ValueError("'budget.keep' must name the same kinds of unit as 'method.units'")
+        return self
+
+
+class ModelPath(Model):
+    path: Path = Field(description="A folder in the Hugging Face layout: config.json, *.safetensors, tokenizer.json.")
+
+
+class DatasetPath(Model):
+    path: Path = Field(description="JSONL or plain text, also .gz.")
+    column: str = Field("text", min_length=1, max_length=200)
+
+
+class SkillPath(DatasetPath):
+    name: Name
+    role: Role = "watch"
+
+
+class CompressionSpec(Options):
+    """What the engine runs: inputs by path. Relative paths count from the spec file's folder."""
+
+    base: ModelPath
+    target: DatasetPath
+    target_name: Name = Field("target", description="The target's row in the table of skills.")
+    skills: list[SkillPath] = Field(default=[], max_length=50)
+
+    @model_validator(mode="after")
+    def _names_once(self) -> Self:
+        return _unique_names(self, [self.target_name, *(s.name for s in self.skills)])
+
+
+class ModelId(Model):
+    model: str = Field(pattern=r"^mdl_[0-9a-z]{16,40}$", examples=["mdl_01h455vb4pex5vsknk084sn02q"])
+
+
+class DatasetId(Model):
+    dataset: str = Field(pattern=r"^ds_[0-9a-z]{16,40}$", examples=["ds_01h455vb4pex5vsknk084sn02q"])
+
+
+class SkillId(DatasetId):
+    name: Name
+    role: Role = "watch"
+
+
+class JobSpec(Options):
+    """What `POST /jobs` takes: inputs by id. The target's skill is named after its dataset."""
+
+    base: ModelId
+    target: DatasetId
+    skills: list[SkillId] = Field(default=[], max_length=50)
+
+    @model_validator(mode="after")
+    def _names_once(self) -> Self:
+        return _unique_names(self, [s.name for s in self.skills])
+
+
+def _unique_names(spec: T, names: list[str]) -> T:
+    twice = {n for n in names if names.count(n) > 1}
+    if twice:
+        raise ValueError(f"two skills are called {sorted(twice)[0]!r}: each row of the report needs its own name")
+    return spec

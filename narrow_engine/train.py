@@ -1,0 +1,231 @@
+"""The one training loop. Recovery and group lasso are its callers; what differs between them is in the arguments.
+
+A run that was killed resumes to the same weights: the order of the blocks depends on seed and step alone, and a
+checkpoint holds everything else (weights, optimizer state, the state of what runs after each step, the curve so far).
+Checkpoints are safetensors, written under a temporary name and renamed.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from narrow_engine.corpus import Blocks
+from narrow_engine.errors import Cancelled
+from narrow_engine.events import Sink
+from narrow_engine.losses import objective
+from narrow_engine.models import family, head, hidden_states
+from narrow_engine.muon import Muon
+from narrow_engine.report.model import CurvePoint
+from narrow_engine.spec import Objective
+
+SHARE: dict[Objective, float] = {"next_token": 0.0, "mixed": 0.5, "distill": 1.0}
+"""Weight of the KL to the base in the loss."""
+
+LEARNING_RATE = {"muon": 2e-3, "adamw": 1e-3}
+WARM_UP = 0.02
+CHECKPOINT_SECONDS = 30.0
+POINTS = 40
+"""Points on the curve, at most; at every fourth the held-out loss is measured."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one training run does. Rates are peaks; `tokens` is rounded down to whole batches, but to one at least."""
+
+    tokens: int
+    batch_tokens: int
+    objective: Objective = "next_token"
+    temperature: float = 1.0
+    optimizer: str = "adamw"
+    learning_rate: float | None = None
+    schedule: str = "linear"
+
+
+class AfterStep(Protocol):
+    """Runs after every optimizer step, with the learning rate that it used; its state is part of checkpoints."""
+
+    def __call__(self, learning_rate: float) -> None: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def restore(self, state: dict[str, Tensor]) -> None: ...
+
+    @property
+    def sparsity(self) -> float: ...
+
+
+def train(
+    model: PreTrainedModel,
+    blocks: Blocks,
+    settings: Settings,
+    *,
+    phase: str,
+    folder: Path,
+    emit: Sink,
+    check: Callable[[], None],
+    validate: Callable[[PreTrainedModel], float],
+    teacher: PreTrainedModel | None = None,
+    after_step: AfterStep | None = None,
+) -> list[CurvePoint]:
+    """Trains `model` in place and returns the curve; its first point is the model as it came, at 0 tokens.
+
+    `folder` holds the checkpoint, and a later call with the same arguments goes on from it. `check` raises Cancelled to
+    stop: a checkpoint is written first. `validate` gives the held-out loss.
+    """
+    rows = max(1, settings.batch_tokens // blocks.length)
+    steps = max(1, settings.tokens // (rows * blocks.length))
+    optimizers = _optimizers(model, settings)
+    parameters = dict(model.named_parameters())
+    checkpoint = folder / "checkpoint.safetensors"
+    done, curve = _restore(checkpoint, parameters, optimizers, after_step)
+    if not curve:
+        curve = [CurvePoint(phase=phase, tokens=0, validation=validate(model), seconds=0.0)]
+    share = SHARE[settings.objective] if teacher is not None else 0.0
+    started = time.monotonic() - curve[-1].seconds
+    saved = time.monotonic()
+    interval = max(1, steps // POINTS)
+    losses: list[float] = []
+    model.train()
+    for step in range(done, steps):
+        try:
+            check()
+        except Cancelled:
+            _save(checkpoint, step, parameters, optimizers, after_step, curve)
+            raise
+        # Seeded by the step, dropout is the same after a resume.
+        torch.manual_seed(step)
+        rate = _rate(step, steps, settings.schedule)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+        batch = blocks.batch(step * rows, rows).to(model.device)
+        losses.append(_step(model, batch, teacher, share, settings.temperature))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if after_step is not None:
+            after_step(optimizers[0].param_groups[0]["lr"])
+
+        if (step + 1) % interval == 0 or step + 1 == steps:
+            number = len(curve)
+            measured = validate(model) if number % 4 == 0 or step + 1 == steps else None
+            point = CurvePoint(
+                phase=phase,
+                tokens=(step + 1) * rows * blocks.length,
+                loss=sum(losses) / len(losses),
+                validation=measured,
+                sparsity=after_step.sparsity if after_step is not None else None,
+                seconds=time.monotonic() - started,
+            )
+            curve.append(point)
+            losses = []
+            emit("progress", phase, "", {"done": step + 1, "total": steps, **point.model_dump(exclude={"phase"}, exclude_none=True)})
+        if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            _save(checkpoint, step + 1, parameters, optimizers, after_step, curve)
+            saved = time.monotonic()
+    model.eval()
+    return curve
+
+
+def _step(model: PreTrainedModel, batch: Tensor, teacher: PreTrainedModel | None, share: float, temperature: float) -> float:
+    """Forward and backward of one batch [rows, length + 1]; returns the loss."""
+    ids, targets = batch[:, :-1], batch[:, 1:].flatten()
+    base = None
+    with precision(model.device):
+        if teacher is not None and share:
+            with torch.no_grad():
+                base = (hidden_states(teacher, ids).flatten(0, 1), head(teacher))
+        hidden = hidden_states(model, ids).flatten(0, 1)
+    loss = objective(hidden, head(model), targets, base, share, temperature).total
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.item()
+
+
+def precision(device: torch.device) -> AbstractContextManager[None]:
+    """bfloat16 matrix products on a GPU; float32 elsewhere (without bfloat16 units it is several times faster)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def _rate(step: int, steps: int, schedule: str) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then constant or linear to zero."""
+    warm = max(1, round(WARM_UP * steps))
+    return min(1.0, (step + 1) / warm) * (1.0 if schedule == "constant" else 1 - step / steps)
+
+
+def _optimizers(model: PreTrainedModel, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers and AdamW for the rest, or AdamW for all."""
+    peak = settings.learning_rate or LEARNING_RATE[settings.optimizer]
+    prefix = family(model).layers + "."
+    matrices, rest = [], []
+    for name, parameter in model.named_parameters():
+        chosen = settings.optimizer == "muon" and name.startswith(prefix) and parameter.ndim == 2
+        (matrices if chosen else rest).append(parameter)
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.95), weight_decay=0.0)]
+    if matrices:
+        found.insert(0, Muon(matrices, lr=peak))
+    for optimizer in found:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return found
+
+
+def _states(parameters: dict[str, Tensor], optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    names = {parameter: name for name, parameter in parameters.items()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield names[parameter], optimizer.state[parameter]
+
+
+def _save(
+    path: Path,
+    step: int,
+    parameters: dict[str, Tensor],
+    optimizers: list[torch.optim.Optimizer],
+    after_step: AfterStep | None,
+    curve: list[CurvePoint],
+) -> None:
+    tensors = {f"weight/{name}": parameter.detach() for name, parameter in parameters.items()}
+    for name, state in _states(parameters, optimizers):
+        tensors |= {f"state/{name}/{key}": value for key, value in state.items()}
+    if after_step is not None:
+        tensors |= {f"after/{key}": value for key, value in after_step.state().items()}
+    temporary = path.with_suffix(".tmp")
+    points = json.dumps([point.model_dump() for point in curve])
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"step": str(step), "curve": points})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _restore(
+    path: Path, parameters: dict[str, Tensor], optimizers: list[torch.optim.Optimizer], after_step: AfterStep | None
+) -> tuple[int, list[CurvePoint]]:
+    if not path.exists():
+        return 0, []
+    with safe_open(path, "pt") as file, torch.no_grad():
+        names = list(file.keys())
+        for name, parameter in parameters.items():
+            parameter.copy_(file.get_tensor(f"weight/{name}"))
+        for name, state in _states(parameters, optimizers):
+            prefix = f"state/{name}/"
+            for key in names:
+                if key.startswith(prefix):
+                    value = file.get_tensor(key)
+                    state[key.removeprefix(prefix)] = value if value.ndim == 0 else value.to(parameters[name].device)
+        if after_step is not None:
+            after_step.restore({k.removeprefix("after/"): file.get_tensor(k) for k in names if k.startswith("after/")})
+        metadata = file.metadata()
+    return int(metadata["step"]), [CurvePoint.model_validate(point) for point in json.loads(metadata["curve"])]
