@@ -53,6 +53,8 @@ class Family:
     """Config key of the number of key/value heads; empty where each query head has its own."""
     head_dim_key: str = "head_dim"
     """Config key of a head's size; empty where it is always hidden ÷ heads, so that no head can be cut alone."""
+    writes_normed: bool = False
+    """Whether what attention and MLP write is normalised before it is added to the stream."""
     per_layer_keys: tuple[str, ...] = ("layer_types",)
     """Config lists with an entry a layer."""
     defaults: tuple[tuple[str, int | bool], ...] = ()
@@ -125,6 +127,7 @@ _ALL = (
             *_norms("pre_feedforward_layernorm", "post_feedforward_layernorm"),
         ),
         _LLAMA_OUTER,
+        writes_normed=True,
         defaults=(("head_dim", 256), ("tie_word_embeddings", True)),
     ),
     Family(

@@ -68,7 +68,9 @@ class _Objective(torch.autograd.Function):
         share: float,
         temperature: float,
     ) -> tuple[Tensor, Tensor]:
-        head, count = Head(weight, softcap), hidden.shape[0]
+        # One cast of the weights, not one a chunk.
+        head, count = Head(weight.detach().to(hidden.dtype), softcap), hidden.shape[0]
+        base_head = teacher and Head(teacher[1].weight.detach().to(teacher[0].dtype), teacher[1].softcap)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         sums = torch.zeros(2, dtype=torch.float64, device=hidden.device)
@@ -88,7 +90,7 @@ class _Objective(torch.autograd.Function):
             if slope is not None:
                 grad *= slope
             grad = grad.div_(count).to(rows.dtype)
-            grad_hidden[at : at + CHUNK] = grad @ weight.to(rows.dtype)
+            grad_hidden[at : at + CHUNK] = grad @ head.weight
             grad_weight += grad.T @ rows
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         parts = sums / count

@@ -9,8 +9,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -83,8 +83,7 @@ def train(
     `folder` holds the checkpoint, and a later call with the same arguments goes on from it. `check` raises Cancelled to
     stop: a checkpoint is written first. `validate` gives the held-out loss.
     """
-    rows = max(1, settings.batch_tokens // blocks.length)
-    steps = max(1, settings.tokens // (rows * blocks.length))
+    rows, steps = shape(settings, blocks)
     optimizers = _optimizers(model, settings)
     parameters = dict(model.named_parameters())
     checkpoint = folder / "checkpoint.safetensors"
@@ -139,23 +138,46 @@ def train(
     return curve
 
 
+def shape(settings: Settings, blocks: Blocks) -> tuple[int, int]:
+    """Blocks in a batch, and steps."""
+    rows = max(1, settings.batch_tokens // blocks.length)
+    return rows, max(1, settings.tokens // (rows * blocks.length))
+
+
 def _step(model: PreTrainedModel, batch: Tensor, teacher: PreTrainedModel | None, share: float, temperature: float) -> float:
     """Forward and backward of one batch [rows, length + 1]; returns the loss."""
     ids, targets = batch[:, :-1], batch[:, 1:].flatten()
+    low = training_dtype(model.device)
     base = None
-    with precision(model.device):
+    with torch.autocast(model.device.type, low, enabled=low != torch.float32):
         if teacher is not None and share:
             with torch.no_grad():
-                base = (hidden_states(teacher, ids).flatten(0, 1), head(teacher))
-        hidden = hidden_states(model, ids).flatten(0, 1)
+                base = (hidden_states(teacher, ids).flatten(0, 1).to(low), head(teacher))
+        hidden = hidden_states(model, ids).flatten(0, 1).to(low)
     loss = objective(hidden, head(model), targets, base, share, temperature).total
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.item()
 
 
-def precision(device: torch.device) -> AbstractContextManager[None]:
-    """bfloat16 matrix products on a GPU; float32 elsewhere (without bfloat16 units it is several times faster)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+@cache
+def training_dtype(device: torch.device) -> torch.dtype:
+    """What matrix products of a training step run in: bfloat16 where that is faster, which only a trial can tell.
+
+    On CPUs with bfloat16 units it is two to five times faster than float32, on others as much slower. Weights,
+    gradients' sums and optimizer states are float32 either way.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        taken = []
+        for _ in range(8):
+            started = time.perf_counter()
+            a @ b
+            taken.append(time.perf_counter() - started)
+        times[dtype] = min(taken)
+    return torch.bfloat16 if times[torch.bfloat16] * 1.5 < times[torch.float32] else torch.float32
 
 
 def _rate(step: int, steps: int, schedule: str) -> float:

@@ -1,0 +1,132 @@
+"""`narrow run SPEC.json --out DIR`: the engine without a server.
+
+The folder is the run: events.jsonl tells what happens, result/ holds what came out, and running the same command again
+goes on where it stopped. Exit status: 0 done, 1 failed with a sentence (also in failure.json), 130 stopped on request.
+"""
+
+import errno
+import fcntl
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from pydantic import ValidationError
+
+from narrow_engine.errors import Cancelled, NarrowError
+from narrow_engine.events import EventLog
+from narrow_engine.spec import CompressionSpec
+
+if TYPE_CHECKING:
+    from narrow_engine.events import Kind
+
+LOCK_SECONDS = 30
+
+
+@click.command()
+@click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The run's folder; made if missing.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def run(spec: Path, out: Path, quiet: bool) -> None:
+    """Run a compression from a spec file, without a server."""
+    out.mkdir(parents=True, exist_ok=True)
+    failure = out / "failure.json"
+    try:
+        with _lock(out / "lock"):
+            failure.unlink(missing_ok=True)
+            _run(read_spec(spec), out, quiet)
+    except Cancelled as error:
+        click.echo(str(error), err=True)
+        sys.exit(130)
+    except NarrowError as error:
+        from narrow_engine.run import write_json
+
+        write_json(failure, {"code": error.code, "message": str(error)})
+        click.echo(f"narrow run: {error}", err=True)
+        sys.exit(1)
+
+
+def read_spec(path: Path) -> CompressionSpec:
+    """A spec file; its relative paths count from its own folder. Raises NarrowError (bad_spec)."""
+    try:
+        spec = CompressionSpec.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise NarrowError("bad_spec", f"{path.name}: {where}: {first['msg']}.") from error
+    root = path.resolve().parent
+
+    def absolute(item: Any) -> Any:
+        return item.model_copy(update={"path": root / item.path})
+
+    return spec.model_copy(
+        update={"base": absolute(spec.base), "target": absolute(spec.target), "skills": [absolute(s) for s in spec.skills]}
+    )
+
+
+def _run(spec: CompressionSpec, out: Path, quiet: bool) -> None:
+    # Imported here: it takes seconds, and a mistake in the spec should be told at once.
+    from narrow_engine.pipeline import run as run_line
+
+    log = EventLog(out / "events.jsonl")
+
+    def sink(kind: "Kind", phase: str, message: str, data: dict[str, Any]) -> None:
+        log(kind, phase, message, data)
+        if not quiet:
+            figures = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in data.items())
+            click.echo(f"{time.strftime('%H:%M:%S')} {phase:12s} {kind:8s} {message} {figures}".rstrip())
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        result = run_line(spec, out, sink, stop)
+    except Cancelled:
+        raise
+    except NarrowError as error:
+        sink("failed", "", str(error), {"code": error.code})
+        raise
+    except (OSError, MemoryError, RuntimeError) as error:
+        told = _known(error)
+        if told is None:
+            raise
+        sink("failed", "", str(told), {"code": told.code})
+        raise told from error
+    if not quiet:
+        click.echo(f"done: {result}")
+
+
+def _known(error: Exception) -> NarrowError | None:
+    """The machine's limits, as sentences; None for what is a fault of ours."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NarrowError("disk_full", "The disk is full: free some space and start the job again; what was finished is kept.")
+    # Writers in native code (safetensors) tell a full disk in words only.
+    if "No space left on device" in str(error):
+        return NarrowError("disk_full", "The disk is full: free some space and start the job again; what was finished is kept.")
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return NarrowError(
+            "out_of_memory",
+            "The job ran out of memory: lower method.recover.batch_tokens or block_tokens, or take a machine with more.",
+        )
+    return None
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Keeps a second process out of a run's folder; waits a while, since a killed one may still be going down."""
+    with path.open("w") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise NarrowError("run_is_busy", f"Another process is working on {path.parent}: wait for it.") from error
+                time.sleep(0.2)
+        yield

@@ -1,0 +1,25 @@
+"""Importance criteria: one file each, all with the same `score(model, statistics, seed) -> Scores`.
+
+To add one: a file with `score`, an entry in CRITERIA (and one in `spec.Criterion`), and whether it needs gradients.
+"""
+
+from collections.abc import Callable
+
+from transformers import PreTrainedModel
+
+from narrow_engine.importance import activation, attribution, fisher, magnitude, random, reconstruction
+from narrow_engine.importance.statistics import LayerStatistics, collect
+from narrow_engine.plan import Scores
+from narrow_engine.spec import Criterion
+
+CRITERIA: dict[Criterion, Callable[[PreTrainedModel, list[LayerStatistics], int], Scores]] = {
+    "reconstruction": reconstruction.score,
+    "fisher": fisher.score,
+    "attribution": attribution.score,
+    "activation": activation.score,
+    "magnitude": magnitude.score,
+    "random": random.score,
+}
+NEEDS_GRADIENTS: set[Criterion] = {"fisher", "attribution"}
+
+__all__ = ["CRITERIA", "NEEDS_GRADIENTS", "LayerStatistics", "collect"]

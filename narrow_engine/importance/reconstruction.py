@@ -1,0 +1,77 @@
+"""The error that is left when the other units do their best to make up for a unit: optimal brain surgeon, by structure.
+
+The projection that reads the units computes y = W h. With the second moments G = Σ h hᵀ of its inputs, cutting a block
+of inputs u and refitting the rest raises Σ ‖Δy‖² by tr(W_u [G⁻¹]_uu⁻¹ W_uᵀ) (Hassibi & Stork 1993; Frantar & Alistarh,
+arXiv 2208.11580, equation 3, for blocks). Units go one after the other, cheapest first, and W and G⁻¹ follow, so a
+unit's score is the error at which it goes: a copy of another unit costs nothing until the other is gone. Scores rise
+along the order, which makes a plan of any size the same elimination, stopped earlier or later.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from narrow_engine.families import dimensions
+from narrow_engine.importance.statistics import LayerStatistics
+from narrow_engine.models import config_dict, family, layers
+from narrow_engine.plan import Scores
+
+DAMPING = 1e-3
+"""Ridge on G, relative to its mean diagonal."""
+STEPS = 256
+
+
+def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Scores:
+    table, dims = family(model), dimensions(config_dict(model))
+    neurons, heads, groups = [], [], []
+    for layer, statistics in zip(layers(model), found, strict=True):
+        mlp = layer.get_submodule(table.mlp_out).weight
+        attention = layer.get_submodule(table.attention_out).weight
+        neurons.append(eliminate(mlp, statistics.mlp.gram, 1))
+        heads.append(eliminate(attention, statistics.attention.gram, dims.head_dim))
+        groups.append(eliminate(attention, statistics.attention.gram, dims.head_dim * dims.heads // dims.kv_heads))
+    return {
+        "neuron": torch.stack(neurons),
+        "head": torch.stack(heads),
+        "kv_group": torch.stack(groups),
+        "layer": torch.stack([statistics.share for statistics in found]),
+    }
+
+
+@torch.no_grad()
+def eliminate(weight: Tensor, gram: Tensor, size: int) -> Tensor:
+    """Scores of the blocks of `size` inputs of a projection: weight [outputs, inputs], gram [inputs, inputs].
+
+    Returns [inputs ÷ size] float64, rising in the order in which the blocks go. Of many blocks, the cheapest STEPth part
+    goes at once, so the cost is STEPS updates of G⁻¹ whatever the width.
+    """
+    count, w = gram.shape[0] // size, weight.detach().double().clone()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram)))
+    scores = torch.zeros(count, dtype=torch.float64, device=weight.device)
+    alive = torch.arange(count, device=weight.device)
+    spent = 0.0
+    at_once = max(1, count // STEPS)
+    while len(alive):
+        blocks = inverse.view(len(alive), size, len(alive), size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        columns = w.view(-1, len(alive), size).permute(1, 2, 0)
+        errors = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+        order = errors.argsort(stable=True)
+        going, staying = order[:at_once], order[at_once:].sort().values
+        spent += max(float(errors[going].sum()), 0.0)
+        scores[alive[going]] = spent
+        gone, left = _expand(going, size), _expand(staying, size)
+        solved = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, left])
+        w = w[:, left] - w[:, gone] @ solved
+        inverse = inverse[left][:, left] - inverse[left][:, gone] @ solved
+        alive = alive[staying]
+    return scores
+
+
+def _expand(blocks: Tensor, size: int) -> Tensor:
+    return (blocks[:, None] * size + torch.arange(size, device=blocks.device)).flatten()
+
+
+def damped(gram: Tensor) -> Tensor:
+    """G + DAMPING · mean diagonal · I, so that it can be inverted however few the tokens."""
+    ridge = DAMPING * gram.diagonal().mean().clamp(min=1e-12)
+    return gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)

@@ -1,0 +1,84 @@
+"""Tokens per second, base and result in turn in one process: machines drift, ratios of neighbours hold."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from narrow_engine.export.onnx import Decoder, open_session
+from narrow_engine.report.model import Speed
+
+PREFILL, DECODE, ROUNDS = 256, 32, 5
+
+
+def measure_speed(base: PreTrainedModel, narrow: PreTrainedModel, onnx_folders: tuple[Path, Path] | None = None) -> list[Speed]:
+    """Prefill of PREFILL tokens and greedy decoding of DECODE more, batch 1, in float32: medians of ROUNDS.
+
+    `onnx_folders` are exports of base and result; without them only torch is measured.
+    """
+    runners = {"torch": (_torch(base), _torch(narrow))}
+    if onnx_folders is not None:
+        runners["onnxruntime"] = (_onnx(onnx_folders[0]), _onnx(onnx_folders[1]))
+    found = []
+    for runtime, pair in runners.items():
+        times: list[list[tuple[float, float]]] = [[], []]
+        for number in range(ROUNDS + 1):
+            for side, runner in enumerate(pair):
+                taken = runner()
+                if number:  # the first round warms up
+                    times[side].append(taken)
+        (prefill_base, decode_base), (prefill_narrow, decode_narrow) = (
+            (PREFILL / statistics.median(t[0] for t in side), DECODE / statistics.median(t[1] for t in side)) for side in times
+        )
+        found.append(
+            Speed.model_validate(
+                {
+                    "runtime": runtime,
+                    "prefill_base": prefill_base,
+                    "prefill_narrow": prefill_narrow,
+                    "decode_base": decode_base,
+                    "decode_narrow": decode_narrow,
+                }
+            )
+        )
+    return found
+
+
+def _torch(model: PreTrainedModel) -> Callable[[], tuple[float, float]]:
+    ids = torch.arange(1, PREFILL + 1, device=model.device)[None] % model.config.vocab_size
+
+    @torch.no_grad()
+    def run() -> tuple[float, float]:
+        started = time.perf_counter()
+        out = model(input_ids=ids, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+        token.item()
+        middle = time.perf_counter()
+        for _ in range(DECODE):
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+            token.item()
+        return middle - started, time.perf_counter() - middle
+
+    return run
+
+
+def _onnx(folder: Path) -> Callable[[], tuple[float, float]]:
+    session = open_session(folder / "model.onnx")
+    vocabulary = session.get_outputs()[0].shape[2]
+    ids = np.arange(1, PREFILL + 1)[None] % vocabulary
+
+    def run() -> tuple[float, float]:
+        decoder = Decoder(session)
+        started = time.perf_counter()
+        token = decoder.step(ids)[:, -1:].argmax(-1)
+        middle = time.perf_counter()
+        for _ in range(DECODE):
+            token = decoder.step(token)[:, -1:].argmax(-1)
+        return middle - started, time.perf_counter() - middle
+
+    return run
