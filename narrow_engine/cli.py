@@ -65,7 +65,11 @@ def read_spec(path: Path) -> CompressionSpec:
         return item.model_copy(update={"path": root / item.path})
 
     return spec.model_copy(
-        update={"base": absolute(spec.base), "target": absolute(spec.target), "skills": [absolute(s) for s in spec.skills]}
+        update={
+            "base": absolute(spec.base),
+            "target": absolute(spec.target),
+            "skills": [absolute(s) for s in spec.skills],
+        }
     )
 
 

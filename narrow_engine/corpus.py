@@ -26,6 +26,9 @@ from narrow_engine.events import Sink
 HELD_OUT = 0.1
 """Share of the target's tokens that training never sees, at most."""
 
+STRETCHES = 64
+"""Documents that a skill is measured on, at least, if it has them."""
+
 _BATCH = 256
 
 
@@ -76,20 +79,36 @@ def tokenize(
         emit("notice", "load", f"{blank} blank documents of {path.name} were left out.", {"code": "blank_documents"})
     if not pieces:
         raise NarrowError("empty_dataset", f"{path.name} holds no text: bring at least one document.")
+    return Documents(np.concatenate(pieces), np.cumsum([0, *map(len, pieces)], dtype=np.int64), np.array(hashes, np.uint64))
+
+
+def sample(documents: Documents, tokens: int, length: int, seed: int) -> Documents:
+    """A stretch of each of as many documents as make up about `tokens`, drawn without replacement.
+
+    A stretch is at most a STRETCHES-th of `tokens`, but at least `length`, and begins at a random multiple of `length`:
+    many short stretches say more about a skill, and how sure that is, than a few whole documents.
+    """
+    random = np.random.default_rng(seed)
+    longest = max(length, tokens // STRETCHES // length * length)
+    pieces, kept, total = [], [], 0
+    for index in random.permutation(len(documents)):
+        document = documents[index]
+        room = max(0, len(document) - 1 - longest)
+        at = int(random.integers(room // length + 1)) * length
+        pieces.append(document[at : at + longest + 1])
+        kept.append(index)
+        total += len(pieces[-1])
+        if total >= tokens:
+            break
     return Documents(
-        np.concatenate(pieces), np.cumsum([0, *map(len, pieces)], dtype=np.int64), np.array(hashes, np.uint64)
+        np.concatenate(pieces),
+        np.cumsum([0, *map(len, pieces)], dtype=np.int64),
+        documents.hashes[np.array(kept, np.int64)],
     )
 
 
-def sample(documents: Documents, tokens: int, seed: int) -> Documents:
-    """Documents drawn without replacement until they hold `tokens`; the last may be longer than what is left."""
-    order = np.random.default_rng(seed).permutation(len(documents))
-    needed = int(np.searchsorted(np.cumsum(documents.lengths[order]), tokens)) + 1
-    return documents.take(np.sort(order[:needed]))
-
-
 def hold_out(documents: Documents, tokens: int, emit: Sink) -> tuple[Documents, Documents]:
-    """Training and held-out documents; the latter hold about `tokens`, but at most a tenth of all.
+    """Training and held-out documents; the latter hold about `tokens`, but at most a tenth of all tokens.
 
     A single document cannot be split by document: its last tenth is held out then, with a notice.
     """

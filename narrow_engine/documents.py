@@ -89,9 +89,7 @@ def _row_text(line: str, column: str, where: str) -> str:
         raise NarrowError("bad_row", f"{where} is not a JSON object: each line must look like {{{column!r}: ...}}.")
     if column not in row:
         names = ", ".join(repr(str(name)[:40]) for name in list(row)[:5]) or "none"
-        raise NarrowError(
-            "wrong_column", f"{where} has no column {column!r} (it has {names}): name the column of the text."
-        )
+        raise NarrowError("wrong_column", f"{where} has no column {column!r} (it has {names}): name the column of the text.")
     text = row[column]
     if not isinstance(text, str):
         raise NarrowError("bad_row", f"column {column!r} in {where} is not a text but {type(text).__name__}.")

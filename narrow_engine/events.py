@@ -21,9 +21,7 @@ class Event(BaseModel):
 
     seq: int = Field(ge=1, description="1, 2, 3, ... without gaps.")
     time: datetime
-    kind: Kind = Field(
-        description="state: the job changed status; started, progress, finished: of a phase; notice; failed."
-    )
+    kind: Kind = Field(description="state: the job changed status; started, progress, finished: of a phase; notice; failed.")
     phase: str = Field(description="The stage of the run that it belongs to; empty outside any.")
     message: str
     data: dict[str, Any] = Field(default={}, description="Figures: done, total, loss, tokens, seconds, code, ...")

@@ -242,11 +242,7 @@ def tensor_shapes(config: dict[str, Any], dims: Dimensions) -> dict[str, tuple[i
     """In-memory name → shape of every parameter; a tied head is left out, since it is the embedding."""
     family = family_of(config)
     return {
-        **{
-            t.name: _shape(t, dims)
-            for t in present(family.outer_tensors, family, config)
-            if not _tied_head(t, family, dims)
-        },
+        **{t.name: _shape(t, dims) for t in present(family.outer_tensors, family, config) if not _tied_head(t, family, dims)},
         **{
             f"{family.layers}.{layer}.{t.name}": _shape(t, dims)
             for layer in range(dims.layers)

@@ -81,16 +81,12 @@ def inspect_model(folder: Path) -> ModelInfo:
     if not isinstance(config, dict):
         raise NarrowError("bad_config", "config.json is not a JSON object.")
     if "auto_map" in config:
-        raise NarrowError(
-            "remote_code", "config.json has an 'auto_map': models that bring code of their own are not taken."
-        )
+        raise NarrowError("remote_code", "config.json has an 'auto_map': models that bring code of their own are not taken.")
     if config.get("quantization_config"):
         raise NarrowError("bad_config", "config.json says that the weights are quantized: bring the unquantized model.")
     family, dims = family_of(config), dimensions(config)
     if not (folder / "tokenizer.json").is_file():
-        raise NarrowError(
-            "missing_file", "tokenizer.json is missing: save the tokenizer in the fast format beside the weights."
-        )
+        raise NarrowError("missing_file", "tokenizer.json is missing: save the tokenizer in the fast format beside the weights.")
 
     weights = weight_files(folder)
     headers: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -140,11 +136,7 @@ def weight_files(folder: Path) -> list[Path]:
         paths = [single]
     else:
         others = sorted(p.name for p in folder.iterdir() if p.name.lower().endswith(_PICKLES))
-        raise (
-            refuse_name(others[0])
-            if others
-            else NarrowError("missing_file", "model.safetensors is missing from the model.")
-        )
+        raise (refuse_name(others[0]) if others else NarrowError("missing_file", "model.safetensors is missing from the model."))
     for path in paths:
         if not path.is_file():
             raise NarrowError("missing_file", f"{path.name} is named in {INDEX} but missing from the model.")

@@ -28,14 +28,10 @@ def load_model(folder: Path) -> PreTrainedModel:
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     except (ValueError, TypeError, KeyError, OSError, RuntimeError, AttributeError) as error:
-        raise NarrowError(
-            "bad_model", f"transformers cannot build the model from {folder.name}: {str(error)[:300]}"
-        ) from error
+        raise NarrowError("bad_model", f"transformers cannot build the model from {folder.name}: {str(error)[:300]}") from error
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
-            raise NarrowError(
-                "non_finite_weights", f"The weights of {name!r} hold NaN or infinity: the model is broken."
-            )
+            raise NarrowError("non_finite_weights", f"The weights of {name!r} hold NaN or infinity: the model is broken.")
     model.config.use_cache = False
     return model.to(device()).eval()
 

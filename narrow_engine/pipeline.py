@@ -22,6 +22,7 @@ from narrow_engine.report.model import Notice
 from narrow_engine.run import Run, write_json
 from narrow_engine.spec import CompressionSpec
 
+
 class Stage(NamedTuple):
     """A step of the line: what it runs, and the options of the spec that its output depends on."""
 
@@ -109,4 +110,3 @@ def _sync(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-

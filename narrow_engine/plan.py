@@ -56,7 +56,12 @@ def cuts(config: dict[str, Any], plan: Plan, units: list[Unit]) -> list[Cut]:
     }
     counts = unit_counts(dimensions(config))
     return [
-        Cut(unit=unit, kept=len(plan.layers) if unit == "layer" else kept[unit][0], of=counts[unit], per_layer=kept[unit])
+        Cut(
+            unit=unit,
+            kept=len(plan.layers) if unit == "layer" else kept[unit][0],
+            of=counts[unit],
+            per_layer=kept[unit],
+        )
         for unit in units
     ]
 

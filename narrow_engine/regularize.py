@@ -53,7 +53,7 @@ class GroupLasso:
         self.taken += 1
         share = (self.taken / self.steps - WARM) / (REACHED - WARM)
         factor = torch.ones_like(self.weight)
-        if 0 < share:
+        if share > 0:
             size = self.weight * self.norms()
             if share < 1:
                 boundary = size.kthvalue(min(self.final + 1, size.shape[1]), dim=1, keepdim=True).values

@@ -115,9 +115,7 @@ def solve(config: dict[str, Any], options: Options) -> tuple[dict[Unit, int], li
             "to method.units.",
         )
     best = min(candidates, key=lambda keep: _unevenness(dims, keep) - parameters(config, shrink(dims, keep)) / total)
-    return best, [
-        f"{limit:,} parameters were asked for; whole units make it {parameters(config, shrink(dims, best)):,}."
-    ]
+    return best, [f"{limit:,} parameters were asked for; whole units make it {parameters(config, shrink(dims, best)):,}."]
 
 
 def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: int = 2) -> Sizes:
@@ -139,9 +137,7 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
     # and in either case the activations of a batch.
     grams = 8 * small.layers * (dims.width**2 + dims.axis("q") ** 2)
     activations = 4 * recover.batch_tokens * (small.layers * (10 * dims.hidden + 4 * small.width) + 256)
-    memory = (
-        600 * 2**20 + max(8 * before.parameters + grams, 4 * before.parameters + 16 * after.parameters) + activations
-    )
+    memory = 600 * 2**20 + max(8 * before.parameters + grams, 4 * before.parameters + 16 * after.parameters) + activations
     return Sizes(before, after, keep, memory, flops, FIXED_SECONDS + flops * SECONDS_PER_FLOP, notices)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from narrow_engine.families import Axis, Dimensions, Family, dimensions, present
-from narrow_engine.models import config_dict, family, hidden_states, head, layers
+from narrow_engine.models import config_dict, family, head, hidden_states, layers
 from narrow_engine.plan import Plan
 from narrow_engine.report.model import Parity
 

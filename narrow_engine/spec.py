@@ -88,9 +88,7 @@ class Prune(Model):
     kind: Literal["prune"] = "prune"
     units: list[Unit] = Field(default=["neuron"], min_length=1, max_length=len(UNITS))
     importance: Criterion = "reconstruction"
-    calibration_tokens: int = Field(
-        65_536, ge=1, le=10**9, description="Tokens of the target that scores and refit see."
-    )
+    calibration_tokens: int = Field(65_536, ge=1, le=10**9, description="Tokens of the target that scores and refit see.")
     regularizer: GroupLasso | None = None
     refit: bool = Field(True, description="Least-squares refit of the projections that read the cut units.")
     recover: Recover = Recover()

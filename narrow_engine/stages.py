@@ -35,6 +35,8 @@ from narrow_engine.slice import compare, mask_model, slice_model
 
 VALIDATION_TOKENS = 8192
 """Held-out tokens that the curve is drawn from; the table of skills uses all of them."""
+HELD_OUT_FACTOR = 4
+"""Held-out tokens for each that is measured: stretches of many documents instead of a few whole ones."""
 PARITY_BOUND = 1e-4
 """Relative error that slicing may have in float32. Other orders of summation stay well under it."""
 PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLES = 24, 48, 3
@@ -51,13 +53,13 @@ def load(run: Run, out: Path) -> None:
     run.models["base"] = load_model(spec.base.path)
     tokenizer, start = _tokenizer(spec.base.path, info)
     target = corpus.tokenize(spec.target.path, spec.target.column, tokenizer, start, run.check, run.emit)
-    training, held_out = corpus.hold_out(target, spec.skill_tokens, run.emit)
+    training, held_out = corpus.hold_out(target, HELD_OUT_FACTOR * spec.skill_tokens, run.emit)
     corpus.Blocks(training.tokens, spec.block_tokens, spec.seed)
     corpus.save(training, out, "training")
-    corpus.save(held_out, out, spec.target_name)
+    corpus.save(corpus.sample(held_out, spec.skill_tokens, spec.block_tokens, spec.seed), out, spec.target_name)
     for skill in spec.skills:
         documents = corpus.tokenize(skill.path, skill.column, tokenizer, start, run.check, run.emit)
-        corpus.save(corpus.sample(documents, spec.skill_tokens, spec.seed), out, skill.name)
+        corpus.save(corpus.sample(documents, spec.skill_tokens, spec.block_tokens, spec.seed), out, skill.name)
     data = {d.path.name: dataset_sha256(d.path) for d in (spec.target, *spec.skills)}
     write_json(out / "info.json", {"model": info.model_dump(), "keep": keep, "data": data})
 
@@ -71,7 +73,12 @@ def measure_base(run: Run, out: Path) -> None:
             raise NarrowError("text_too_short", f"The documents of {name!r} are all shorter than two tokens.")
         measured = skills.measure(base(run), [], documents, run.spec.block_tokens, run.progress("measure_base"))[0]
         losses[name] = measured.mean_loss()
-        run.emit("progress", "measure_base", f"{name}: {losses[name]:.3f} nats", {"done": len(losses), "total": len(_roles(run))})
+        run.emit(
+            "progress",
+            "measure_base",
+            f"{name}: {losses[name]:.3f} nats",
+            {"done": len(losses), "total": len(_roles(run))},
+        )
     write_json(out / "skills.json", losses)
 
 
@@ -149,7 +156,12 @@ def reconstruct(run: Run, out: Path) -> None:
     small = _model(run, "slice")
     if run.spec.method.refit:
         least_squares.refit(
-            _source(run), small, _plan(run), _calibration(run), run.spec.method.calibration_tokens, run.progress("reconstruct")
+            _source(run),
+            small,
+            _plan(run),
+            _calibration(run),
+            run.spec.method.calibration_tokens,
+            run.progress("reconstruct"),
         )
     run.models["reconstruct"] = small
     del run.models["slice"]
@@ -265,7 +277,9 @@ def report(run: Run, out: Path) -> None:
             seed=spec.seed,
             versions={name: version(name) for name in ("narrow", "torch", "transformers", "tokenizers", "onnx", "onnxruntime")},
             machine=_machine(),
-            seconds={path.stem: json.loads(path.read_text())["seconds"] for path in sorted((run.folder / "stages").glob("*.json"))},
+            seconds={
+                path.stem: json.loads(path.read_text())["seconds"] for path in sorted((run.folder / "stages").glob("*.json"))
+            },
             recovery_tokens=next((p.tokens for p in reversed(_curve(run, "recover"))), 0),
             regularizer_tokens=next((p.tokens for p in reversed(_curve(run, "sparsify"))), 0),
         ),
@@ -340,8 +354,9 @@ def _probe(run: Run) -> torch.Tensor:
 
 
 def _validator(run: Run) -> Callable[[PreTrainedModel], float]:
-    documents = corpus.sample(corpus.load(run.out("load"), run.spec.target_name), VALIDATION_TOKENS, run.spec.seed)
-    return lambda model: skills.loss_of(model.eval(), documents, run.spec.block_tokens)
+    held_out, length = corpus.load(run.out("load"), run.spec.target_name), run.spec.block_tokens
+    documents = corpus.sample(held_out, VALIDATION_TOKENS, length, run.spec.seed)
+    return lambda model: skills.loss_of(model.eval(), documents, length)
 
 
 def _plan(run: Run) -> Plan:
@@ -380,7 +395,10 @@ def _copy(run: Run, stage: str) -> PreTrainedModel:
 
 
 def _save_weights(model: PreTrainedModel, out: Path) -> None:
-    save_file({name: value.detach().cpu().contiguous() for name, value in model.named_parameters()}, out / "weights.safetensors")
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in model.named_parameters()},
+        out / "weights.safetensors",
+    )
 
 
 def _curve(run: Run, stage: str) -> list[CurvePoint]:
@@ -401,7 +419,12 @@ def _samples(run: Run) -> list[Sample]:
             ids = torch.from_numpy(prompt)[None].to(model.device)
             with torch.no_grad():
                 made = model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=SAMPLE_TOKENS, do_sample=False, use_cache=True, pad_token_id=0
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=SAMPLE_TOKENS,
+                    do_sample=False,
+                    use_cache=True,
+                    pad_token_id=0,
                 )
             texts.append(tokenizer.decode(made[0, ids.shape[1] :].tolist()))
         found.append(Sample(prompt=tokenizer.decode(prompt.tolist()), base=texts[0], narrow=texts[1]))

@@ -95,15 +95,15 @@ def train(
     saved = time.monotonic()
     interval = max(1, steps // POINTS)
     losses: list[float] = []
-    model.train()
     for step in range(done, steps):
         try:
             check()
         except Cancelled:
             _save(checkpoint, step, parameters, optimizers, after_step, curve)
             raise
-        # Seeded by the step, dropout is the same after a resume.
+        # Seeded by the step, dropout is the same after a resume. `validate` leaves the model in eval mode.
         torch.manual_seed(step)
+        model.train()
         rate = _rate(step, steps, settings.schedule)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -130,7 +130,12 @@ def train(
             )
             curve.append(point)
             losses = []
-            emit("progress", phase, "", {"done": step + 1, "total": steps, **point.model_dump(exclude={"phase"}, exclude_none=True)})
+            emit(
+                "progress",
+                phase,
+                "",
+                {"done": step + 1, "total": steps, **point.model_dump(exclude={"phase"}, exclude_none=True)},
+            )
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             _save(checkpoint, step + 1, parameters, optimizers, after_step, curve)
             saved = time.monotonic()

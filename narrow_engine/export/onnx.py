@@ -78,9 +78,7 @@ class Decoder:
         """Feeds tokens [batch, length] after what was fed before; returns logits [batch, length, vocab]."""
         batch, length = ids.shape
         if not self.past:
-            self.past = [
-                np.zeros((batch, self.shapes[n][1], 0, self.shapes[n][3]), np.float32) for n in self.past_names
-            ]
+            self.past = [np.zeros((batch, self.shapes[n][1], 0, self.shapes[n][3]), np.float32) for n in self.past_names]
         before = self.past[0].shape[2]
         feed = {
             "input_ids": ids,
@@ -199,7 +197,11 @@ def _quiet() -> Any:
     """The exporter prints, warns and logs; none of it is for the user."""
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -3,11 +3,15 @@
 usage: reload.py FOLDER TOKENS LOGITS THREADS. Imports nothing of Narrow, on purpose.
 """
 
+import ctypes
 import os
 import sys
 import tempfile
 from pathlib import Path
 
+# Linux: end with the process that started this one (PR_SET_PDEATHSIG, SIGKILL), however that ends.
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

@@ -56,7 +56,15 @@ def check_reload(folder: Path, model: PreTrainedModel, ids: Tensor) -> Parity:
     with tempfile.TemporaryDirectory() as scratch:
         tokens, logits = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
         save_file({"ids": ids.cpu().contiguous()}, tokens)
-        command = [sys.executable, "-I", str(_CHECK), str(folder), str(tokens), str(logits), str(torch.get_num_threads())]
+        command = [
+            sys.executable,
+            "-I",
+            str(_CHECK),
+            str(folder),
+            str(tokens),
+            str(logits),
+            str(torch.get_num_threads()),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]

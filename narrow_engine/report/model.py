@@ -128,7 +128,9 @@ class Report(BaseModel):
     speed: list[Speed]
     skills: dict[str, Skill]
     cuts: list[Cut]
-    parity: dict[str, Parity] = Field(description="slice: sliced and masked; reload: a fresh process; onnx: ONNX Runtime and torch.")
+    parity: dict[str, Parity] = Field(
+        description="slice: sliced and masked; reload: a fresh process; onnx: ONNX Runtime and torch."
+    )
     curve: list[CurvePoint]
     samples: list[Sample]
     notices: list[Notice]

@@ -21,7 +21,11 @@ INK, ACCENT, QUIET, WARN = "#010203", "#2f6fde", "#8a94a6", "#c2571a"
 
 def render_page(report: Report) -> str:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["count"] = lambda number: f"{number:,}"
     environment.filters["short"] = _short
@@ -75,7 +79,12 @@ def _svg(draw: Callable[[Any], None], height: float) -> Markup:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r'<svg [^>]*viewBox="([^"]+)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true" xmlns:xlink="http://www.w3.org/1999/xlink">', svg, count=1)
+    svg = re.sub(
+        r'<svg [^>]*viewBox="([^"]+)"[^>]*>',
+        r'<svg viewBox="\1" aria-hidden="true" xmlns:xlink="http://www.w3.org/1999/xlink">',
+        svg,
+        count=1,
+    )
     # matplotlib escapes text; what it wrote is markup.
     return Markup(svg)
 
@@ -125,7 +134,13 @@ def _cuts(axes: Any, report: Report) -> None:
         left = [layer + number * height - 0.4 + height / 2 for layer in range(len(cut.per_layer))]
         axes.bar(left, [1.0] * len(left), width=height * 0.92, color=QUIET, alpha=0.25)
         colour = (ACCENT, WARN, "#4d9a6a")[number % 3]
-        axes.bar(left, [kept / cut.of for kept in cut.per_layer], width=height * 0.92, color=colour, label=cut.unit.replace("_", " "))
+        axes.bar(
+            left,
+            [kept / cut.of for kept in cut.per_layer],
+            width=height * 0.92,
+            color=colour,
+            label=cut.unit.replace("_", " "),
+        )
     axes.set_xlabel("layer")
     axes.set_ylabel("share kept")
     axes.set_ylim(0, 1.05)

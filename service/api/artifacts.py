@@ -1,0 +1,94 @@
+"""What a job made: its files, and the report among them. Resumable by `Range`, verifiable by `ETag` and `Repr-Digest`."""
+
+import base64
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Request, Response
+from fastapi.responses import FileResponse
+from sqlmodel import Session, col, select
+
+from narrow_engine.report.model import Report
+from service import queue
+from service.api.schemas import Artifact, Page
+from service.db.session import Db
+from service.db.tables import ArtifactRow
+from service.problems import ApiError, responses
+
+router = APIRouter(prefix="/jobs/{job_id}", tags=["artifacts"])
+
+_BINARY = {
+    "description": "The file.",
+    "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+}
+
+
+@router.get(
+    "/report",
+    response_model=Report,
+    responses={
+        **responses(404, 409),
+        200: {"content": {"text/html": {"schema": {"type": "string"}}}, "description": "The report."},
+    },
+)
+def get_report(job_id: str, request: Request, session: Db) -> Response:
+    """The report, as JSON or, by `Accept: text/html`, as a page."""
+    path = "report.html" if "text/html" in request.headers.get("accept", "") else "report.json"
+    row = _artifact(session, job_id, path)
+    media_type = "text/html; charset=utf-8" if path.endswith("html") else "application/json"
+    headers = {
+        "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
+        "Vary": "Accept",
+    }
+    return FileResponse(request.app.state.storage.path(row.sha256), media_type=media_type, headers=headers)
+
+
+@router.get("/artifacts", responses=responses(404))
+def list_artifacts(job_id: str, session: Db) -> Page[Artifact]:
+    """All files of a job; empty until it has succeeded."""
+    queue.find(session, job_id)
+    rows = session.exec(select(ArtifactRow).where(ArtifactRow.job_id == job_id).order_by(col(ArtifactRow.path)))
+    return Page(data=[Artifact.model_validate(row.model_dump()) for row in rows])
+
+
+@router.head("/artifacts/{path:path}", include_in_schema=False)
+@router.get(
+    "/artifacts/{path:path}",
+    response_class=Response,
+    responses={
+        **responses(404, 409, 416),
+        200: _BINARY,
+        206: {**_BINARY, "description": "The part that `Range` asked for."},
+        304: {"description": "The file that `If-None-Match` names."},
+    },
+)
+def download_artifact(
+    job_id: str,
+    path: str,
+    request: Request,
+    session: Db,
+    if_none_match: Annotated[str | None, Header(max_length=500)] = None,
+) -> Response:
+    """One file. `ETag` is its SHA-256, `Repr-Digest` the same for checking a download that was resumed."""
+    row = _artifact(session, job_id, path)
+    digest = base64.b64encode(bytes.fromhex(row.sha256)).decode()
+    headers = {
+        "ETag": f'"{row.sha256}"',
+        "Repr-Digest": f"sha-256=:{digest}:",
+        "Cache-Control": "private, max-age=31536000, immutable",
+        "X-Content-Type-Options": "nosniff",
+        "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'",
+    }
+    if if_none_match and row.sha256 in if_none_match:
+        return Response(status_code=304, headers=headers)
+    name = row.path.rsplit("/", 1)[-1]
+    return FileResponse(request.app.state.storage.path(row.sha256), media_type=row.media_type, headers=headers, filename=name)
+
+
+def _artifact(session: Session, job_id: str, path: str) -> ArtifactRow:
+    job = queue.find(session, job_id)
+    row = session.get(ArtifactRow, (job_id, path))
+    if row is not None:
+        return row
+    if job.status != "succeeded":
+        raise ApiError(409, "job_not_succeeded", f"The job is {job.status}: files and report come when it has succeeded.")
+    raise ApiError(404, "artifact_not_found", f"The job made no file {path[:200]!r}.")

@@ -1,0 +1,92 @@
+"""A job's events: as a page of JSON, or as a stream of Server-Sent Events that resumes where it broke."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import StreamingResponse
+from fastapi.sse import format_sse_event
+from sqlmodel import Session, col, select
+
+from service import queue
+from service.api.schemas import Event, Page
+from service.db.session import Db
+from service.db.tables import TERMINAL, EventRow, JobRow
+from service.problems import responses
+
+router = APIRouter(prefix="/jobs/{job_id}", tags=["events"])
+
+BATCH = 500
+PING_SECONDS = 15.0
+
+
+@router.get(
+    "/events",
+    responses={
+        **responses(404),
+        200: {
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "description": "A page, or a stream by `Accept`.",
+        },
+    },
+    response_model=Page[Event],
+)
+async def list_events(
+    job_id: str,
+    request: Request,
+    session: Db,
+    after: Annotated[int, Query(ge=0, le=2**53, description="Number of the last event that is known.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=BATCH)] = 100,
+    last_event_id: Annotated[str | None, Header(max_length=20)] = None,
+) -> object:
+    """Events of a job in order. With `Accept: text/event-stream` it is a live stream: each event's `id` is its number, and
+    a client that reconnects with `Last-Event-ID` misses nothing and gets nothing twice. The stream ends with an event
+    named `end` once the job is finished, or silently when the server stops: reconnect then."""
+    await run_in_threadpool(queue.find, session, job_id)
+    if "text/event-stream" in request.headers.get("accept", ""):
+        known = int(last_event_id) if last_event_id and last_event_id.isascii() and last_event_id.isdigit() else after
+        session.close()
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(_stream(request, job_id, known), media_type="text/event-stream", headers=headers)
+    rows = await run_in_threadpool(_after, session, job_id, after, limit + 1)
+    return Page(data=rows[:limit], next_cursor=str(rows[limit - 1].seq) if len(rows) > limit else None)
+
+
+async def _stream(request: Request, job_id: str, known: int) -> AsyncIterator[bytes]:
+    settings, drain = request.app.state.settings, request.app.state.drain
+    quiet = 0.0
+    yield format_sse_event(retry=1000)
+    while not drain.is_set():
+        rows, finished = await run_in_threadpool(_poll, request, job_id, known)
+        for event in rows:
+            known = event.seq
+            yield format_sse_event(id=str(event.seq), event=event.kind, data_str=event.model_dump_json())
+        if finished and not rows:
+            yield format_sse_event(event="end", data_str="{}")
+            return
+        quiet = 0.0 if rows else quiet + settings.poll_seconds
+        if quiet >= PING_SECONDS:
+            quiet = 0.0
+            yield format_sse_event(comment="still here")
+        if not rows:
+            try:
+                await asyncio.wait_for(drain.wait(), settings.poll_seconds)
+            except TimeoutError:
+                continue
+
+
+def _poll(request: Request, job_id: str, known: int) -> tuple[list[Event], bool]:
+    with Session(request.app.state.engine) as session:
+        job = session.get(JobRow, job_id)
+        # Status first: a job that is finished by now has all its events in the table.
+        finished = job is None or job.status in TERMINAL
+        return _after(session, job_id, known, BATCH), finished
+
+
+def _after(session: Session, job_id: str, known: int, limit: int) -> list[Event]:
+    statement = (
+        select(EventRow).where(EventRow.job_id == job_id, col(EventRow.seq) > known).order_by(col(EventRow.seq)).limit(limit)
+    )
+    return [Event.model_validate(row.model_dump(exclude={"job_id"})) for row in session.exec(statement)]

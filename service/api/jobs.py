@@ -1,0 +1,116 @@
+"""Jobs: make one, look at it, end it."""
+
+import hashlib
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from sqlmodel import Session, col, delete, select
+
+from narrow_engine.sizing import solve
+from narrow_engine.spec import JobSpec
+from service import queue
+from service.api.paging import Cursor, Limit, page
+from service.api.schemas import Job, JobError, Page, Progress, Status
+from service.db.session import Db
+from service.db.tables import TERMINAL, ArtifactRow, DatasetRow, IdempotencyRow, JobRow, ModelRow, now
+from service.problems import ApiError, not_found, responses
+from service.uploads import require_space
+
+router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+
+def as_job(row: JobRow) -> Job:
+    return Job(
+        id=row.id,
+        status=row.status,  # type: ignore[arg-type]
+        phase=row.phase,  # type: ignore[arg-type]
+        progress=Progress.model_validate(row.progress) if row.progress else None,
+        spec=JobSpec.model_validate(row.spec),
+        attempt=row.attempt,
+        error=JobError.model_validate(row.error) if row.error else None,
+        result_model=row.result_model,
+        created_at=row.created_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+    )
+
+
+@router.post("", status_code=201, responses=responses(404, 409, 413, 507))
+def create_job(
+    spec: JobSpec,
+    request: Request,
+    response: Response,
+    session: Db,
+    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200, description="Makes a retry safe.")] = None,
+) -> Job:
+    """Queue a compression. With an `Idempotency-Key`, the same request sent again answers with the job it made first."""
+    body = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
+    if idempotency_key and (known := session.get(IdempotencyRow, idempotency_key)):
+        if known.body_sha256 != body:
+            raise ApiError(422, "idempotency_key_reused", "This Idempotency-Key came with another job before: use a new one.")
+        job = queue.find(session, known.job_id)
+    else:
+        require_space(request.app.state.settings)
+        check_spec(session, spec)
+        job = queue.enqueue(session, spec)
+        if idempotency_key:
+            session.add(IdempotencyRow(key=idempotency_key, body_sha256=body, job_id=job.id, created_at=now()))
+        session.commit()
+    response.headers["Location"] = f"/jobs/{job.id}"
+    return as_job(job)
+
+
+@router.get("", responses=responses())
+def list_jobs(
+    session: Db, cursor: Cursor = None, limit: Limit = 20, status: Annotated[Status | None, Query()] = None
+) -> Page[Job]:
+    """Jobs, newest first."""
+    statement = select(JobRow)
+    if status:
+        statement = statement.where(JobRow.status == status)
+    return page(session, statement, JobRow, cursor, limit, as_job)
+
+
+@router.get("/{job_id}", responses=responses(404))
+def get_job(job_id: str, session: Db) -> Job:
+    return as_job(queue.find(session, job_id))
+
+
+@router.post("/{job_id}/cancel", responses=responses(404, 409))
+def cancel_job(job_id: str, session: Db) -> Job:
+    """Ask a job to end. A queued one is cancelled at once, a running one within seconds."""
+    job = queue.cancel(session, job_id)
+    session.commit()
+    return as_job(job)
+
+
+@router.delete("/{job_id}", status_code=204, responses=responses(404, 409))
+def delete_job(job_id: str, request: Request, session: Db) -> None:
+    """Forget a finished job with its events and artifacts. The model that came out of it stays."""
+    job = queue.find(session, job_id)
+    if job.status not in TERMINAL:
+        raise ApiError(409, "job_not_finished", f"The job is {job.status}: cancel it first.")
+    digests = list(session.exec(select(ArtifactRow.sha256).where(ArtifactRow.job_id == job_id)))
+    session.exec(delete(ArtifactRow).where(col(ArtifactRow.job_id) == job_id))
+    session.delete(job)
+    session.flush()
+    used = set(session.exec(select(ArtifactRow.sha256).where(col(ArtifactRow.sha256).in_(digests))))
+    session.commit()
+    for sha256 in set(digests) - used:
+        request.app.state.storage.remove(sha256)
+
+
+def check_spec(session: Session, spec: JobSpec) -> ModelRow:
+    """Refuses a spec whose inputs are not there or whose budget cannot be met; returns the base."""
+    base = session.get(ModelRow, spec.base.model)
+    if base is None:
+        raise not_found("model", spec.base.model)
+    names = [skill.name for skill in spec.skills]
+    for reference in (spec.target, *spec.skills):
+        data = session.get(DatasetRow, reference.dataset)
+        if data is None:
+            raise not_found("dataset", reference.dataset)
+        if reference is spec.target and data.name in names:
+            raise ApiError(422, "invalid_request", f"A skill is called {data.name!r} like the target: give it another name.")
+    solve(base.info["config"], spec)
+    return base

@@ -1,0 +1,29 @@
+"""A dry run: what a job would make and cost, with nothing queued."""
+
+from fastapi import APIRouter
+
+from narrow_engine.model_files import DTYPES
+from narrow_engine.sizing import plan_sizes
+from narrow_engine.spec import JobSpec
+from service.api.jobs import check_spec
+from service.api.schemas import Plan
+from service.db.session import Db
+from service.problems import responses
+
+router = APIRouter(prefix="/plans", tags=["plans"])
+
+
+@router.post("", responses=responses(404, 413))
+def create_plan(spec: JobSpec, session: Db) -> Plan:
+    """The sizes before and after, what is kept, and estimates of memory and time."""
+    base = check_spec(session, spec)
+    sizes = plan_sizes(base.info["config"], spec, DTYPES[base.info["dtype"]])
+    return Plan(
+        family=base.info["family"],
+        before=sizes.before,
+        after=sizes.after,
+        keep=sizes.keep,
+        memory_bytes=sizes.memory_bytes,
+        seconds=round(sizes.seconds),
+        notices=sizes.notices,
+    )

@@ -1,0 +1,144 @@
+"""What the API says: the resources as a client sees them. What a client may send is `JobSpec`, in the engine's spec."""
+
+from datetime import datetime
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, Field
+
+from narrow_engine.events import Event
+from narrow_engine.report.model import Size
+from narrow_engine.spec import JobSpec, Unit
+
+Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+Phase = Literal[
+    "",
+    "load",
+    "measure_base",
+    "score",
+    "sparsify",
+    "plan",
+    "slice",
+    "reconstruct",
+    "recover",
+    "measure",
+    "export",
+    "report",
+]
+
+T = TypeVar("T")
+
+
+class Page(BaseModel, Generic[T]):
+    """A page of a list, newest first. Ask again with `cursor=next_cursor` until it is null."""
+
+    data: list[T]
+    next_cursor: str | None = None
+
+
+class FieldError(BaseModel):
+    pointer: str = Field(description="JSON pointer into what was sent, or /line/N of a dataset.")
+    detail: str
+
+
+class Problem(BaseModel):
+    """RFC 9457. `code` is stable and for programs; `detail` is a sentence for people."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str | None = None
+    code: str
+    errors: list[FieldError] = []
+    request_id: str
+
+
+class JobError(BaseModel):
+    code: str
+    message: str = Field(description="What was wrong, where, and what to do.")
+
+
+class Progress(BaseModel):
+    """How far the current phase is."""
+
+    done: int
+    total: int
+    message: str = ""
+
+
+class Job(BaseModel):
+    id: str = Field(examples=["job_01h455vb4pex5vsknk084sn02q"])
+    status: Status
+    phase: Phase
+    progress: Progress | None = None
+    spec: JobSpec
+    attempt: int = Field(description="How often the job has been started; more than 1 after a crash.")
+    error: JobError | None = None
+    result_model: str | None = Field(None, description="Id of the model that came out: it can be the base of another job.")
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+
+class Artifact(BaseModel):
+    path: str = Field(description="model/..., onnx/..., report.json, report.html, plan.json, ...")
+    bytes: int
+    sha256: str
+    media_type: str
+
+
+class Model(BaseModel):
+    id: str = Field(examples=["mdl_01h455vb4pex5vsknk084sn02q"])
+    name: str
+    family: str
+    parameters: int
+    bytes: int
+    sha256: str
+    units: list[Unit] = Field(description="Kinds of unit that can be cut from it.")
+    config: dict[str, Any]
+    job: str | None = Field(None, description="The job that made it, if one did.")
+    created_at: datetime
+
+
+class Dataset(BaseModel):
+    id: str = Field(examples=["ds_01h455vb4pex5vsknk084sn02q"])
+    name: str
+    column: str
+    documents: int
+    bytes: int = Field(description="Of the text, uncompressed.")
+    sha256: str
+    preview: list[str] = Field(description="The first documents, shortened.")
+    created_at: datetime
+
+
+class Plan(BaseModel):
+    """A dry run: what a job would make, with nothing queued."""
+
+    family: str
+    before: Size
+    after: Size
+    keep: dict[Unit, int] = Field(description="Units kept in each layer; for `layer`, layers kept.")
+    memory_bytes: int = Field(description="Estimated peak of the job.")
+    seconds: float = Field(description="Rough estimate of the job's time on this server's machine.")
+    notices: list[str]
+
+
+class Health(BaseModel):
+    status: Literal["ok", "unavailable"]
+    checks: dict[str, str] = {}
+
+
+__all__ = [
+    "Artifact",
+    "Dataset",
+    "Event",
+    "Health",
+    "Job",
+    "JobError",
+    "Model",
+    "Page",
+    "Plan",
+    "Problem",
+    "Progress",
+    "Status",
+]

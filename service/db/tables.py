@@ -1,0 +1,123 @@
+"""The tables. SQLModel does not validate rows, so what must hold is a constraint of the database."""
+
+import secrets
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, CheckConstraint, Column, DateTime, ForeignKey, Index, Text, TypeDecorator, UniqueConstraint
+from sqlmodel import Field, SQLModel
+
+from service.api.schemas import Status
+
+STATUSES: tuple[Status, ...] = ("queued", "running", "cancelling", "succeeded", "failed", "cancelled")
+TERMINAL: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+
+
+def new_id(prefix: str) -> str:
+    """An id that sorts by time: 10 characters of milliseconds and 16 random ones."""
+    number = (time.time_ns() // 1_000_000) << 80 | secrets.randbits(80)
+    return f"{prefix}_" + "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -5, -5))
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """SQLite forgets time zones; here everything is UTC."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Any) -> datetime | None:
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Any) -> datetime | None:
+        return None if value is None else value.replace(tzinfo=UTC) if value.tzinfo is None else value
+
+
+def _time(nullable: bool = True) -> Any:
+    return Field(default=None, sa_type=UtcDateTime, nullable=nullable)
+
+
+class ModelRow(SQLModel, table=True):
+    __tablename__ = "model"
+
+    id: str = Field(primary_key=True)
+    name: str
+    info: dict[str, Any] = Field(sa_type=JSON, description="A `ModelInfo`.")
+    job_id: str | None = None
+    created_at: datetime = _time(nullable=False)
+
+
+class DatasetRow(SQLModel, table=True):
+    __tablename__ = "dataset"
+
+    id: str = Field(primary_key=True)
+    name: str
+    file: str = Field(description="Name of the file in its folder.")
+    text_column: str
+    documents: int
+    bytes: int
+    sha256: str
+    preview: list[str] = Field(sa_type=JSON)
+    created_at: datetime = _time(nullable=False)
+
+
+class JobRow(SQLModel, table=True):
+    __tablename__ = "job"
+    __table_args__ = (
+        CheckConstraint(f"status IN {STATUSES}", name="status_known"),
+        Index("job_claim", "status", "id"),
+    )
+
+    id: str = Field(primary_key=True)
+    status: str
+    spec: dict[str, Any] = Field(sa_type=JSON)
+    phase: str = ""
+    progress: dict[str, Any] | None = Field(default=None, sa_type=JSON)
+    error: dict[str, Any] | None = Field(default=None, sa_type=JSON)
+    result_model: str | None = None
+    attempt: int = 0
+    last_seq: int = Field(default=0, description="Number of the job's newest event.")
+    engine_seq: int = Field(default=0, description="Lines of the run's events.jsonl that are in the event table.")
+    lease_token: str | None = Field(default=None, description="Who holds the job; every write of a worker is guarded by it.")
+    lease_until: datetime | None = _time()
+    created_at: datetime = _time(nullable=False)
+    started_at: datetime | None = _time()
+    finished_at: datetime | None = _time()
+
+
+class EventRow(SQLModel, table=True):
+    __tablename__ = "event"
+
+    job_id: str = Field(sa_column=Column(ForeignKey("job.id", ondelete="CASCADE"), primary_key=True))
+    seq: int = Field(primary_key=True)
+    time: datetime = _time(nullable=False)
+    kind: str
+    phase: str
+    message: str = Field(sa_column=Column(Text, nullable=False))
+    data: dict[str, Any] = Field(sa_type=JSON)
+
+
+class ArtifactRow(SQLModel, table=True):
+    __tablename__ = "artifact"
+
+    job_id: str = Field(sa_column=Column(ForeignKey("job.id", ondelete="CASCADE"), primary_key=True))
+    path: str = Field(primary_key=True)
+    bytes: int = Field()
+    sha256: str = Field(index=True)
+    media_type: str
+
+
+class IdempotencyRow(SQLModel, table=True):
+    __tablename__ = "idempotency"
+    __table_args__ = (UniqueConstraint("key", name="idempotency_key"),)
+
+    key: str = Field(primary_key=True)
+    body_sha256: str
+    job_id: str = Field(sa_column=Column(ForeignKey("job.id", ondelete="CASCADE"), nullable=False))
+    created_at: datetime = _time(nullable=False)

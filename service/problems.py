@@ -1,0 +1,121 @@
+"""Every error that the API gives: RFC 9457 problem+json, made here and nowhere else.
+
+Handlers raise `ApiError` or let the engine's `NarrowError` pass; both carry a stable `code` and a sentence. What nobody
+foresaw is logged with the request's id and told as a 500 that says nothing about the inside.
+"""
+
+import errno
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from narrow_engine.errors import NarrowError
+from service.api.schemas import FieldError, Problem
+
+MEDIA_TYPE = "application/problem+json"
+log = logging.getLogger("narrow.api")
+
+TITLES = {
+    400: "Bad request",
+    404: "Not found",
+    405: "Method not allowed",
+    406: "Not acceptable",
+    409: "Conflict",
+    412: "Precondition failed",
+    413: "Too large",
+    415: "Unsupported media type",
+    416: "Range not satisfiable",
+    422: "Cannot be processed",
+    500: "Internal error",
+    503: "Unavailable",
+    507: "Out of space",
+}
+
+
+class ApiError(Exception):
+    """An answer other than the one that was asked for."""
+
+    def __init__(self, status: int, code: str, detail: str, errors: list[FieldError] | None = None) -> None:
+        super().__init__(detail)
+        self.status, self.code, self.detail, self.errors = status, code, detail, errors or []
+
+
+def not_found(kind: str, identifier: str) -> ApiError:
+    return ApiError(404, f"{kind}_not_found", f"There is no {kind} {identifier[:80]!r}.")
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route that can answer with these problems, for the OpenAPI document."""
+    return {status: {"description": TITLES[status], "model": Problem} for status in (*statuses, 422, 500)}
+
+
+def install(app: FastAPI) -> None:
+    """Registers the handlers and gives each request an id, which is also in the answer's X-Request-Id."""
+
+    @app.middleware("http")
+    async def identify(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        request.state.id = f"req_{secrets.token_hex(8)}"
+        response = await call_next(request)
+        response.headers["X-Request-Id"] = request.state.id
+        return response
+
+    @app.exception_handler(ApiError)
+    def api_error(request: Request, error: ApiError) -> Response:
+        return _answer(request, error.status, error.code, error.detail, error.errors)
+
+    @app.exception_handler(NarrowError)
+    def narrow_error(request: Request, error: NarrowError) -> Response:
+        return _answer(request, 422, error.code, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    def validation_error(request: Request, error: RequestValidationError) -> Response:
+        errors = [
+            FieldError(pointer="/" + "/".join(str(part) for part in e["loc"][1:]), detail=str(e["msg"])[:300])
+            for e in error.errors()[:20]
+        ]
+        where = errors[0].pointer.strip("/").replace("/", ".") or "the body"
+        return _answer(request, 422, "invalid_request", f"{where}: {errors[0].detail}.", errors)
+
+    @app.exception_handler(HTTPException)
+    def http_error(request: Request, error: HTTPException) -> Response:
+        title = TITLES.get(error.status_code, "Error")
+        sentences = {
+            404: f"There is nothing at {request.url.path[:200]}.",
+            405: f"{request.method} is not possible here.",
+        }
+        detail = sentences.get(error.status_code, str(error.detail)[:300])
+        answer = _answer(request, error.status_code, title.lower().replace(" ", "_"), detail)
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.exception_handler(OSError)
+    def disk_error(request: Request, error: OSError) -> Response:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _answer(request, 507, "disk_full", "The server's disk is full: nothing was kept of this request.")
+        return unforeseen(request, error)
+
+    @app.exception_handler(Exception)
+    def unforeseen(request: Request, error: Exception) -> Response:
+        log.error("%s %s %s", request.state.id, request.method, request.url.path, exc_info=error)
+        return _answer(request, 500, "internal_error", "Something went wrong inside the server; it was logged under this id.")
+
+
+def _answer(request: Request, status: int, code: str, detail: str, errors: list[FieldError] | None = None) -> JSONResponse:
+    identifier = getattr(request.state, "id", "")
+    problem = Problem(
+        type=f"urn:narrow:problem:{code}",
+        title=TITLES.get(status, "Error"),
+        status=status,
+        detail=detail,
+        instance=request.url.path,
+        code=code,
+        errors=errors or [],
+        request_id=identifier,
+    )
+    return JSONResponse(problem.model_dump(mode="json"), status, media_type=MEDIA_TYPE, headers={"X-Request-Id": identifier})

@@ -1,0 +1,172 @@
+"""The life of a job, as transitions of its row. Nothing else changes a job's status.
+
+    queued ──claim──▶ running ──▶ succeeded | failed | cancelled
+      │  ◀──release / lease ran out──┘  │
+      └──cancel──▶ cancelled            └──cancel──▶ cancelling ──▶ cancelled (or succeeded, if it was faster)
+
+A worker holds a job by a lease: a random token and a time until which it counts. Every write of the worker is guarded
+by the token, so a worker that was thought dead and comes back finds that it writes nothing (fencing). Each change of
+status appends a `state` event in the same transaction; a job's events are numbered without gaps because the number is
+taken from the row that the transaction has locked.
+"""
+
+import secrets
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import or_, select, update
+from sqlmodel import Session, col
+
+from narrow_engine.events import Event
+from narrow_engine.spec import JobSpec
+from service.api.schemas import Status
+from service.db.tables import TERMINAL, EventRow, JobRow, new_id, now
+from service.problems import ApiError, not_found
+
+
+class LeaseLost(Exception):
+    """The job belongs to another worker now: stop, and write nothing."""
+
+
+def enqueue(session: Session, spec: JobSpec) -> JobRow:
+    """A new job at the end of the queue. The caller commits."""
+    job = JobRow(id=new_id("job"), status="queued", spec=spec.model_dump(mode="json"), created_at=now())
+    session.add(job)
+    session.flush()
+    _append(session, job, now(), "state", "", "queued", {"status": "queued"})
+    return job
+
+
+def find(session: Session, identifier: str) -> JobRow:
+    job = session.get(JobRow, identifier)
+    if job is None:
+        raise not_found("job", identifier)
+    return job
+
+
+def claim(session: Session, lease_seconds: float, max_attempts: int) -> JobRow | None:
+    """The oldest job that waits or whose worker is gone, now leased to the caller; None if there is none.
+
+    A job that has been started `max_attempts` times without an end is failed instead of claimed.
+    """
+    wanted = or_(
+        col(JobRow.status) == "queued",
+        col(JobRow.status).in_(["running", "cancelling"]) & (col(JobRow.lease_until) < now()),
+    )
+    statement = select(JobRow).where(wanted).order_by(col(JobRow.id)).limit(1).with_for_update(skip_locked=True)
+    job = session.scalars(statement).first()
+    if job is None:
+        session.rollback()
+        return None
+    if job.status == "cancelling":
+        _finish(session, job, "cancelled", None)
+        session.commit()
+        return None
+    if job.attempt >= max_attempts:
+        detail = f"The job was started {job.attempt} times and each time its process or worker died."
+        _finish(session, job, "failed", {"code": "too_many_attempts", "message": detail})
+        session.commit()
+        return None
+    job.status, job.attempt = "running", job.attempt + 1
+    job.started_at = job.started_at or now()
+    job.lease_token, job.lease_until = secrets.token_hex(8), _until(lease_seconds)
+    _append(session, job, now(), "state", "", "running", {"status": "running", "attempt": job.attempt})
+    session.commit()
+    session.refresh(job)
+    return job
+
+
+def heartbeat(session: Session, job_id: str, token: str, lease_seconds: float) -> Status:
+    """Extends the lease and returns the status, which may have become `cancelling`. Raises LeaseLost."""
+    statement = (
+        update(JobRow)
+        .where(col(JobRow.id) == job_id, col(JobRow.lease_token) == token)
+        .values(lease_until=_until(lease_seconds))
+        .returning(col(JobRow.status))
+    )
+    status = session.scalar(statement)
+    session.commit()
+    if status is None:
+        raise LeaseLost
+    return status  # type: ignore[return-value]
+
+
+def ingest(session: Session, job_id: str, token: str, events: list[Event]) -> None:
+    """Takes over engine events that are not in the table yet, and with them phase and progress. Raises LeaseLost."""
+    job = _held(session, job_id, token)
+    for item in events:
+        if item.seq <= job.engine_seq:
+            continue
+        job.engine_seq = item.seq
+        _append(session, job, item.time, item.kind, item.phase, item.message, item.data)
+        if item.kind in ("started", "progress", "finished"):
+            job.phase = item.phase
+            done = {"done": item.data.get("done", 0), "total": item.data.get("total", 0), "message": item.message}
+            job.progress = done if item.kind == "progress" else None
+    session.commit()
+
+
+def finish(session: Session, job_id: str, token: str, status: Status, error: dict[str, str] | None, rows: list[Any]) -> None:
+    """Ends a held job and stores `rows` (artifacts, model) in the same transaction. Raises LeaseLost."""
+    job = _held(session, job_id, token)
+    for row in rows:
+        session.add(row)
+        if row.__tablename__ == "model":
+            job.result_model = row.id
+    _finish(session, job, status, error)
+    session.commit()
+
+
+def release(session: Session, job_id: str, token: str, counts: bool) -> None:
+    """Puts a held job back into the queue. `counts`: whether this start was an attempt that failed. Raises LeaseLost."""
+    job = _held(session, job_id, token)
+    if job.status == "cancelling":
+        _finish(session, job, "cancelled", None)
+    else:
+        job.status, job.lease_token, job.lease_until = "queued", None, None
+        job.attempt -= 0 if counts else 1
+        _append(session, job, now(), "state", "", "queued again", {"status": "queued"})
+    session.commit()
+
+
+def cancel(session: Session, job_id: str) -> JobRow:
+    """Asks for the end of a job. A finished job stays as it is. The caller commits."""
+    job = session.scalars(select(JobRow).where(col(JobRow.id) == job_id).with_for_update()).first()
+    if job is None:
+        raise not_found("job", job_id)
+    if job.status == "queued":
+        _finish(session, job, "cancelled", None)
+    elif job.status == "running":
+        job.status = "cancelling"
+        _append(session, job, now(), "state", "", "cancelling", {"status": "cancelling"})
+    elif job.status in ("succeeded", "failed"):
+        raise ApiError(409, "job_finished", f"The job has already {job.status}: there is nothing to cancel.")
+    return job
+
+
+def _finish(session: Session, job: JobRow, status: Status, error: dict[str, str] | None) -> None:
+    job.status, job.error, job.finished_at = status, error, now()
+    job.lease_token, job.lease_until, job.progress = None, None, None
+    message = error["message"] if error else status
+    _append(session, job, now(), "state", "", message, {"status": status, **(error or {})})
+
+
+def _append(session: Session, job: JobRow, time: datetime, kind: str, phase: str, message: str, data: dict[str, Any]) -> None:
+    job.last_seq += 1
+    session.add(EventRow(job_id=job.id, seq=job.last_seq, time=time, kind=kind, phase=phase, message=message, data=data))
+
+
+def _held(session: Session, job_id: str, token: str) -> JobRow:
+    statement = select(JobRow).where(col(JobRow.id) == job_id, col(JobRow.lease_token) == token).with_for_update()
+    job = session.scalars(statement).first()
+    if job is None:
+        session.rollback()
+        raise LeaseLost
+    return job
+
+
+def _until(seconds: float) -> datetime:
+    return now() + timedelta(seconds=seconds)
+
+
+__all__ = ["TERMINAL", "LeaseLost", "cancel", "claim", "enqueue", "find", "finish", "heartbeat", "ingest", "release"]

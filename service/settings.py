@@ -1,0 +1,38 @@
+"""Everything that can be set, in one place: environment variables NARROW_..., each with a default that works."""
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """`NARROW_DATA`, `NARROW_DATABASE_URL`, ...: one variable a field."""
+
+    model_config = SettingsConfigDict(env_prefix="NARROW_", extra="ignore")
+
+    data: Path = Field(Path("narrow-data"), description="Folder of database, uploads, runs and artifacts.")
+    database_url: str = Field("", description="SQLAlchemy URL; by default SQLite in the data folder.")
+    max_model_bytes: int = Field(64 * 2**30, description="Largest upload of a model, all files together.")
+    max_dataset_bytes: int = Field(4 * 2**30, description="Largest upload of a dataset.")
+    max_body_bytes: int = Field(2**20, description="Largest body of every other request.")
+    min_free_bytes: int = Field(256 * 2**20, description="Uploads and new jobs are refused below this free space.")
+    lease_seconds: float = Field(20.0, description="A job whose worker has not been heard of for so long is taken over.")
+    poll_seconds: float = Field(0.5, description="How often workers look for jobs, and event streams for events.")
+    cancel_seconds: float = Field(1.5, description="Time that a cancelled job process has to end by itself.")
+    drain_seconds: float = Field(20.0, description="Time that a job process has to write a checkpoint when a worker stops.")
+    max_attempts: int = Field(3, description="Starts of a job whose process or worker dies, before it is failed.")
+
+    @property
+    def database(self) -> str:
+        return self.database_url or f"sqlite:///{self.data.resolve() / 'narrow.db'}"
+
+    @property
+    def uploads(self) -> Path:
+        """Where bodies are spooled: on the data disk, so that what is accepted is moved and not copied."""
+        return self.data / "uploads"
+
+    def prepare(self) -> None:
+        """Makes the folders."""
+        for folder in (self.data, self.uploads, self.data / "models", self.data / "datasets", self.data / "runs"):
+            folder.mkdir(parents=True, exist_ok=True)

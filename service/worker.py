@@ -1,0 +1,235 @@
+"""The worker: claims a job, runs the engine on it as a process, and carries its events and results into the database.
+
+It never imports torch. Whatever happens to the job process, the worker lives on; whatever happens to the worker, the
+lease runs out and another one goes on in the same run folder, where finished stages are not run again.
+"""
+
+import errno
+import json
+import logging
+import mimetypes
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from sqlmodel import Session
+
+from narrow_engine.events import Event
+from narrow_engine.model_files import inspect_model
+from narrow_engine.spec import CompressionSpec, JobSpec
+from service import queue
+from service.db.session import connect
+from service.db.tables import ArtifactRow, DatasetRow, JobRow, ModelRow, now
+from service.runners import local
+from service.settings import Settings
+from service.storage import Storage
+
+LOOK_SECONDS = 0.25
+log = logging.getLogger("narrow.worker")
+
+
+def work(settings: Settings, stop: threading.Event) -> None:
+    """Runs jobs one after the other until `stop` is set."""
+    settings.prepare()
+    engine = connect(settings)
+    while not stop.is_set():
+        with Session(engine) as session:
+            job = queue.claim(session, settings.lease_seconds, settings.max_attempts)
+        if job is None:
+            stop.wait(settings.poll_seconds)
+            continue
+        try:
+            _Execution(settings, engine, job, stop).run()
+        except queue.LeaseLost:
+            log.warning("%s was taken over by another worker", job.id)
+    engine.dispose()
+
+
+class _Execution:
+    """One start of one job."""
+
+    def __init__(self, settings: Settings, engine: Any, job: JobRow, stop: threading.Event) -> None:
+        assert job.lease_token is not None
+        self.settings, self.engine, self.stop = settings, engine, stop
+        self.job, self.id, self.token = job, job.id, job.lease_token
+        self.folder = settings.data / "runs" / job.id
+        self.read = 0
+
+    def run(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            process = local.start(self._write_spec(), self.folder.resolve())
+        except OSError as error:
+            self._failed(
+                "disk_full" if error.errno == errno.ENOSPC else "not_started",
+                f"The job could not start: {error.strerror}.",
+            )
+            return
+        try:
+            status = self._follow(process)
+        finally:
+            # Also when the lease is lost or the worker itself fails: nothing runs on unobserved.
+            local.end(process, 0)
+        self._ingest()
+        if status == "cancelling":
+            self._finish("cancelled")
+        elif self.stop.is_set() and process.returncode != 0:
+            with Session(self.engine) as session:
+                queue.release(session, self.id, self.token, counts=False)
+        else:
+            self._conclude(process.returncode)
+
+    def _follow(self, process: subprocess.Popen[bytes]) -> str:
+        """Waits for the process, with an eye on cancellation and shutdown; returns the job's last status."""
+        status, beaten = "running", 0.0
+        while process.poll() is None:
+            self._ingest()
+            if time.monotonic() - beaten > min(0.5, self.settings.lease_seconds / 4):
+                beaten = time.monotonic()
+                with Session(self.engine) as session:
+                    status = queue.heartbeat(session, self.id, self.token, self.settings.lease_seconds)
+            if status == "cancelling":
+                local.end(process, self.settings.cancel_seconds)
+            elif self.stop.is_set():
+                local.end(process, self.settings.drain_seconds)
+            else:
+                time.sleep(LOOK_SECONDS)
+        return status
+
+    def _ingest(self) -> None:
+        """Whole new lines of events.jsonl, into the table."""
+        path = self.folder / "events.jsonl"
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            file.seek(self.read)
+            whole = file.read()
+        whole = whole[: whole.rfind(b"\n") + 1]
+        if not whole:
+            return
+        events = [Event.model_validate_json(line) for line in whole.splitlines()]
+        with Session(self.engine) as session:
+            queue.ingest(session, self.id, self.token, events)
+        self.read += len(whole)
+
+    def _conclude(self, code: int) -> None:
+        failure = self.folder / "failure.json"
+        if code == 0:
+            try:
+                self._publish()
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                self._failed(
+                    "disk_full",
+                    "The disk is full: the results could not be kept. Free some space and start the job again.",
+                )
+        elif code == 1 and failure.exists():
+            told = json.loads(failure.read_text())
+            self._failed(told["code"], told["message"])
+        elif code < 0 or code == 130:
+            name = signal.Signals(-code).name if code < 0 else "SIGTERM"
+            if self.job.attempt < self.settings.max_attempts:
+                log.warning("%s: the job process was ended by %s, it will be started again", self.id, name)
+                with Session(self.engine) as session:
+                    queue.release(session, self.id, self.token, counts=True)
+            else:
+                self._failed(
+                    "process_killed",
+                    f"The job process was ended by {name} {self.job.attempt} times, most often because memory ran out: "
+                    "lower method.recover.batch_tokens or block_tokens, or take a machine with more.",
+                )
+        else:
+            last = ((self.folder / "stderr.log").read_text("utf-8", "replace").strip().splitlines() or [""])[-1]
+            log.error("%s failed: %s", self.id, last[:500])
+            self._failed("engine_error", f"The engine failed, which must not happen: {last[:200]}")
+
+    def _publish(self) -> None:
+        """Stores the results, then ends the job in one transaction: a reader sees all of them or none."""
+        storage = Storage(self.settings.data / "artifacts")
+        result = self.folder / "result"
+        rows: list[Any] = []
+        for path in sorted(p for p in result.rglob("*") if p.is_file()):
+            name = path.relative_to(result).as_posix()
+            media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
+            rows.append(
+                ArtifactRow(
+                    job_id=self.id,
+                    path=name,
+                    bytes=path.stat().st_size,
+                    sha256=storage.put(path),
+                    media_type=media_type,
+                )
+            )
+        rows.append(self._keep_model(result / "model"))
+        self._finish("succeeded", rows=rows)
+
+    def _keep_model(self, source: Path) -> ModelRow:
+        # The id follows from the job's, so a publication that was interrupted is repeated in the same place.
+        identifier = "mdl_" + self.id.removeprefix("job_")
+        target = self.settings.data / "models" / identifier
+        temporary = target.with_name(f".{identifier}")
+        for stale in (temporary, target):
+            shutil.rmtree(stale, ignore_errors=True)
+        shutil.copytree(source, temporary)
+        temporary.rename(target)
+        with Session(self.engine) as session:
+            name = f"{self._target_name(session)} from {session.get_one(ModelRow, self.job.spec['base']['model']).name}"
+        info = inspect_model(target).model_dump(mode="json")
+        return ModelRow(id=identifier, name=name[:100], info=info, job_id=self.id, created_at=now())
+
+    def _write_spec(self) -> Path:
+        """The engine's spec: the job's, with ids replaced by paths."""
+        spec = JobSpec.model_validate(self.job.spec)
+        data = self.settings.data.resolve()
+        with Session(self.engine) as session:
+
+            def dataset(identifier: str) -> dict[str, str]:
+                row = session.get_one(DatasetRow, identifier)
+                return {"path": str(data / "datasets" / identifier / row.file), "column": row.text_column}
+
+            options = spec.model_dump(exclude={"base", "target", "skills"})
+            made = CompressionSpec.model_validate(
+                {
+                    **options,
+                    "base": {"path": str(data / "models" / spec.base.model)},
+                    "target": dataset(spec.target.dataset),
+                    "target_name": self._target_name(session),
+                    "skills": [{**dataset(s.dataset), "name": s.name, "role": s.role} for s in spec.skills],
+                }
+            )
+        path = self.folder.resolve() / "spec.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(made.model_dump_json())
+        temporary.rename(path)
+        return path
+
+    def _target_name(self, session: Session) -> str:
+        return session.get_one(DatasetRow, self.job.spec["target"]["dataset"]).name
+
+    def _failed(self, code: str, message: str) -> None:
+        self._finish("failed", {"code": code, "message": message})
+
+    def _finish(self, status: Any, error: dict[str, str] | None = None, rows: list[Any] | None = None) -> None:
+        with Session(self.engine) as session:
+            queue.finish(session, self.id, self.token, status, error, rows or [])
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def main() -> None:
+    """A worker as a process: SIGTERM or SIGINT puts the job back and ends."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    os.nice(5)  # the API answers first
+    work(Settings(), stop)
+
+
+if __name__ == "__main__":
+    main()
