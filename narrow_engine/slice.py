@@ -41,7 +41,7 @@ def slice_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     small.config.use_cache = model.config.use_cache
     if model.generation_config is not None:
         small.generation_config = copy.deepcopy(model.generation_config)
-    return small.eval()  # type: ignore[no-any-return]
+    return small.eval()
 
 
 def mask_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
@@ -59,9 +59,9 @@ def mask_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
                     parameter.zero_()
                 continue
             position = plan.layers.index(number)
-            for weight, axis in ((mlp_out.weight, "width"), (attention_out.weight, "q")):
+            for weight, axis in ((mlp_out.get_parameter("weight"), "width"), (attention_out.get_parameter("weight"), "q")):
                 silent = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-                silent[_kept(axis, plan, position, dims)] = False  # type: ignore[arg-type]
+                silent[_kept(axis, plan, position, dims)] = False
                 weight[:, silent] = 0
     return masked
 

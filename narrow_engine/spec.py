@@ -91,7 +91,7 @@ class Prune(Model):
     calibration_tokens: int = Field(65_536, ge=1, le=10**9, description="Tokens of the target that scores and refit see.")
     regularizer: GroupLasso | None = None
     refit: bool = Field(True, description="Least-squares refit of the projections that read the cut units.")
-    recover: Recover = Recover()
+    recover: Recover = Field(default_factory=Recover)
 
     @model_validator(mode="after")
     def _units_once(self) -> Self:
@@ -105,7 +105,7 @@ class Prune(Model):
 class Options(Model):
     """What a spec file and a job have in common."""
 
-    method: Prune = Prune()
+    method: Prune = Field(default_factory=Prune)
     budget: Budget
     export: list[Format] = Field(default=["safetensors", "onnx"], min_length=1, max_length=2)
     block_tokens: int = Field(512, ge=8, le=2**17, description="Length of the token blocks that training reads.")

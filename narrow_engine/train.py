@@ -195,7 +195,8 @@ def _optimizers(model: PreTrainedModel, settings: Settings) -> list[torch.optim.
     """Muon for the matrices of the layers and AdamW for the rest, or AdamW for all."""
     peak = settings.learning_rate or LEARNING_RATE[settings.optimizer]
     prefix = family(model).layers + "."
-    matrices, rest = [], []
+    matrices: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, parameter in model.named_parameters():
         chosen = settings.optimizer == "muon" and name.startswith(prefix) and parameter.ndim == 2
         (matrices if chosen else rest).append(parameter)

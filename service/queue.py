@@ -72,7 +72,6 @@ def claim(session: Session, lease_seconds: float, max_attempts: int) -> JobRow |
     job.lease_token, job.lease_until = secrets.token_hex(8), _until(lease_seconds)
     _append(session, job, now(), "state", "", "running", {"status": "running", "attempt": job.attempt})
     session.commit()
-    session.refresh(job)
     return job
 
 

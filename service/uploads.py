@@ -57,7 +57,8 @@ def store_dataset(session: Session, settings: Settings, file: UploadFile, name: 
     with _folder(settings, "datasets", "ds") as (identifier, folder):
         path = folder / stored
         sha256 = _write(file, path)
-        documents, size, preview = 0, 0, []
+        documents, size = 0, 0
+        preview: list[str] = []
         try:
             for text in read_documents(path.rename(folder / given) if not ending else path, column):
                 if not text:

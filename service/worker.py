@@ -23,7 +23,7 @@ from narrow_engine.events import Event
 from narrow_engine.model_files import inspect_model
 from narrow_engine.spec import CompressionSpec, JobSpec
 from service import queue
-from service.db.session import connect
+from service.db.session import connect, open_session
 from service.db.tables import ArtifactRow, DatasetRow, JobRow, ModelRow, now
 from service.runners import local
 from service.settings import Settings
@@ -38,7 +38,7 @@ def work(settings: Settings, stop: threading.Event) -> None:
     settings.prepare()
     engine = connect(settings)
     while not stop.is_set():
-        with Session(engine) as session:
+        with open_session(engine) as session:
             job = queue.claim(session, settings.lease_seconds, settings.max_attempts)
         if job is None:
             stop.wait(settings.poll_seconds)
@@ -79,7 +79,7 @@ class _Execution:
         if status == "cancelling":
             self._finish("cancelled")
         elif self.stop.is_set() and process.returncode != 0:
-            with Session(self.engine) as session:
+            with open_session(self.engine) as session:
                 queue.release(session, self.id, self.token, counts=False)
         else:
             self._conclude(process.returncode)
@@ -91,7 +91,7 @@ class _Execution:
             self._ingest()
             if time.monotonic() - beaten > min(0.5, self.settings.lease_seconds / 4):
                 beaten = time.monotonic()
-                with Session(self.engine) as session:
+                with open_session(self.engine) as session:
                     status = queue.heartbeat(session, self.id, self.token, self.settings.lease_seconds)
             if status == "cancelling":
                 local.end(process, self.settings.cancel_seconds)
@@ -113,7 +113,7 @@ class _Execution:
         if not whole:
             return
         events = [Event.model_validate_json(line) for line in whole.splitlines()]
-        with Session(self.engine) as session:
+        with open_session(self.engine) as session:
             queue.ingest(session, self.id, self.token, events)
         self.read += len(whole)
 
@@ -136,7 +136,7 @@ class _Execution:
             name = signal.Signals(-code).name if code < 0 else "SIGTERM"
             if self.job.attempt < self.settings.max_attempts:
                 log.warning("%s: the job process was ended by %s, it will be started again", self.id, name)
-                with Session(self.engine) as session:
+                with open_session(self.engine) as session:
                     queue.release(session, self.id, self.token, counts=True)
             else:
                 self._failed(
@@ -178,7 +178,7 @@ class _Execution:
             shutil.rmtree(stale, ignore_errors=True)
         shutil.copytree(source, temporary)
         temporary.rename(target)
-        with Session(self.engine) as session:
+        with open_session(self.engine) as session:
             name = f"{self._target_name(session)} from {session.get_one(ModelRow, self.job.spec['base']['model']).name}"
         info = inspect_model(target).model_dump(mode="json")
         return ModelRow(id=identifier, name=name[:100], info=info, job_id=self.id, created_at=now())
@@ -187,7 +187,7 @@ class _Execution:
         """The engine's spec: the job's, with ids replaced by paths."""
         spec = JobSpec.model_validate(self.job.spec)
         data = self.settings.data.resolve()
-        with Session(self.engine) as session:
+        with open_session(self.engine) as session:
 
             def dataset(identifier: str) -> dict[str, str]:
                 row = session.get_one(DatasetRow, identifier)
@@ -216,7 +216,7 @@ class _Execution:
         self._finish("failed", {"code": code, "message": message})
 
     def _finish(self, status: Any, error: dict[str, str] | None = None, rows: list[Any] | None = None) -> None:
-        with Session(self.engine) as session:
+        with open_session(self.engine) as session:
             queue.finish(session, self.id, self.token, status, error, rows or [])
         shutil.rmtree(self.folder, ignore_errors=True)
 

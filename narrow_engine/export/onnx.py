@@ -149,7 +149,7 @@ def _trace(model: PreTrainedModel) -> Any:
 
 def _name_dimensions(proto: onnx.ModelProto) -> None:
     """Names for people instead of s56 and s70; they are labels and bind nothing."""
-    named = {
+    named: dict[str, list[str | None]] = {
         "input_ids": ["batch_size", "sequence_length"],
         "attention_mask": ["batch_size", "total_sequence_length"],
         "position_ids": ["batch_size", "sequence_length"],

@@ -18,14 +18,14 @@ def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Sc
     table, dims = family(model), dimensions(config_dict(model))
     neurons, heads = [], []
     for layer, statistics in zip(layers(model), found, strict=True):
-        neurons.append(_energy(layer.get_submodule(table.mlp_out).weight, statistics.mlp.gram).sqrt())
-        attention = _energy(layer.get_submodule(table.attention_out).weight, statistics.attention.gram)
-        heads.append(attention.unflatten(0, (dims.heads, -1)).sum(1))
+        neurons.append(_energy(layer.get_parameter(f"{table.mlp_out}.weight"), statistics.mlp.gram).sqrt())
+        attention = _energy(layer.get_parameter(f"{table.attention_out}.weight"), statistics.attention.gram)
+        heads.append(attention.reshape(dims.heads, -1).sum(1))
     by_head = torch.stack(heads)
     return {
         "neuron": torch.stack(neurons),
         "head": by_head.sqrt(),
-        "kv_group": by_head.unflatten(1, (dims.kv_heads, -1)).sum(2).sqrt(),
+        "kv_group": by_head.reshape(len(found), dims.kv_heads, -1).sum(2).sqrt(),
         "layer": torch.stack([statistics.share for statistics in found]),
     }
 

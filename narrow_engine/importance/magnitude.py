@@ -20,7 +20,7 @@ def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Sc
     return {
         "neuron": neurons.sqrt(),
         "head": heads.sqrt(),
-        "kv_group": (heads.unflatten(1, (groups, -1)).sum(2) + keys).sqrt(),
+        "kv_group": (heads.reshape(len(heads), groups, -1).sum(2) + keys).sqrt(),
         "layer": torch.stack([torch.as_tensor(w) for w in whole]).sqrt(),
     }
 

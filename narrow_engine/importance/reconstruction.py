@@ -25,8 +25,8 @@ def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Sc
     table, dims = family(model), dimensions(config_dict(model))
     neurons, heads, groups = [], [], []
     for layer, statistics in zip(layers(model), found, strict=True):
-        mlp = layer.get_submodule(table.mlp_out).weight
-        attention = layer.get_submodule(table.attention_out).weight
+        mlp = layer.get_parameter(f"{table.mlp_out}.weight")
+        attention = layer.get_parameter(f"{table.attention_out}.weight")
         neurons.append(eliminate(mlp, statistics.mlp.gram, 1))
         heads.append(eliminate(attention, statistics.attention.gram, dims.head_dim))
         groups.append(eliminate(attention, statistics.attention.gram, dims.head_dim * dims.heads // dims.kv_heads))

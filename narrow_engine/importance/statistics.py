@@ -21,7 +21,7 @@ from narrow_engine.models import config_dict, family, head, hidden_states, layer
 
 @dataclass
 class Reader:
-    """Statistics at the input of one output projection. n: its inputs, u: units of its finest kind, d = hidden."""
+    """Statistics at the input of one output projection. n: its inputs, u: units of its finest kind."""
 
     gram: Tensor
     """Σ h hᵀ over tokens, float64 [n, n]."""
@@ -29,8 +29,6 @@ class Reader:
     """Σ e over tokens, [u]."""
     effect_squared: Tensor
     """Σ e² over tokens, [u]."""
-    output_gradient: Tensor
-    """Σ γ γᵀ over tokens of the gradient γ at the projection's output, [d, d]."""
 
 
 @dataclass
@@ -57,7 +55,7 @@ def collect(
     """
     dims = dimensions(config_dict(model))
     table = family(model)
-    found = [_empty(dims.width, dims.heads, dims.kv_heads, dims.axis("q"), dims.hidden, model.device) for _ in range(dims.layers)]
+    found = [_empty(dims.width, dims.heads, dims.kv_heads, dims.axis("q"), model.device) for _ in range(dims.layers)]
     stream_energy = torch.zeros(dims.layers, 2, dtype=torch.float64)
     taps = [
         (_Tap(layer.get_submodule(table.attention_out)), _Tap(layer.get_submodule(table.mlp_out)), _Output(layer))
@@ -96,13 +94,13 @@ def collect(
     return found
 
 
-def _empty(width: int, heads: int, kv_heads: int, q: int, hidden: int, device: torch.device) -> LayerStatistics:
+def _empty(width: int, heads: int, kv_heads: int, q: int, device: torch.device) -> LayerStatistics:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=device)
 
     return LayerStatistics(
-        mlp=Reader(zeros(width, width), zeros(width), zeros(width), zeros(hidden, hidden)),
-        attention=Reader(zeros(q, q), zeros(heads), zeros(heads), zeros(hidden, hidden)),
+        mlp=Reader(zeros(width, width), zeros(width), zeros(width)),
+        attention=Reader(zeros(q, q), zeros(heads), zeros(heads)),
         group_effect=zeros(kv_heads),
         group_effect_squared=zeros(kv_heads),
         effect=zeros(),
@@ -115,20 +113,18 @@ def _add(layer: LayerStatistics, attention: "_Tap", mlp: "_Tap", heads: int, kv_
     for reader, tap in ((layer.mlp, mlp), (layer.attention, attention)):
         rows = tap.input.flatten(0, 1)
         reader.gram += (rows.T @ rows).double()
-    if attention.output.grad is None or mlp.output.grad is None or attention.input.grad is None or mlp.input.grad is None:
+    if not attention.output.requires_grad:
         return
-    for reader, tap, units in ((layer.mlp, mlp, None), (layer.attention, attention, heads)):
-        effect = -(tap.input * tap.input.grad).flatten(0, 1)
-        if units:
-            effect = effect.unflatten(1, (units, -1)).sum(2)
-        reader.effect += effect.sum(0).double()
-        reader.effect_squared += effect.double().square().sum(0)
-        gradient = tap.output.grad.flatten(0, 1)
-        reader.output_gradient += (gradient.T @ gradient).double()
-    groups = effect.unflatten(1, (kv_heads, -1)).sum(2).double()
-    layer.group_effect += groups.sum(0)
-    layer.group_effect_squared += groups.square().sum(0)
-    whole = -(attention.output * attention.output.grad + mlp.output * mlp.output.grad).sum(2).double()
+    for reader, tap, units in ((layer.mlp, mlp, layer.mlp.effect.shape[0]), (layer.attention, attention, heads)):
+        effect = -(tap.input * tap.gradient("input")).reshape(-1, units, tap.input.shape[-1] // units).sum(2).double()
+        reader.effect += effect.sum(0)
+        reader.effect_squared += effect.square().sum(0)
+        if reader is layer.attention:
+            groups = effect.reshape(-1, kv_heads, heads // kv_heads).sum(2)
+            layer.group_effect += groups.sum(0)
+            layer.group_effect_squared += groups.square().sum(0)
+    written = attention.output * attention.gradient("output") + mlp.output * mlp.gradient("output")
+    whole = -written.sum(2).double()
     layer.effect += whole.sum()
     layer.effect_squared += whole.square().sum()
 
@@ -155,6 +151,11 @@ class _Tap:
         if torch.is_grad_enabled():
             output.retain_grad()
         self.output = output
+
+    def gradient(self, side: str) -> Tensor:
+        found = getattr(self, side).grad
+        assert isinstance(found, Tensor)
+        return found
 
     def clear(self) -> None:
         del self.input, self.output

@@ -86,7 +86,7 @@ def _svg(draw: Callable[[Any], None], height: float) -> Markup:
         count=1,
     )
     # matplotlib escapes text; what it wrote is markup.
-    return Markup(svg)
+    return Markup(svg)  # noqa: S704
 
 
 def _retention(axes: Any, report: Report) -> None:

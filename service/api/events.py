@@ -12,7 +12,7 @@ from sqlmodel import Session, col, select
 
 from service import queue
 from service.api.schemas import Event, Page
-from service.db.session import Db
+from service.db.session import Db, open_session
 from service.db.tables import TERMINAL, EventRow, JobRow
 from service.problems import responses
 
@@ -78,7 +78,7 @@ async def _stream(request: Request, job_id: str, known: int) -> AsyncIterator[by
 
 
 def _poll(request: Request, job_id: str, known: int) -> tuple[list[Event], bool]:
-    with Session(request.app.state.engine) as session:
+    with open_session(request.app.state.engine) as session:
         job = session.get(JobRow, job_id)
         # Status first: a job that is finished by now has all its events in the table.
         finished = job is None or job.status in TERMINAL

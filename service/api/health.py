@@ -6,9 +6,9 @@ import tempfile
 from fastapi import APIRouter, Request, Response
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
-from sqlmodel import Session
 
 from service.api.schemas import Health
+from service.db.session import open_session
 
 router = APIRouter(tags=["health"])
 
@@ -25,7 +25,7 @@ def readyz(request: Request, response: Response) -> Health:
     state = request.app.state
     checks = {"draining": "yes" if state.drain.is_set() else "ok"}
     try:
-        with Session(state.engine) as session:
+        with open_session(state.engine) as session:
             session.execute(text("SELECT 1"))
         checks["database"] = "ok"
     except SQLAlchemyError as error:

@@ -22,8 +22,8 @@ router = APIRouter(prefix="/jobs", tags=["jobs"])
 def as_job(row: JobRow) -> Job:
     return Job(
         id=row.id,
-        status=row.status,  # type: ignore[arg-type]
-        phase=row.phase,  # type: ignore[arg-type]
+        status=row.status,
+        phase=row.phase,
         progress=Progress.model_validate(row.progress) if row.progress else None,
         spec=JobSpec.model_validate(row.spec),
         attempt=row.attempt,

@@ -46,8 +46,13 @@ def migrate(settings: Settings) -> None:
         command.upgrade(config, "head")
 
 
+def open_session(engine: Engine) -> Session:
+    """A session whose rows can still be read after its commit."""
+    return Session(engine, expire_on_commit=False)
+
+
 def _session(request: Request) -> Iterator[Session]:
-    with Session(request.app.state.engine) as session:
+    with open_session(request.app.state.engine) as session:
         yield session
 
 

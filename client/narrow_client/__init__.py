@@ -1,0 +1,41 @@
+"""Client of the Narrow service: narrow models from general ones.
+
+import narrow_client
+result = narrow_client.compress(base="./base", target="./python.jsonl", budget=0.5, out="./narrow-python")
+result.report.skills["python"].retention.value
+"""
+
+from narrow_client._async import AsyncNarrow
+from narrow_client._compress import Result, compress
+from narrow_client._errors import (
+    ApiError,
+    Conflict,
+    ConnectionFailed,
+    DigestMismatch,
+    InvalidRequest,
+    JobCancelled,
+    JobFailed,
+    JobTimeout,
+    NarrowClientError,
+    NotFound,
+    ServerError,
+)
+from narrow_client._sync import Narrow
+
+__all__ = [
+    "ApiError",
+    "AsyncNarrow",
+    "Conflict",
+    "ConnectionFailed",
+    "DigestMismatch",
+    "InvalidRequest",
+    "JobCancelled",
+    "JobFailed",
+    "JobTimeout",
+    "Narrow",
+    "NarrowClientError",
+    "NotFound",
+    "Result",
+    "ServerError",
+    "compress",
+]

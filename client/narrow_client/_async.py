@@ -1,0 +1,152 @@
+"""`AsyncNarrow`: the twin of `Narrow` for asyncio."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from narrow_client import _calls
+from narrow_client._errors import JobTimeout
+from narrow_client._files import is_terminal, targets
+from narrow_client._transport import AsyncTransport
+from narrow_client.models import Artifact, Dataset, Event, Health, Job, Model, Plan, Report
+
+
+class AsyncNarrow:
+    """A client of one service. `url` and `api_key` default to NARROW_URL and NARROW_API_KEY.
+
+    Transient failures are retried; what the service refuses raises an `ApiError`.
+    """
+
+    def __init__(self, url: str | None = None, api_key: str | None = None) -> None:
+        self._transport = AsyncTransport(url, api_key)
+        self.jobs = AsyncJobs(self._transport)
+        self.models = AsyncModels(self._transport)
+        self.datasets = AsyncDatasets(self._transport)
+
+    @property
+    def url(self) -> str:
+        return str(self._transport.http.base_url)
+
+    async def plan(self, spec: Mapping[str, Any]) -> Plan:
+        """A dry run of a job spec: sizes, memory and time, with nothing queued."""
+        return await self._transport.send(_calls.create_plan(spec))
+
+    async def ready(self) -> Health:
+        """Whether the service can take work; raises ServerError (503) if it cannot."""
+        return await self._transport.send(_calls.ready())
+
+    async def close(self) -> None:
+        await self._transport.http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class AsyncJobs:
+    def __init__(self, transport: AsyncTransport) -> None:
+        self._transport = transport
+
+    async def create(self, spec: Mapping[str, Any], idempotency_key: str | None = None) -> Job:
+        """Queues a job. A key is made if none is given, so that retries never make two."""
+        return await self._transport.send(_calls.create_job(spec, idempotency_key))
+
+    async def get(self, job_id: str) -> Job:
+        return await self._transport.send(_calls.get_job(job_id))
+
+    async def list(self, status: str | None = None) -> AsyncIterator[Job]:
+        """All jobs, newest first; pages are fetched as they are needed."""
+        cursor: str | None = None
+        while True:
+            page = await self._transport.send(_calls.list_jobs(cursor, status))
+            for item in page.data:
+                yield item
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    async def cancel(self, job_id: str) -> Job:
+        return await self._transport.send(_calls.cancel_job(job_id))
+
+    async def delete(self, job_id: str) -> None:
+        await self._transport.send(_calls.delete_job(job_id))
+
+    def events(self, job_id: str, after: int = 0) -> AsyncIterator[Event]:
+        """The job's events, live, until it is finished; a broken stream goes on where it broke."""
+        return self._transport.events(job_id, after)
+
+    async def wait(self, job_id: str, timeout: float | None = None) -> Job:  # noqa: ASYNC109
+        """The job once it is finished, however it ended. Raises JobTimeout after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not is_terminal(job := await self.get(job_id)):
+            if deadline is not None and time.monotonic() > deadline:
+                raise JobTimeout(f"The job {job_id} is still {job.status} after {timeout:g} s; it goes on.")
+            await asyncio.sleep(0.5)
+        return job
+
+    async def report(self, job_id: str) -> Report:
+        return await self._transport.send(_calls.get_report(job_id))
+
+    async def artifacts(self, job_id: str) -> Sequence[Artifact]:
+        return await self._transport.send(_calls.list_artifacts(job_id))
+
+    async def download(self, job_id: str, out: Path | str, prefix: str = "") -> Sequence[Path]:
+        """Downloads the job's files, or those whose path begins with `prefix`, into `out`; resumed and verified."""
+        chosen = targets(await self.artifacts(job_id), Path(out), prefix)
+        for artifact, target in chosen:
+            await self._transport.download(job_id, artifact, target)
+        return [target for _, target in chosen]
+
+
+class AsyncModels:
+    def __init__(self, transport: AsyncTransport) -> None:
+        self._transport = transport
+
+    async def upload(self, folder: Path | str, name: str | None = None) -> Model:
+        """Uploads a model folder in the Hugging Face layout."""
+        return await self._transport.send(_calls.upload_model(Path(folder), name))
+
+    async def get(self, model_id: str) -> Model:
+        return await self._transport.send(_calls.get_model(model_id))
+
+    async def list(self) -> AsyncIterator[Model]:
+        cursor: str | None = None
+        while True:
+            page = await self._transport.send(_calls.list_models(cursor))
+            for item in page.data:
+                yield item
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    async def delete(self, model_id: str) -> None:
+        await self._transport.send(_calls.delete_model(model_id))
+
+
+class AsyncDatasets:
+    def __init__(self, transport: AsyncTransport) -> None:
+        self._transport = transport
+
+    async def upload(self, path: Path | str, name: str | None = None, column: str = "text") -> Dataset:
+        """Uploads JSON Lines or plain text, also gzipped. `column` names the text in JSON Lines."""
+        return await self._transport.send(_calls.upload_dataset(Path(path), name, column))
+
+    async def get(self, dataset_id: str) -> Dataset:
+        return await self._transport.send(_calls.get_dataset(dataset_id))
+
+    async def list(self) -> AsyncIterator[Dataset]:
+        cursor: str | None = None
+        while True:
+            page = await self._transport.send(_calls.list_datasets(cursor))
+            for item in page.data:
+                yield item
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    async def delete(self, dataset_id: str) -> None:
+        await self._transport.send(_calls.delete_dataset(dataset_id))

@@ -1,0 +1,143 @@
+"""Every call of the API as data: what to send and how to read the answer. Sync and async clients send the same ones."""
+
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import httpx
+
+from narrow_client.models import (
+    Artifact,
+    Dataset,
+    Event,
+    Health,
+    Job,
+    Model,
+    PageDataset,
+    PageEvent,
+    PageJob,
+    PageModel,
+    Plan,
+    Report,
+)
+
+T = TypeVar("T")
+
+MODEL_FILES: tuple[str, ...] = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+MODEL_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """One request. `safe`: sending it twice does no more than sending it once, so it may be retried."""
+
+    method: str
+    path: str
+    read: Callable[[httpx.Response], T]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    json: Any = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[tuple[str, Path], ...] = ()
+    form: Mapping[str, str] = field(default_factory=dict)
+    safe: bool = True
+
+
+def create_job(spec: Mapping[str, Any], idempotency_key: str | None = None) -> Call[Job]:
+    # The key makes a retry safe: the service answers with the job that the first try made.
+    headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(16)}
+    return Call("POST", "/jobs", _as(Job), json=dict(spec), headers=headers)
+
+
+def list_jobs(cursor: str | None, status: str | None) -> Call[PageJob]:
+    return Call("GET", "/jobs", _as(PageJob), params=_given(cursor=cursor, status=status, limit=100))
+
+
+def get_job(job_id: str) -> Call[Job]:
+    return Call("GET", f"/jobs/{job_id}", _as(Job))
+
+
+def cancel_job(job_id: str) -> Call[Job]:
+    return Call("POST", f"/jobs/{job_id}/cancel", _as(Job))
+
+
+def delete_job(job_id: str) -> Call[None]:
+    return Call("DELETE", f"/jobs/{job_id}", _nothing, safe=False)
+
+
+def list_events(job_id: str, after: int) -> Call[PageEvent]:
+    return Call("GET", f"/jobs/{job_id}/events", _as(PageEvent), params={"after": after, "limit": 500})
+
+
+def get_report(job_id: str) -> Call[Report]:
+    return Call("GET", f"/jobs/{job_id}/report", _as(Report), headers={"Accept": "application/json"})
+
+
+def list_artifacts(job_id: str) -> Call[list[Artifact]]:
+    return Call("GET", f"/jobs/{job_id}/artifacts", lambda r: [Artifact.model_validate(a) for a in r.json()["data"]])
+
+
+def create_plan(spec: Mapping[str, Any]) -> Call[Plan]:
+    return Call("POST", "/plans", _as(Plan), json=dict(spec))
+
+
+def upload_model(folder: Path, name: str | None) -> Call[Model]:
+    """A folder in the Hugging Face layout; what does not belong to the model stays behind."""
+    paths = [p for p in sorted(folder.iterdir()) if p.is_file() and (p.name in MODEL_FILES or p.name.endswith(".safetensors"))]
+    files = tuple(("files", path) for path in paths)
+    return Call("POST", "/models", _as(Model), files=files, form=_given(name=name or folder.resolve().name), safe=False)
+
+
+def list_models(cursor: str | None) -> Call[PageModel]:
+    return Call("GET", "/models", _as(PageModel), params=_given(cursor=cursor, limit=100))
+
+
+def get_model(model_id: str) -> Call[Model]:
+    return Call("GET", f"/models/{model_id}", _as(Model))
+
+
+def delete_model(model_id: str) -> Call[None]:
+    return Call("DELETE", f"/models/{model_id}", _nothing, safe=False)
+
+
+def upload_dataset(path: Path, name: str | None, column: str) -> Call[Dataset]:
+    return Call("POST", "/datasets", _as(Dataset), files=(("file", path),), form=_given(name=name, column=column), safe=False)
+
+
+def list_datasets(cursor: str | None) -> Call[PageDataset]:
+    return Call("GET", "/datasets", _as(PageDataset), params=_given(cursor=cursor, limit=100))
+
+
+def get_dataset(dataset_id: str) -> Call[Dataset]:
+    return Call("GET", f"/datasets/{dataset_id}", _as(Dataset))
+
+
+def delete_dataset(dataset_id: str) -> Call[None]:
+    return Call("DELETE", f"/datasets/{dataset_id}", _nothing, safe=False)
+
+
+def ready() -> Call[Health]:
+    return Call("GET", "/readyz", _as(Health))
+
+
+def _as(kind: type[T]) -> Callable[[httpx.Response], T]:
+    return lambda response: kind.model_validate_json(response.content)  # type: ignore[attr-defined]
+
+
+def _nothing(response: httpx.Response) -> None:
+    return None
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def read_event(data: str) -> Event:
+    return Event.model_validate_json(data)

@@ -1,0 +1,196 @@
+"""What a person sees in the terminal: a run live, and its report. Text from elsewhere never reaches the terminal raw."""
+
+import time
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from narrow_client.models import Event, Job, Report
+
+WORDS = {
+    "load": "read model and data",
+    "measure_base": "measure the base",
+    "score": "score units",
+    "sparsify": "group lasso",
+    "plan": "plan the cut",
+    "slice": "slice",
+    "reconstruct": "refit",
+    "recover": "recover",
+    "measure": "measure skills",
+    "export": "export and check",
+    "report": "report",
+}
+LINE_SECONDS = 5.0
+
+
+def plain(text: str, keep_lines: bool = False) -> str:
+    """Text without control characters, which could move the cursor or recolour the screen."""
+    return "".join(c if c.isprintable() or (keep_lines and c == "\n") else " " for c in text)
+
+
+class ProgressDisplay:
+    """Shows a job's events: bars in a terminal, lines with the time in a log. Use as a context manager and call it."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.live = self.console.is_terminal
+        self.bars = Progress(
+            TextColumn("{task.description}", justify="left"),
+            BarColumn(bar_width=28, complete_style="blue", finished_style="green"),
+            TextColumn("{task.fields[figures]}", style="dim"),
+            TimeElapsedColumn(),
+            console=self.console,
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.told = 0.0
+
+    def __enter__(self) -> Self:
+        if self.live:
+            self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.bars.stop()
+
+    def __call__(self, event: Event) -> None:
+        data = event.data or {}
+        if event.kind == "notice":
+            self._say(f"note: {event.message}")
+        elif event.kind == "state":
+            if not self.live or data.get("status") in ("cancelling", "queued"):
+                self._say(event.message)
+        elif event.kind in ("started", "progress", "finished"):
+            if self.live:
+                self._bar(event, data)
+            else:
+                self._line(event, data)
+
+    def _bar(self, event: Event, data: dict[str, Any]) -> None:
+        if event.phase not in self.tasks:
+            self.tasks[event.phase] = self.bars.add_task(WORDS.get(event.phase, plain(event.phase)), total=None, figures="")
+        task = self.tasks[event.phase]
+        if event.kind == "progress":
+            self.bars.update(task, completed=data.get("done", 0), total=data.get("total") or None, figures=_figures(event, data))
+        elif event.kind == "finished":
+            self.bars.update(task, total=1, completed=1)
+            self.bars.stop_task(task)
+
+    def _line(self, event: Event, data: dict[str, Any]) -> None:
+        word = WORDS.get(event.phase, plain(event.phase))
+        if event.kind == "finished":
+            again = ", already done" if data.get("reused") else ""
+            self._say(f"{word}: done in {data.get('seconds', 0):.1f} s{again}")
+        elif event.kind == "progress" and time.monotonic() - self.told > LINE_SECONDS:
+            self.told = time.monotonic()
+            self._say(f"{word}: {data.get('done', 0)} of {data.get('total', 0)} {_figures(event, data)}".rstrip())
+
+    def _say(self, text: str) -> None:
+        stamp = "" if self.live else time.strftime("%H:%M:%S ")
+        self.console.print(Text(stamp + plain(text)), soft_wrap=True)
+
+
+def _figures(event: Event, data: dict[str, Any]) -> str:
+    parts = [f"loss {data['loss']:.3f}"] if "loss" in data else []
+    if "sparsity" in data:
+        parts.append(f"{data['sparsity']:.0%} zero")
+    return "  ".join(parts) or plain(event.message)[:40]
+
+
+def report_view(report: Report, paths: dict[str, Path] | None = None) -> RenderableType:
+    """The report as tables; `paths` are told at the end."""
+    target = report.skills[report.target]
+    kept = target.retention
+    head = Text.assemble(
+        (f"{report.after.parameters / report.before.parameters:.0%}", "bold"),
+        f" of the size ({report.before.parameters:,} → {report.after.parameters:,} parameters), ",
+        (f"{kept.value:.1%}", "bold"),
+        f" of {plain(report.target)} kept (95 % interval {kept.low:.1%} to {kept.high:.1%})",
+    )
+    parts: list[RenderableType] = [head, Text(), _skills(report), Text(), _sizes(report)]
+    notes = [f"{plain(name)}: {plain(skill.note)}" for name, skill in report.skills.items() if skill.note]
+    if notes:
+        parts += [Text(), *(Text(note, style="yellow") for note in notes)]
+    if report.samples:
+        parts += [Text(), _sample(report)]
+    if paths:
+        table = Table.grid(padding=(0, 2))
+        for name, path in paths.items():
+            table.add_row(Text(name, style="dim"), Text(str(path)))
+        parts += [Text(), table]
+    return Group(*parts)
+
+
+def _skills(report: Report) -> Table:
+    table = Table(
+        title="Skills: nats a token on held-out documents",
+        title_justify="left",
+        title_style="dim",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    table.add_column("skill")
+    table.add_column("role")
+    for column in ("base", "after the cut", "recovered", "retention", "95 % interval"):
+        table.add_column(column, justify="right")
+    for name, skill in report.skills.items():
+        kept = skill.retention
+        colour = "green" if kept.low >= 0.95 else "yellow" if kept.value >= 0.75 else "red"
+        table.add_row(
+            Text(plain(name)),
+            skill.role,
+            f"{skill.base.loss:.3f}",
+            f"{skill.cut.loss:.3f}",
+            f"{skill.recovered.loss:.3f}",
+            Text(f"{kept.value:.3f}", style=colour),
+            f"{kept.low:.3f} – {kept.high:.3f}",
+        )
+    return table
+
+
+def _sizes(report: Report) -> Table:
+    table = Table(title="Size and speed", title_justify="left", title_style="dim", box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for column in ("base", "narrow", "ratio"):
+        table.add_column(column, justify="right")
+    before, after = report.before, report.after
+    rows = [("parameters", before.parameters, after.parameters), ("bytes of weights", before.bytes, after.bytes)]
+    rows.append(("FLOPs a token", before.flops_per_token, after.flops_per_token))
+    for name, old, new in rows:
+        table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.2f}")
+    for speed in report.speed:
+        for name, slow, fast in (
+            ("prefill", speed.prefill_base, speed.prefill_narrow),
+            ("decode", speed.decode_base, speed.decode_narrow),
+        ):
+            table.add_row(f"{name}, tokens/s ({speed.runtime})", f"{slow:,.0f}", f"{fast:,.0f}", f"{fast / slow:.2f}")
+    return table
+
+
+def _sample(report: Report) -> Panel:
+    sample = report.samples[0]
+    table = Table.grid(padding=(0, 3), expand=True)
+    table.add_column(ratio=1)
+    table.add_column(ratio=1)
+    table.add_row(Text("base", style="dim"), Text("narrow", style="dim"))
+    table.add_row(Text(plain(sample.base, keep_lines=True)), Text(plain(sample.narrow, keep_lines=True)))
+    return Panel(
+        Group(Text(plain(sample.prompt, keep_lines=True), style="bold"), Text(), table),
+        title="a held-out beginning, continued by both",
+        title_align="left",
+        border_style="dim",
+    )
+
+
+def jobs_table(jobs: list[Job]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("job", "status", "phase", "created"):
+        table.add_column(column)
+    for job in jobs:
+        table.add_row(job.id, job.status, job.phase, job.created_at.astimezone().strftime("%Y-%m-%d %H:%M"))
+    return table

@@ -1,0 +1,148 @@
+"""`Narrow`: the service's resources as methods."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from narrow_client import _calls
+from narrow_client._errors import JobTimeout
+from narrow_client._files import is_terminal, targets
+from narrow_client._transport import Transport
+from narrow_client.models import Artifact, Dataset, Event, Health, Job, Model, Plan, Report
+
+
+class Narrow:
+    """A client of one service. `url` and `api_key` default to NARROW_URL and NARROW_API_KEY.
+
+    Transient failures are retried; what the service refuses raises an `ApiError`.
+    """
+
+    def __init__(self, url: str | None = None, api_key: str | None = None) -> None:
+        self._transport = Transport(url, api_key)
+        self.jobs = Jobs(self._transport)
+        self.models = Models(self._transport)
+        self.datasets = Datasets(self._transport)
+
+    @property
+    def url(self) -> str:
+        return str(self._transport.http.base_url)
+
+    def plan(self, spec: Mapping[str, Any]) -> Plan:
+        """A dry run of a job spec: sizes, memory and time, with nothing queued."""
+        return self._transport.send(_calls.create_plan(spec))
+
+    def ready(self) -> Health:
+        """Whether the service can take work; raises ServerError (503) if it cannot."""
+        return self._transport.send(_calls.ready())
+
+    def close(self) -> None:
+        self._transport.http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Jobs:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def create(self, spec: Mapping[str, Any], idempotency_key: str | None = None) -> Job:
+        """Queues a job. A key is made if none is given, so that retries never make two."""
+        return self._transport.send(_calls.create_job(spec, idempotency_key))
+
+    def get(self, job_id: str) -> Job:
+        return self._transport.send(_calls.get_job(job_id))
+
+    def list(self, status: str | None = None) -> Iterator[Job]:
+        """All jobs, newest first; pages are fetched as they are needed."""
+        cursor: str | None = None
+        while True:
+            page = self._transport.send(_calls.list_jobs(cursor, status))
+            yield from page.data
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    def cancel(self, job_id: str) -> Job:
+        return self._transport.send(_calls.cancel_job(job_id))
+
+    def delete(self, job_id: str) -> None:
+        self._transport.send(_calls.delete_job(job_id))
+
+    def events(self, job_id: str, after: int = 0) -> Iterator[Event]:
+        """The job's events, live, until it is finished; a broken stream goes on where it broke."""
+        return self._transport.events(job_id, after)
+
+    def wait(self, job_id: str, timeout: float | None = None) -> Job:
+        """The job once it is finished, however it ended. Raises JobTimeout after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not is_terminal(job := self.get(job_id)):
+            if deadline is not None and time.monotonic() > deadline:
+                raise JobTimeout(f"The job {job_id} is still {job.status} after {timeout:g} s; it goes on.")
+            time.sleep(0.5)
+        return job
+
+    def report(self, job_id: str) -> Report:
+        return self._transport.send(_calls.get_report(job_id))
+
+    def artifacts(self, job_id: str) -> Sequence[Artifact]:
+        return self._transport.send(_calls.list_artifacts(job_id))
+
+    def download(self, job_id: str, out: Path | str, prefix: str = "") -> Sequence[Path]:
+        """Downloads the job's files, or those whose path begins with `prefix`, into `out`; resumed and verified."""
+        chosen = targets(self.artifacts(job_id), Path(out), prefix)
+        for artifact, target in chosen:
+            self._transport.download(job_id, artifact, target)
+        return [target for _, target in chosen]
+
+
+class Models:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def upload(self, folder: Path | str, name: str | None = None) -> Model:
+        """Uploads a model folder in the Hugging Face layout."""
+        return self._transport.send(_calls.upload_model(Path(folder), name))
+
+    def get(self, model_id: str) -> Model:
+        return self._transport.send(_calls.get_model(model_id))
+
+    def list(self) -> Iterator[Model]:
+        cursor: str | None = None
+        while True:
+            page = self._transport.send(_calls.list_models(cursor))
+            yield from page.data
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    def delete(self, model_id: str) -> None:
+        self._transport.send(_calls.delete_model(model_id))
+
+
+class Datasets:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def upload(self, path: Path | str, name: str | None = None, column: str = "text") -> Dataset:
+        """Uploads JSON Lines or plain text, also gzipped. `column` names the text in JSON Lines."""
+        return self._transport.send(_calls.upload_dataset(Path(path), name, column))
+
+    def get(self, dataset_id: str) -> Dataset:
+        return self._transport.send(_calls.get_dataset(dataset_id))
+
+    def list(self) -> Iterator[Dataset]:
+        cursor: str | None = None
+        while True:
+            page = self._transport.send(_calls.list_datasets(cursor))
+            yield from page.data
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    def delete(self, dataset_id: str) -> None:
+        self._transport.send(_calls.delete_dataset(dataset_id))

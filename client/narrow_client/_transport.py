@@ -1,0 +1,281 @@
+"""Sending calls: retries, event streams and downloads, once for httpx's sync client and once for its async one.
+
+What decides is in plain functions that both share (what is worth another try, how long to wait, how a stream or a part
+of a file is read); the twins below differ in `await` alone.
+"""
+
+import asyncio
+import hashlib
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+from narrow_client import _calls
+from narrow_client._calls import Call
+from narrow_client._errors import ApiError, ConnectionFailed, DigestMismatch, from_response
+from narrow_client.models import Artifact, Event
+
+T = TypeVar("T")
+
+RETRIES = 4
+RETRIED = (408, 429, 500, 502, 503, 504)
+TIMEOUT = httpx.Timeout(60, connect=5, read=300, write=300)
+STREAM_SILENCE = 45.0
+"""The service pings every 15 s: a stream that is silent for longer is dead."""
+
+
+def configure(url: str | None, api_key: str | None) -> dict[str, Any]:
+    """Arguments of an httpx client, from arguments and environment (NARROW_URL, NARROW_API_KEY)."""
+    url = url or os.environ.get("NARROW_URL") or "http://127.0.0.1:8000"
+    key = api_key or os.environ.get("NARROW_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return {"base_url": url.rstrip("/"), "headers": headers, "timeout": TIMEOUT}
+
+
+def arguments(call: Call[Any], stack: ExitStack) -> dict[str, Any]:
+    """Arguments of httpx's `request`; files are opened on `stack`, and streamed."""
+    files = [(field, (path.name, stack.enter_context(path.open("rb")))) for field, path in call.files]
+    body = {"files": files, "data": dict(call.form)} if files else {"json": call.json} if call.json is not None else {}
+    return {"method": call.method, "url": call.path, "params": dict(call.params), "headers": dict(call.headers), **body}
+
+
+def pause(attempt: int, response: httpx.Response | None) -> float:
+    """Seconds before try `attempt` + 1: what Retry-After says, or 0.25 s doubling, with jitter."""
+    asked = response.headers.get("retry-after", "") if response is not None else ""
+    if asked.isdigit():
+        return min(60.0, float(asked))
+    return min(8.0, 0.25 * 2.0**attempt) * random.uniform(0.75, 1.25)  # noqa: S311
+
+
+def unreachable(error: httpx.TransportError, url: object) -> ConnectionFailed:
+    reason = str(error) or type(error).__name__
+    return ConnectionFailed(f"The service at {url} was not reached ({reason}): is it running, and is NARROW_URL right?")
+
+
+class EventReader:
+    """Reads the lines of an event stream. `end` is set once the service says that nothing more will come."""
+
+    def __init__(self, known: int) -> None:
+        self.known, self.end = known, False
+        self.name, self.data = "", [""][:0]
+
+    def feed(self, line: str) -> Event | None:
+        """Takes a line; returns an event that it completes and that is new."""
+        if line:
+            field, _, value = line.partition(":")
+            value = value.removeprefix(" ")
+            if field == "event":
+                self.name = value
+            elif field == "data":
+                self.data.append(value)
+            return None
+        name, data = self.name, "\n".join(self.data)
+        self.name, self.data = "", []
+        if name == "end":
+            self.end = True
+        if not data or name == "end":
+            return None
+        event = _calls.read_event(data)
+        if event.seq <= self.known:
+            return None
+        self.known = event.seq
+        return event
+
+
+class Part:
+    """A download that is not finished: the file beside its final name, and what a request for the rest must say."""
+
+    def __init__(self, artifact: Artifact, target: Path) -> None:
+        self.artifact, self.target = artifact, target
+        self.path = target.with_name(target.name + ".part")
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+    def there(self) -> bool:
+        """Whether the file is there already, with the right content."""
+        return self.target.is_file() and _sha256(self.target) == self.artifact.sha256
+
+    def headers(self) -> dict[str, str]:
+        have = self.path.stat().st_size if self.path.exists() else 0
+        if have >= self.artifact.bytes:
+            # Longer than it can be, or complete: begin anew, or let `finish` look at it.
+            return {}
+        return {"Range": f"bytes={have}-", "If-Range": f'"{self.artifact.sha256}"'} if have else {}
+
+    def complete(self) -> bool:
+        return self.path.exists() and self.path.stat().st_size == self.artifact.bytes
+
+    def mode(self, response: httpx.Response) -> str:
+        return "ab" if response.status_code == 206 else "wb"
+
+    def finish(self) -> bool:
+        """Gives the file its name if it is right; removes it if it is not."""
+        if _sha256(self.path) != self.artifact.sha256:
+            self.path.unlink()
+            return False
+        self.path.replace(self.target)
+        return True
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Transport:
+    """Sends calls with httpx.Client."""
+
+    def __init__(self, url: str | None, api_key: str | None) -> None:
+        self.http = httpx.Client(**configure(url, api_key))
+
+    def send(self, call: Call[T]) -> T:
+        for attempt in range(RETRIES + 1):
+            last = attempt == RETRIES or not call.safe
+            try:
+                with ExitStack() as stack:
+                    response = self.http.request(**arguments(call, stack))
+            except httpx.TransportError as error:
+                # A connection that was never made has sent nothing: that is safe to repeat whatever the call.
+                if attempt == RETRIES or (last and not isinstance(error, httpx.ConnectError)):
+                    raise unreachable(error, self.http.base_url) from error
+                time.sleep(pause(attempt, None))
+                continue
+            if response.status_code < 400:
+                return call.read(response)
+            if last or response.status_code not in RETRIED:
+                raise from_response(response)
+            time.sleep(pause(attempt, response))
+        raise AssertionError("the last try returns or raises")
+
+    def events(self, job_id: str, after: int) -> Iterator[Event]:
+        reader, failures = EventReader(after), 0
+        while not reader.end:
+            headers = {"Accept": "text/event-stream", "Last-Event-ID": str(reader.known)}
+            try:
+                with self.http.stream("GET", f"/jobs/{job_id}/events", headers=headers, timeout=STREAM_SILENCE) as response:
+                    if response.status_code >= 400:
+                        response.read()
+                        if response.status_code not in RETRIED:
+                            raise from_response(response)
+                    for line in response.iter_lines():
+                        event = reader.feed(line)
+                        if event is not None:
+                            failures = 0
+                            yield event
+                        if reader.end:
+                            return
+            except httpx.TransportError as error:
+                if failures >= RETRIES:
+                    raise unreachable(error, self.http.base_url) from error
+            failures += 1
+            time.sleep(pause(failures, None))
+
+    def download(self, job_id: str, artifact: Artifact, target: Path) -> None:
+        part = Part(artifact, target)
+        if part.there():
+            return
+        wrong, failures = 0, 0
+        while True:
+            try:
+                if not part.complete():
+                    with self.http.stream("GET", f"/jobs/{job_id}/artifacts/{artifact.path}", headers=part.headers()) as response:
+                        if response.status_code >= 400:
+                            response.read()
+                            raise from_response(response)
+                        with part.path.open(part.mode(response)) as file:
+                            for chunk in response.iter_bytes():
+                                file.write(chunk)
+                if part.finish():
+                    return
+                wrong += 1
+                if wrong > 1:
+                    raise DigestMismatch(f"{artifact.path} does not have the digest that the service announced, twice.")
+            except (httpx.TransportError, ApiError) as error:
+                if isinstance(error, ApiError) and error.status not in RETRIED:
+                    raise
+                failures += 1
+                if failures > RETRIES:
+                    raise error if isinstance(error, ApiError) else unreachable(error, self.http.base_url) from error
+                time.sleep(pause(failures, None))
+
+
+class AsyncTransport:
+    """Sends calls with httpx.AsyncClient. The twin of `Transport`."""
+
+    def __init__(self, url: str | None, api_key: str | None) -> None:
+        self.http = httpx.AsyncClient(**configure(url, api_key))
+
+    async def send(self, call: Call[T]) -> T:
+        for attempt in range(RETRIES + 1):
+            last = attempt == RETRIES or not call.safe
+            try:
+                with ExitStack() as stack:
+                    response = await self.http.request(**arguments(call, stack))
+            except httpx.TransportError as error:
+                if attempt == RETRIES or (last and not isinstance(error, httpx.ConnectError)):
+                    raise unreachable(error, self.http.base_url) from error
+                await asyncio.sleep(pause(attempt, None))
+                continue
+            if response.status_code < 400:
+                return call.read(response)
+            if last or response.status_code not in RETRIED:
+                raise from_response(response)
+            await asyncio.sleep(pause(attempt, response))
+        raise AssertionError("the last try returns or raises")
+
+    async def events(self, job_id: str, after: int) -> AsyncIterator[Event]:
+        reader, failures = EventReader(after), 0
+        while not reader.end:
+            headers = {"Accept": "text/event-stream", "Last-Event-ID": str(reader.known)}
+            try:
+                async with self.http.stream("GET", f"/jobs/{job_id}/events", headers=headers, timeout=STREAM_SILENCE) as response:
+                    if response.status_code >= 400:
+                        await response.aread()
+                        if response.status_code not in RETRIED:
+                            raise from_response(response)
+                    async for line in response.aiter_lines():
+                        event = reader.feed(line)
+                        if event is not None:
+                            failures = 0
+                            yield event
+                        if reader.end:
+                            return
+            except httpx.TransportError as error:
+                if failures >= RETRIES:
+                    raise unreachable(error, self.http.base_url) from error
+            failures += 1
+            await asyncio.sleep(pause(failures, None))
+
+    async def download(self, job_id: str, artifact: Artifact, target: Path) -> None:
+        part = Part(artifact, target)
+        if part.there():
+            return
+        wrong, failures = 0, 0
+        while True:
+            try:
+                if not part.complete():
+                    path = f"/jobs/{job_id}/artifacts/{artifact.path}"
+                    async with self.http.stream("GET", path, headers=part.headers()) as response:
+                        if response.status_code >= 400:
+                            await response.aread()
+                            raise from_response(response)
+                        with part.path.open(part.mode(response)) as file:
+                            async for chunk in response.aiter_bytes():
+                                file.write(chunk)
+                if part.finish():
+                    return
+                wrong += 1
+                if wrong > 1:
+                    raise DigestMismatch(f"{artifact.path} does not have the digest that the service announced, twice.")
+            except (httpx.TransportError, ApiError) as error:
+                if isinstance(error, ApiError) and error.status not in RETRIED:
+                    raise
+                failures += 1
+                if failures > RETRIES:
+                    raise error if isinstance(error, ApiError) else unreachable(error, self.http.base_url) from error
+                await asyncio.sleep(pause(failures, None))

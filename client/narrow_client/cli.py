@@ -1,0 +1,276 @@
+"""`narrow`: the command line. On a machine with the engine or the service installed, their commands join this one.
+
+Exit status: 0 done, 1 the job failed or the service said no, 2 wrong usage, 130 interrupted.
+"""
+
+import json
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+
+from narrow_client._compress import compress as run_compress
+from narrow_client._compress import dataset_id, model_id
+from narrow_client._errors import InvalidRequest, NarrowClientError
+from narrow_client._render import ProgressDisplay, jobs_table, plain, report_view
+from narrow_client._sync import Narrow
+from narrow_client.models import Event
+
+ROLES = ("keep", "forget", "watch")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+
+
+class Group(click.Group):
+    """Commands of this package, and those that other packages add; loaded only when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *(e.name for e in entry_points(group="narrow.commands"))})
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        own = super().get_command(ctx, name)
+        if own is not None:
+            return own
+        for entry in entry_points(group="narrow.commands"):
+            if entry.name == name:
+                command: click.Command = entry.load()
+                return command
+        return None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # The help of the others is told here: loading them would cost a second.
+        known = {"serve": "Start the service: the API and its workers.", "run": "Run a compression from a spec file."}
+        rows = []
+        for name in self.list_commands(ctx):
+            own = super().get_command(ctx, name)
+            rows.append((name, own.get_short_help_str() if own else known.get(name, "")))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            sys.exit(130)
+        except NarrowClientError as error:
+            click.echo(f"narrow: {plain(str(error))}", err=True)
+            if isinstance(error, InvalidRequest):
+                for item in error.errors[1:6]:
+                    click.echo(f"  {plain(item.pointer)}: {plain(item.detail)}", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version("narrow-client"), prog_name="narrow")
+def main() -> None:
+    """Turn a general language model into a small one for one domain, and see which skills it kept.
+
+    Start a service with `narrow serve`, or point NARROW_URL at one; then `narrow compress`.
+    """
+
+
+def parse_skill(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+    found = {}
+    for value in values:
+        name, equals, rest = value.partition("=")
+        path, colon, role = rest.rpartition(":")
+        if not colon or role not in ROLES:
+            path, role = rest, "watch"
+        if not equals or not name or not path:
+            raise click.BadParameter(f"{value!r} does not look like NAME=FILE:ROLE with a role of {', '.join(ROLES)}.")
+        found[name] = (path, role)
+    return found
+
+
+def parse_budget(_: click.Context, __: click.Parameter, value: str) -> float:
+    try:
+        number = float(value.replace("_", "").replace(",", ""))
+    except ValueError:
+        number = -1.0
+    if number <= 0:
+        raise click.BadParameter(f"{value!r} is neither a share like 0.5 nor a number of parameters like 4000000.")
+    return number
+
+
+@main.command()
+@click.option("--base", required=True, help="A model folder, or an id (mdl_...).")
+@click.option("--target", required=True, help="A file of the domain's text (.jsonl, .txt, also .gz), or an id (ds_...).")
+@click.option(
+    "--budget", default="0.5", callback=parse_budget, show_default=True, help="Share of parameters to keep, or their number."
+)
+@click.option(
+    "--skill",
+    "skills",
+    multiple=True,
+    callback=parse_skill,
+    metavar="NAME=FILE:ROLE",
+    help="Also measure this; role keep, forget or watch.",
+)
+@click.option("--method", type=click.Choice(["prune"]), default="prune", show_default=True)
+@click.option("--unit", "units", multiple=True, help="Kind of unit to cut: neuron, head, kv_group, layer. Repeat for several.")
+@click.option("--importance", help="Score: reconstruction, fisher, attribution, activation, magnitude, random.")
+@click.option("--recover-tokens", type=click.IntRange(0), help="Tokens to train on after the cut.")
+@click.option("--column", default="text", show_default=True, help="Field of the text in JSON Lines.")
+@click.option("--export", "exports", multiple=True, type=click.Choice(["safetensors", "onnx"]), help="Formats; both by default.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--out", default="narrow-out", show_default=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Only say what would come out.")
+@JSON
+def compress(
+    base: str,
+    target: str,
+    budget: float,
+    skills: dict[str, tuple[str, str]],
+    method: str,
+    units: tuple[str, ...],
+    importance: str | None,
+    recover_tokens: int | None,
+    column: str,
+    exports: tuple[str, ...],
+    seed: int,
+    out: Path,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Compress a model to one domain: upload, run, download."""
+    chosen: dict[str, Any] = {"kind": method}
+    if units:
+        chosen["units"] = list(units)
+    if importance:
+        chosen["importance"] = importance
+    if recover_tokens is not None:
+        chosen["recover"] = {"tokens": recover_tokens}
+    with Narrow() as client:
+        if dry_run:
+            spec = {
+                "base": {"model": model_id(client, base)},
+                "target": {"dataset": dataset_id(client, target, column)},
+                "budget": {"parameters": budget},
+                "method": chosen,
+            }
+            click.echo(client.plan(spec).model_dump_json(indent=2))
+            return
+        result = run_compress(
+            base,
+            target,
+            budget,
+            out,
+            skills=skills,
+            method=chosen,
+            export=exports or ("safetensors", "onnx"),
+            column=column,
+            seed=seed,
+            client=client,
+            progress=not as_json,
+        )
+    if as_json:
+        click.echo(result.report.model_dump_json(indent=2))
+        return
+    paths = {"model": result.model_path, "onnx": result.onnx_path, "report": result.report_path}
+    Console().print(report_view(result.report, {name: path for name, path in paths.items() if path}))
+
+
+@main.command()
+@click.option("--status", help="Only jobs in this state.")
+@click.option("--limit", default=20, show_default=True)
+@JSON
+def jobs(status: str | None, limit: int, as_json: bool) -> None:
+    """List jobs, newest first."""
+    with Narrow() as client:
+        found = [job for job, _ in zip(client.jobs.list(status), range(limit), strict=False)]
+    if as_json:
+        click.echo(json.dumps([job.model_dump(mode="json") for job in found], indent=2))
+    else:
+        Console().print(jobs_table(found) if found else "no jobs")
+
+
+@main.command()
+@click.argument("job")
+def show(job: str) -> None:
+    """Print a job, as JSON."""
+    with Narrow() as client:
+        click.echo(client.jobs.get(job).model_dump_json(indent=2))
+
+
+@main.command()
+@click.argument("job")
+@JSON
+def watch(job: str, as_json: bool) -> None:
+    """Follow a job until it is finished; exit status 1 unless it succeeds."""
+    with Narrow() as client:
+        client.jobs.get(job)
+        if as_json:
+            _each(client, job, lambda event: click.echo(event.model_dump_json()))
+        else:
+            with ProgressDisplay() as display:
+                _each(client, job, display)
+        found = client.jobs.wait(job)
+    if found.status != "succeeded":
+        _fail(found.error.message if found.error else f"the job is {found.status}")
+
+
+@main.command()
+@click.argument("job")
+def cancel(job: str) -> None:
+    """Cancel a job."""
+    with Narrow() as client:
+        click.echo(client.jobs.cancel(job).status)
+
+
+@main.command()
+@click.argument("job")
+@JSON
+def report(job: str, as_json: bool) -> None:
+    """Show the report of a finished job."""
+    with Narrow() as client:
+        found = client.jobs.report(job)
+    if as_json:
+        click.echo(found.model_dump_json(indent=2))
+    else:
+        Console().print(report_view(found))
+
+
+@main.command()
+@click.argument("job")
+@click.option("--out", default="narrow-out", show_default=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--only", default="", metavar="PREFIX", help="Only files whose path begins so: model/, onnx/, report.html.")
+def download(job: str, out: Path, only: str) -> None:
+    """Download what a job made; a broken download goes on where it broke."""
+    with Narrow() as client:
+        for path in client.jobs.download(job, out, only):
+            click.echo(path)
+
+
+@main.command()
+@JSON
+def doctor(as_json: bool) -> None:
+    """Say whether the service can be reached and take work."""
+    with Narrow() as client:
+        facts = {"client": version("narrow-client"), "python": platform.python_version(), "service": client.url}
+        try:
+            health = client.ready()
+            facts |= {"status": health.status, **{f"check {name}": value for name, value in (health.checks or {}).items()}}
+        except NarrowClientError as error:
+            facts |= {"status": "unavailable", "why": str(error)}
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+    else:
+        for name, value in facts.items():
+            click.echo(f"{name:16s} {plain(value)}")
+    if facts["status"] != "ok":
+        sys.exit(1)
+
+
+def _each(client: Narrow, job: str, show: Callable[[Event], None]) -> None:
+    for event in client.jobs.events(job):
+        show(event)
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"narrow: {plain(message)}", err=True)
+    sys.exit(1)
