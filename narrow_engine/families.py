@@ -53,6 +53,8 @@ class Family:
     """Config key of the number of key/value heads; empty where each query head has its own."""
     head_dim_key: str = "head_dim"
     """Config key of a head's size; empty where it is always hidden ÷ heads, so that no head can be cut alone."""
+    heads_divide_hidden: bool = False
+    """Whether stock transformers refuses a number of heads that does not divide the hidden size."""
     writes_normed: bool = False
     """Whether what attention and MLP write is normalised before it is added to the stream."""
     per_layer_keys: tuple[str, ...] = ("layer_types",)
@@ -103,6 +105,7 @@ _ALL = (
         "llama",
         (*_attention("attention_bias", "attention_bias"), *_gated_mlp("mlp_bias"), *_LLAMA_NORMS),
         _LLAMA_OUTER,
+        heads_divide_hidden=True,
     ),
     Family("mistral", (*_attention(None, None), *_gated_mlp(), *_LLAMA_NORMS), _LLAMA_OUTER),
     Family("qwen2", (*_attention("", None), *_gated_mlp(), *_LLAMA_NORMS), _LLAMA_OUTER),
@@ -127,6 +130,7 @@ _ALL = (
             *_norms("pre_feedforward_layernorm", "post_feedforward_layernorm"),
         ),
         _LLAMA_OUTER,
+        heads_divide_hidden=True,
         writes_normed=True,
         defaults=(("head_dim", 256), ("tie_word_embeddings", True)),
     ),

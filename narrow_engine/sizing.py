@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any
 
 from narrow_engine.errors import NarrowError
-from narrow_engine.families import Dimensions, dimensions, family_of, tensor_shapes
+from narrow_engine.families import Dimensions, Family, dimensions, family_of, tensor_shapes
 from narrow_engine.report.model import Size
 from narrow_engine.spec import Options, Unit
 
@@ -97,17 +97,17 @@ def solve(config: dict[str, Any], options: Options) -> tuple[dict[Unit, int], li
                 f"a head to hidden ÷ heads: it takes {', '.join(family.units)}.",
             )
     if options.budget.keep is not None:
-        return _round_fractions(dims, {unit: options.budget.keep[unit] for unit in units})
+        return _round_fractions(family, dims, {unit: options.budget.keep[unit] for unit in units})
 
     total = parameters(config, dims)
     asked = options.budget.parameters
     assert asked is not None
     limit = int(asked * total) if asked <= 1 else int(asked)
-    candidates = [keep for keep in _candidates(dims, units) if parameters(config, shrink(dims, keep)) <= limit]
+    candidates = [keep for keep in _candidates(family, dims, units) if parameters(config, shrink(dims, keep)) <= limit]
     if "neuron" in units:
         candidates = [_fill(config, dims, keep, limit) for keep in candidates]
     if not candidates:
-        smallest = min(parameters(config, shrink(dims, keep)) for keep in _candidates(dims, units))
+        smallest = min(parameters(config, shrink(dims, keep)) for keep in _candidates(family, dims, units))
         raise NarrowError(
             "budget_too_small",
             f"Cutting {' and '.join(f'{u}s' for u in units)} can bring this model from {total:,} to {smallest:,} parameters, "
@@ -141,19 +141,16 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
     return Sizes(before, after, keep, memory, flops, FIXED_SECONDS + flops * SECONDS_PER_FLOP, notices)
 
 
-def _candidates(dims: Dimensions, units: list[Unit]) -> Iterator[dict[Unit, int]]:
+def _candidates(family: Family, dims: Dimensions, units: list[Unit]) -> Iterator[dict[Unit, int]]:
     """Every combination of the coarse kinds, with the fewest neurons; neurons are filled in afterwards."""
     per_group = dims.heads // dims.kv_heads
     layers = range(1, dims.layers + 1) if "layer" in units else [dims.layers]
     groups = range(1, dims.kv_heads + 1) if "kv_group" in units else [dims.kv_heads]
     heads = range(1, per_group + 1) if "head" in units else [per_group]
     for layer, group, head in product(layers, groups, heads):
-        keep: dict[Unit, int] = {
-            "layer": layer,
-            "kv_group": group,
-            "head": group * head,
-            "neuron": min(MULTIPLE, dims.width),
-        }
+        if family.heads_divide_hidden and dims.hidden % (group * head):
+            continue
+        keep: dict[Unit, int] = {"layer": layer, "kv_group": group, "head": group * head, "neuron": min(MULTIPLE, dims.width)}
         yield {unit: keep[unit] for unit in units}
 
 
@@ -173,12 +170,19 @@ def _unevenness(dims: Dimensions, keep: dict[Unit, int]) -> float:
     return max(logs) - min(logs)
 
 
-def _round_fractions(dims: Dimensions, fractions: dict[Unit, float]) -> tuple[dict[Unit, int], list[str]]:
+def _round_fractions(
+    family: Family, dims: Dimensions, fractions: dict[Unit, float]
+) -> tuple[dict[Unit, int], list[str]]:
+    """The whole numbers of units nearest to the fractions, among those that stock transformers takes."""
     counts = unit_counts(dims)
-    keep: dict[Unit, int] = {unit: max(1, round(fraction * counts[unit])) for unit, fraction in fractions.items()}
-    if "head" in keep:
-        groups, per_group = keep.get("kv_group", dims.kv_heads), dims.heads // dims.kv_heads
-        keep["head"] = groups * max(1, round(fractions["head"] * per_group))
+
+    def distance(keep: dict[Unit, int]) -> float:
+        return sum(abs(keep[unit] / counts[unit] - fraction) for unit, fraction in fractions.items())
+
+    units = list(fractions)
+    keep = min(_candidates(family, dims, units), key=distance)
+    if "neuron" in fractions:
+        keep["neuron"] = max(1, round(fractions["neuron"] * dims.width))
     notices = [
         f"{fraction:.3g} of {counts[unit]} {unit}s is {fraction * counts[unit]:.1f}; {keep[unit]} are kept."
         for unit, fraction in fractions.items()

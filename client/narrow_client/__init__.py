@@ -20,6 +20,7 @@ from narrow_client._errors import (
     NotFound,
     ServerError,
 )
+from narrow_client._render import report_view
 from narrow_client._sync import Narrow
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "Result",
     "ServerError",
     "compress",
+    "report_view",
 ]

@@ -274,3 +274,7 @@ def _each(client: Narrow, job: str, show: Callable[[Event], None]) -> None:
 def _fail(message: str) -> NoReturn:
     click.echo(f"narrow: {plain(message)}", err=True)
     sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+# Everything for people and for CI. Each target sets up what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test test-all check bench openapi lock clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml client/pyproject.toml requirements.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e client -e .
+	touch .venv/ready
+
+demo: setup            ## the whole line on the embedded model and data
+	$(BIN)/python demo/demo.py
+
+check: setup           ## lint, format, strict types, contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m service.openapi | diff - openapi.yaml
+
+test: check            ## the fast tests
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+test-all: check        ## all tests
+	$(BIN)/python -m pytest
+
+bench: setup           ## the figures of the README; hours on two cores
+	$(BIN)/python bench/quality.py
+
+openapi: setup         ## export the contract and regenerate the client's models
+	$(BIN)/python -m service.openapi > openapi.yaml
+	$(BIN)/python client/generate.py
+
+lock: setup            ## write down the versions that are installed
+	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^torch==' > requirements.lock
+
+clean:
+	rm -rf .venv demo/out bench/out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

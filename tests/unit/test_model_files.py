@@ -1,0 +1,140 @@
+"""A model folder is taken only if it is what it says, and nothing in it is ever run."""
+
+import json
+import pickle
+import shutil
+import struct
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from conftest import FAMILIES, tiny_model
+from narrow_engine.errors import NarrowError
+from narrow_engine.model_files import accepted_name, inspect_model, read_header
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_folder):
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def write_header(path, header, data=b""):
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+
+
+def refused(folder, code, words="."):
+    with pytest.raises(NarrowError, match=words) as raised:
+        inspect_model(folder)
+    assert raised.value.code == code
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_recognised_as_transformers_saves_it(family, tmp_path, tokenizer_file):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    shutil.copy(tokenizer_file, tmp_path / "tokenizer.json")
+    info = inspect_model(tmp_path)
+    assert info.family == family
+    assert info.parameters == sum(p.numel() for p in model.parameters())
+    assert info.dtype == "F32"
+
+
+def test_a_sharded_model_is_taken_and_a_missing_shard_named(folder, tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="50kB")
+    shutil.copy(folder / "tokenizer.json", tmp_path / "sharded")
+    assert inspect_model(tmp_path / "sharded").parameters == sum(p.numel() for p in model.parameters())
+    shard = sorted((tmp_path / "sharded").glob("*.safetensors"))[1]
+    shard.unlink()
+    refused(tmp_path / "sharded", "missing_file", shard.name)
+
+
+def test_pickles_are_refused_in_any_disguise(folder):
+    payload = pickle.dumps({"weight": [1.0]})
+    (folder / "model.safetensors").write_bytes(payload)
+    refused(folder, "bad_safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(payload)
+    refused(folder, "unsafe_weights", "pytorch_model.bin")
+
+
+def test_code_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+    refused(folder, "remote_code")
+
+
+def test_a_truncated_file_is_named(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(folder, "bad_safetensors", "cut short")
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        (b"not json", b""),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, b"\0" * 4),
+        ({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 8]}}, b"\0" * 8),
+        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"\0" * 4),
+        ({"a": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}}, b"\0" * 8),
+        ({"a": {"dtype": "F32", "shape": [1]}}, b"\0" * 4),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, b"\0" * 8),
+        (
+            {
+                "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+                "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+            },
+            b"\0" * 12,
+        ),
+        (b'{"a": 1, "a": 2}', b""),
+        (b"[" * 100_000, b""),
+    ],
+)
+def test_lying_headers_are_refused(tmp_path, header, data):
+    write_header(tmp_path / "x.safetensors", header, data)
+    with pytest.raises(NarrowError) as raised:
+        read_header(tmp_path / "x.safetensors")
+    assert raised.value.code == "bad_safetensors"
+
+
+@settings(max_examples=100, deadline=None)
+@given(body=st.binary(max_size=200))
+def test_any_bytes_give_a_sentence(tmp_path_factory, body):
+    path = tmp_path_factory.mktemp("f") / "x.safetensors"
+    path.write_bytes(body)
+    with pytest.raises(NarrowError):
+        assert read_header(path) == {}, "an empty file of eight zero bytes and '{}' is the only valid one this small"
+        raise NarrowError("bad_safetensors", "valid and empty")
+
+
+def test_a_header_length_of_terabytes_costs_nothing(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    with pytest.raises(NarrowError, match="does not fit"):
+        read_header(tmp_path / "x.safetensors")
+
+
+def test_tensors_that_do_not_match_the_config_are_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    refused(folder, "wrong_tensors", r"model\.norm\.weight")
+
+
+def test_a_config_that_asks_for_terabytes_is_refused_by_the_headers(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 2**20, "num_hidden_layers": 2}))
+    refused(folder, "wrong_tensors")
+
+
+@pytest.mark.parametrize("name", ["../config.json", "a/config.json", ".config.json", "model.bin", "modeling.py", "x.safetensors", ""])
+def test_only_known_names_are_accepted(name):
+    assert not accepted_name(name)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json"])
+def test_known_names_are_accepted(name):
+    assert accepted_name(name)

@@ -1,0 +1,94 @@
+"""A budget is met exactly as promised, and sizes are those of the real models."""
+
+import pytest
+from conftest import FAMILIES, tiny_config, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from narrow_engine.errors import NarrowError
+from narrow_engine.families import FAMILIES as TABLE
+from narrow_engine.families import dimensions
+from narrow_engine.sizing import parameters, plan_sizes, shrink, solve
+from narrow_engine.spec import Options
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_counted_as_torch_counts_them(family, tied):
+    model = tiny_model(family, tie_word_embeddings=tied)
+    config = model.config.to_dict()
+    assert parameters(config, dimensions(config)) == sum(p.numel() for p in model.parameters())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    family=st.sampled_from(FAMILIES),
+    share=st.floats(0.2, 1.0),
+    width=st.integers(4, 300),
+    data=st.data(),
+)
+def test_a_budget_is_never_exceeded_and_hardly_wasted(family, share, width, data):
+    units = data.draw(st.lists(st.sampled_from(TABLE[family].units), min_size=1, unique=True))
+    config = tiny_config(family, intermediate_size=width, num_hidden_layers=4).to_dict()
+    options = Options.model_validate({"budget": {"parameters": share}, "method": {"units": units}})
+    total = parameters(config, dimensions(config))
+    try:
+        keep, _ = solve(config, options)
+    except NarrowError as error:
+        assert error.code == "budget_too_small"
+        return
+    assert set(keep) == set(units)
+    made = parameters(config, shrink(dimensions(config), keep))
+    assert made <= share * total
+    if units == ["neuron"] and keep["neuron"] < width:
+        more = {"neuron": keep["neuron"] + 8}
+        assert parameters(config, shrink(dimensions(config), more)) > share * total or more["neuron"] > width
+
+
+def test_the_dry_run_says_what_the_cut_makes():
+    config = tiny_config("llama").to_dict()
+    sizes = plan_sizes(config, Options.model_validate({"budget": {"keep": {"neuron": 0.5}}}))
+    assert sizes.keep == {"neuron": 24}
+    assert (sizes.before.width, sizes.after.width) == (48, 24)
+    assert sizes.after.parameters == parameters(config, shrink(dimensions(config), {"neuron": 24}))
+    assert sizes.memory_bytes > sizes.before.bytes
+    assert sizes.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "code", "words"),
+    [
+        ("llama", {"budget": {"parameters": 0.05}}, "budget_too_small", "add head, kv_group, layer"),
+        ("llama", {"budget": {"parameters": 2}}, "budget_too_small", "raise the budget"),
+        ("gpt_neox", {"budget": {"parameters": 0.5}, "method": {"units": ["head"]}}, "unit_not_supported", "'head'"),
+    ],
+)
+def test_what_cannot_be_met_is_said(family, options, code, words):
+    with pytest.raises(NarrowError, match=words) as raised:
+        solve(tiny_config(family).to_dict(), Options.model_validate(options))
+    assert raised.value.code == code
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_size": 2**40}, {"hidden_size": -1}, {"vocab_size": "many"}, {"num_attention_heads": 0}, {"num_key_value_heads": 3}],
+)
+def test_absurd_configs_are_refused_before_anything_is_made(change):
+    with pytest.raises(NarrowError) as raised:
+        dimensions({**tiny_config("llama").to_dict(), **change})
+    assert raised.value.code == "bad_config"
+
+
+def test_an_unknown_architecture_is_named():
+    with pytest.raises(NarrowError, match="'mamba'") as raised:
+        dimensions({"model_type": "mamba"})
+    assert raised.value.code == "unsupported_architecture"
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [{}, {"parameters": 0.5, "keep": {"neuron": 0.5}}, {"parameters": 0}, {"parameters": -1}, {"parameters": 1.5}, {"keep": {"neuron": 2}}],
+)
+def test_budgets_that_mean_nothing_are_refused(budget):
+    with pytest.raises(ValueError, match="budget"):
+        Options.model_validate({"budget": budget})

@@ -1,0 +1,106 @@
+"""Slicing is exact: for every family and unit, the sliced model equals the base with the cut units masked."""
+
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from narrow_engine.families import FAMILIES as TABLE
+from narrow_engine.families import dimensions
+from narrow_engine.models import config_dict
+from narrow_engine.plan import make_plan
+from narrow_engine.sizing import parameters, solve, unit_counts
+from narrow_engine.slice import compare, mask_model, slice_model
+from narrow_engine.spec import Options
+
+UNITS = ("neuron", "head", "kv_group", "layer")
+
+
+def scores_for(dims, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "neuron": (dims.layers, dims.width),
+        "head": (dims.layers, dims.heads),
+        "kv_group": (dims.layers, dims.kv_heads),
+        "layer": (dims.layers,),
+    }
+    return {unit: torch.rand(shape, generator=generator) for unit, shape in shapes.items()}
+
+
+def check(model, keep, seed):
+    config = config_dict(model)
+    plan = make_plan(config, scores_for(dimensions(config), seed), keep)
+    small = slice_model(model, plan)
+    ids = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(seed))
+    assert compare(mask_model(model, plan), small, ids).relative_error < 1e-5
+    made = dimensions(config_dict(small))
+    counts = unit_counts(made)
+    assert {unit: counts[unit] for unit in keep} == keep
+    assert parameters(config_dict(small), made) == sum(p.numel() for p in small.parameters())
+    return small, plan, ids
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_unit_of_each_family_is_sliced_exactly(family, unit):
+    model = tiny_model(family)
+    if unit not in TABLE[family].units:
+        pytest.skip(f"{family} cannot lose a {unit} in stock transformers")
+    small, _, ids = check(model, {unit: {"neuron": 21, "head": 2, "kv_group": 1, "layer": 2}[unit]}, 1)
+    assert compare(model, small, ids).relative_error > 1e-2, "the cut must change something, or the test proves nothing"
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_any_mix_of_units_and_shapes_is_exact(data):
+    family = data.draw(st.sampled_from(FAMILIES))
+    kv_heads = data.draw(st.integers(1, 3))
+    per_group = data.draw(st.integers(1, 3))
+    head_dim = data.draw(st.sampled_from([4, 8]))
+    heads = kv_heads * per_group
+    hidden = heads * (head_dim if family == "gpt_neox" else data.draw(st.integers(1, 3)) * 4)
+    layers, width = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 24))
+    shape = {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    shape |= {"num_key_value_heads": kv_heads, "head_dim": head_dim}
+    tied = data.draw(st.booleans())
+    model = tiny_model(family, seed=data.draw(st.integers(0, 99)), tie_word_embeddings=tied, **shape)
+    if family == "gpt_neox":
+        kv_heads, per_group = heads, 1
+    units = data.draw(st.lists(st.sampled_from(TABLE[family].units), min_size=1, unique=True))
+    fractions = {unit: data.draw(st.floats(0.05, 1.0)) for unit in units}
+    options = Options.model_validate({"budget": {"keep": fractions}, "method": {"units": units}})
+    keep, _ = solve(config_dict(model), options)
+    check(model, keep, data.draw(st.integers(0, 99)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_sliced_model_loads_in_stock_transformers_and_generates(family, tmp_path):
+    keep = {"neuron": 16, "head": 2, "kv_group": 2, "layer": 2}
+    small, _, ids = check(tiny_model(family), {u: n for u, n in keep.items() if u in TABLE[family].units}, 3)
+    small.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert compare(small, loaded, ids).max_error == 0
+    first = small.generate(ids[:1, :5], max_new_tokens=8, do_sample=False, use_cache=True, pad_token_id=0)
+    assert torch.equal(first, loaded.generate(ids[:1, :5], max_new_tokens=8, do_sample=False, use_cache=True, pad_token_id=0))
+
+
+def test_a_plan_that_forgets_a_unit_is_noticed():
+    """The comparison itself can fail: another plan's mask is not equal."""
+    model = tiny_model("llama")
+    config = config_dict(model)
+    plans = [make_plan(config, scores_for(dimensions(config), seed), {"neuron": 20}) for seed in (1, 2)]
+    ids = torch.randint(0, 320, (1, 16), generator=torch.Generator().manual_seed(0))
+    assert compare(mask_model(model, plans[0]), slice_model(model, plans[1]), ids).relative_error > 1e-3
+
+
+def test_heads_are_cut_evenly_over_groups_and_ties_are_stable():
+    model = tiny_model("llama", hidden_size=24, num_attention_heads=6, num_key_value_heads=2)
+    config = config_dict(model)
+    dims = dimensions(config)
+    scores = {unit: torch.ones_like(value) for unit, value in scores_for(dims, 0).items()}
+    plan = make_plan(config, scores, {"head": 4, "neuron": 5})
+    assert plan.heads == [[0, 1, 3, 4]] * 3
+    assert plan.neurons == [[0, 1, 2, 3, 4]] * 3
