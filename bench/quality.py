@@ -1,6 +1,6 @@
 """How much of a skill is left when three quarters of the MLP neurons are gone: this engine against the paper's recipe.
 
-    python bench/quality.py [--domains python medical] [--seeds 0 1 2] [--tokens 327680] [--threads 2]
+    python bench/quality.py [--domains python medical] [--seeds 0 1 2] [--tokens 163840] [--threads 1]
 
 Cuts base-s from 1,024 to 256 neurons in every layer. Arms, each with the same training tokens:
     narrow       reconstruction score, least-squares refit, mixed objective, Muon (the defaults)
@@ -78,8 +78,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--domains", nargs="+", default=["python", "medical"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--tokens", type=int, default=327_680)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=163_840)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE / "out" / "quality.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -95,7 +95,7 @@ def _run(spec: CompressionSpec, out: Path, quiet: bool) -> None:
     except NarrowError as error:
         sink("failed", "", str(error), {"code": error.code})
         raise
-    except (OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         told = _known(error)
         if told is None:
             raise

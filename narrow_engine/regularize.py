@@ -77,7 +77,7 @@ class GroupLasso:
 
 
 def _squares(part: Tensor) -> Tensor:
-    return part.square().sum(tuple(range(1, part.ndim)))
+    return part.reshape(part.shape[0], -1).square().sum(1)
 
 
 def _parts(model: PreTrainedModel, layer: int) -> list[Tensor]:

@@ -170,9 +170,7 @@ def _unevenness(dims: Dimensions, keep: dict[Unit, int]) -> float:
     return max(logs) - min(logs)
 
 
-def _round_fractions(
-    family: Family, dims: Dimensions, fractions: dict[Unit, float]
-) -> tuple[dict[Unit, int], list[str]]:
+def _round_fractions(family: Family, dims: Dimensions, fractions: dict[Unit, float]) -> tuple[dict[Unit, int], list[str]]:
     """The whole numbers of units nearest to the fractions, among those that stock transformers takes."""
     counts = unit_counts(dims)
 

@@ -6,11 +6,11 @@ import shutil
 import struct
 
 import pytest
+from conftest import FAMILIES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from conftest import FAMILIES, tiny_model
 from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import accepted_name, inspect_model, read_header
 
@@ -130,7 +130,9 @@ def test_a_config_that_asks_for_terabytes_is_refused_by_the_headers(folder):
     refused(folder, "wrong_tensors")
 
 
-@pytest.mark.parametrize("name", ["../config.json", "a/config.json", ".config.json", "model.bin", "modeling.py", "x.safetensors", ""])
+@pytest.mark.parametrize(
+    "name", ["../config.json", "a/config.json", ".config.json", "model.bin", "modeling.py", "x.safetensors", ""]
+)
 def test_only_known_names_are_accepted(name):
     assert not accepted_name(name)
 

@@ -87,7 +87,14 @@ def test_an_unknown_architecture_is_named():
 
 @pytest.mark.parametrize(
     "budget",
-    [{}, {"parameters": 0.5, "keep": {"neuron": 0.5}}, {"parameters": 0}, {"parameters": -1}, {"parameters": 1.5}, {"keep": {"neuron": 2}}],
+    [
+        {},
+        {"parameters": 0.5, "keep": {"neuron": 0.5}},
+        {"parameters": 0},
+        {"parameters": -1},
+        {"parameters": 1.5},
+        {"keep": {"neuron": 2}},
+    ],
 )
 def test_budgets_that_mean_nothing_are_refused(budget):
     with pytest.raises(ValueError, match="budget"):

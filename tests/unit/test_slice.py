@@ -1,6 +1,5 @@
 """Slicing is exact: for every family and unit, the sliced model equals the base with the cut units masked."""
 
-
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model

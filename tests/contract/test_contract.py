@@ -1,0 +1,74 @@
+"""What was promised stays: the OpenAPI document, the client's models, the direction of imports, a start without torch."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from service.openapi import document
+
+
+def test_the_committed_contract_is_the_apps():
+    assert (ROOT / "openapi.yaml").read_text() == document(), "run `make openapi` and look at the difference"
+
+
+def test_the_clients_models_are_those_of_the_contract(tmp_path):
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "client" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    generate.generate(tmp_path / "models.py")
+    assert (tmp_path / "models.py").read_text() == (ROOT / "client" / "narrow_client" / "models.py").read_text()
+
+
+def test_every_error_is_a_documented_problem():
+    paths = yaml.safe_load((ROOT / "openapi.yaml").read_text())["paths"]
+    for path, operations in paths.items():
+        for name, operation in operations.items():
+            for status, response in operation["responses"].items():
+                if status[0] in "45" and path != "/readyz":
+                    assert list(response["content"]) == ["application/problem+json"], f"{name} {path} {status}"
+
+
+def imported(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+ENGINE_FOR_THE_SERVICE = {
+    f"narrow_engine.{name}" for name in ("spec", "families", "sizing", "errors", "events", "documents", "model_files", "report")
+}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "client" / "narrow_client").rglob("*.py")), ids=lambda p: p.name)
+def test_the_client_imports_neither_of_the_others(file):
+    assert not {name for name in imported(file) if name.split(".")[0] in ("narrow_engine", "service", "torch")}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "narrow_engine").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_engine_imports_neither_of_the_others(file):
+    assert not {name for name in imported(file) if name.split(".")[0] in ("narrow_client", "service")}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "service").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_service_imports_only_the_engine_without_torch(file):
+    for name in imported(file):
+        top = name.split(".")[0]
+        assert top not in ("narrow_client", "torch", "transformers")
+        if top == "narrow_engine" and name != "narrow_engine":
+            assert ".".join(name.split(".")[:2]) in ENGINE_FOR_THE_SERVICE, name
+
+
+@pytest.mark.parametrize("module", ["service.app", "service.cli", "service.worker", "narrow_client.cli", "narrow_engine.cli"])
+def test_starting_imports_no_torch(module):
+    code = f"import sys, {module}; sys.exit(bool({{'torch', 'transformers', 'matplotlib', 'onnx'}} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

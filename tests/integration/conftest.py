@@ -1,0 +1,5 @@
+"""The fixture of `live.py`."""
+
+from live import service
+
+__all__ = ["service"]

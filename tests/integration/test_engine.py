@@ -1,0 +1,216 @@
+"""`narrow run` as a user runs it: a real process on real text, killed, cancelled, resumed, and wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import write_jsonl
+
+from narrow_engine.events import read_events
+from narrow_engine.report.model import Report
+
+OPTIONS = {
+    "budget": {"parameters": 0.85},
+    "method": {"calibration_tokens": 1024, "recover": {"tokens": 2560, "batch_tokens": 256}},
+    "block_tokens": 64,
+    "skill_tokens": 2048,
+    "export": ["safetensors"],
+}
+
+
+@pytest.fixture
+def spec(tmp_path, tiny_folder, python_file, german_file):
+    def make(**changes):
+        skills = [{"name": "german", "path": str(german_file), "role": "forget"}]
+        whole = {
+            "base": {"path": str(tiny_folder)},
+            "target": {"path": str(python_file)},
+            "target_name": "python",
+            "skills": skills,
+        }
+        path = tmp_path / "spec.json"
+        path.write_text(json.dumps({**whole, **OPTIONS, **changes}))
+        return path
+
+    return make
+
+
+def start(spec, out):
+    command = [sys.executable, "-m", "narrow_engine", str(spec), "--out", str(out), "--quiet"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out + err
+
+
+def wait_for(out, condition, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any(condition(event) for event in read_events(out / "events.jsonl")):
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("it did not come so far")
+
+
+def numbered(out):
+    assert [e.seq for e in read_events(out / "events.jsonl")] == list(range(1, len(read_events(out / "events.jsonl")) + 1))
+
+
+def weights(out):
+    return (out / "result" / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_whole_run_with_every_part(spec, tmp_path):
+    method = {**OPTIONS["method"], "units": ["neuron", "layer"], "regularizer": {"tokens": 2560}}
+    code, told = finish(start(spec(export=["safetensors", "onnx"], method=method, budget={"parameters": 0.7}), tmp_path / "run"))
+    assert code == 0, told
+    result = tmp_path / "run" / "result"
+    report = Report.model_validate_json((result / "report.json").read_text())
+    assert report.after.parameters <= 0.7 * report.before.parameters
+    assert set(report.skills) == {"python", "german"}
+    assert report.skills["german"].role == "forget"
+    assert report.parity["slice"].relative_error < 1e-5
+    assert report.parity["reload"].relative_error < 1e-5
+    assert report.parity["onnx"].greedy_equal == report.parity["onnx"].greedy_tokens == 64
+    assert report.skills["python"].recovered.loss < report.skills["python"].cut.loss
+    sparse = [p.sparsity for p in report.curve if p.phase == "sparsify" and p.sparsity is not None]
+    assert sparse[-1] == pytest.approx(1 - report.after.width / report.before.width, abs=0.02)
+    assert {f.path for f in report.files} >= {"model/config.json", "model/model.safetensors", "onnx/model.onnx", "plan.json"}
+    assert "<html" in (result / "report.html").read_text()
+    assert (result / "model" / "README.md").exists()
+    numbered(tmp_path / "run")
+
+
+def test_kill_9_anywhere_and_again_gives_the_same_model(spec, tmp_path):
+    path = spec()
+    code, told = finish(start(path, tmp_path / "whole"))
+    assert code == 0, told
+    moments = [
+        lambda e: e.phase == "score" and e.kind == "started",
+        lambda e: e.phase == "recover" and e.kind == "progress" and e.data["done"] >= 4,
+        lambda e: e.phase == "export" and e.kind == "started",
+    ]
+    broken = tmp_path / "broken"
+    for moment in moments:
+        process = start(path, broken)
+        wait_for(broken, moment, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (broken / "result").exists()
+    code, told = finish(start(path, broken))
+    assert code == 0, told
+    assert weights(broken) == weights(tmp_path / "whole")
+    numbered(broken)
+    reused = [e.phase for e in read_events(broken / "events.jsonl") if e.kind == "finished" and e.data["reused"]]
+    assert "score" in reused
+
+
+def test_sigterm_stops_soon_with_a_checkpoint_and_the_next_run_goes_on_from_it(spec, tmp_path):
+    method = {**OPTIONS["method"], "recover": {"tokens": 200_000, "batch_tokens": 256}}
+    out = tmp_path / "run"
+    process = start(spec(method=method), out)
+    wait_for(out, lambda e: e.phase == "recover" and e.kind == "progress", process)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    code, _ = finish(process)
+    assert code == 130
+    assert time.monotonic() - asked < 5
+    assert (out / "work" / "recover" / "checkpoint.safetensors").exists()
+    first = max(e.data["done"] for e in read_events(out / "events.jsonl") if e.phase == "recover" and e.kind == "progress")
+    process = start(spec(method=method), out)
+    wait_for(out, lambda e: e.phase == "recover" and e.kind == "progress" and e.data["done"] > first, process)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    done = [e.data["done"] for e in read_events(out / "events.jsonl") if e.phase == "recover" and e.kind == "progress"]
+    assert done == sorted(done), "no step is counted twice"
+
+
+def test_another_spec_in_the_same_folder_runs_what_it_changes(spec, tmp_path):
+    out = tmp_path / "run"
+    assert finish(start(spec(), out))[0] == 0
+    method = {**OPTIONS["method"], "recover": {"tokens": 0}}
+    assert finish(start(spec(method=method), out))[0] == 0
+    runs = [(e.phase, e.data["reused"]) for e in read_events(out / "events.jsonl") if e.kind == "finished"][11:]
+    assert dict(runs)["reconstruct"] is True
+    assert dict(runs)["recover"] is False
+    report = Report.model_validate_json((out / "result" / "report.json").read_text())
+    assert report.provenance.recovery_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"block_tokens": 100_000}, "text_too_short", "lower block_tokens"),
+        ({"budget": {"parameters": 0.01}}, "budget_too_small", "raise the budget"),
+        ({"target": {"path": "nowhere.jsonl"}}, "missing_file", "nowhere.jsonl"),
+        ({"banana": 1}, "bad_spec", "banana"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_sentence(spec, tmp_path, change, code, words):
+    status, told = finish(start(spec(**change), tmp_path / "run"))
+    assert status == 1
+    assert "Traceback" not in told
+    assert words in told
+    assert json.loads((tmp_path / "run" / "failure.json").read_text())["code"] == code
+
+
+def test_broken_weights_and_tokenizers_are_told(spec, tmp_path, tiny_folder):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_folder, tmp_path / "nan")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    status, told = finish(start(spec(base={"path": str(folder)}), tmp_path / "a"))
+    assert (status, "model.norm.weight" in told) == (1, True)
+    (folder / "tokenizer.json").write_text('{"version": "1.0"}')
+    shutil.copy(tiny_folder / "model.safetensors", folder)
+    status, told = finish(start(spec(base={"path": str(folder)}), tmp_path / "b"))
+    assert (status, "tokenizer.json" in told) == (1, True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_full_disk_is_told_and_costs_nothing_that_was_finished(spec, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("this machine cannot mount")
+    try:
+        status, told = finish(start(spec(), disk / "run"))
+        assert status == 1, told
+        assert "disk is full" in told
+        assert "Traceback" not in told
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        status, told = finish(start(spec(), disk / "run"))
+        assert status == 0, told
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_two_processes_never_work_in_one_folder(spec, tmp_path):
+    out = tmp_path / "run"
+    first = start(spec(), out)
+    wait_for(out, lambda e: e.phase == "load" and e.kind == "started", first)
+    second = start(spec(), out)
+    assert finish(first)[0] == 0
+    assert finish(second)[0] == 0
+    started = [e.phase for e in read_events(out / "events.jsonl") if e.kind == "started"]
+    assert len(started) == len(set(started)), "the second found everything done"
+
+
+def test_a_dataset_with_blank_rows_says_how_many(spec, tmp_path, python_file):
+    texts = [json.loads(line)["text"] for line in python_file.read_text().splitlines()]
+    data = write_jsonl(tmp_path / "blanks.jsonl", [*texts, "", "  "])
+    status, told = finish(start(spec(target={"path": str(data)}), tmp_path / "run"))
+    assert status == 0, told
+    report = Report.model_validate_json((tmp_path / "run" / "result" / "report.json").read_text())
+    assert any("2 blank documents" in n.message for n in report.notices)

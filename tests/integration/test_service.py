@@ -1,0 +1,262 @@
+"""The API over real jobs: the main line, its files, its events, and what it refuses."""
+
+import base64
+import gzip
+import hashlib
+import json
+import pickle
+import re
+import time
+
+import httpx
+import pytest
+from live import QUICK, SLOW, spec_of
+
+TERMINAL = ("succeeded", "failed", "cancelled")
+
+
+@pytest.fixture(scope="module")
+def done(service, tiny_folder, python_file):
+    """A job that has succeeded."""
+    spec = spec_of(service, tiny_folder, python_file, QUICK)
+    answer = service.http.post("/jobs", json=spec)
+    assert answer.status_code == 201, answer.text
+    assert answer.headers["location"] == f"/jobs/{answer.json()['id']}"
+    job = service.wait(answer.json()["id"], lambda j: j["status"] in TERMINAL)
+    assert job["status"] == "succeeded", job
+    return job
+
+
+def problem(answer, status, code, words=""):
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    body = answer.json()
+    assert (body["status"], body["code"]) == (status, code), body
+    assert words in body["detail"], body["detail"]
+    assert body["request_id"] == answer.headers["x-request-id"]
+    assert "Traceback" not in answer.text
+    return body
+
+
+def test_the_line_from_job_to_files(service, done):
+    assert done["attempt"] == 1
+    listed = service.http.get(f"/jobs/{done['id']}/artifacts").json()["data"]
+    assert {"model/config.json", "model/model.safetensors", "report.json", "report.html", "plan.json"} <= {
+        a["path"] for a in listed
+    }
+    for artifact in listed:
+        body = service.http.get(f"/jobs/{done['id']}/artifacts/{artifact['path']}").content
+        assert hashlib.sha256(body).hexdigest() == artifact["sha256"]
+        assert len(body) == artifact["bytes"]
+    report = service.http.get(f"/jobs/{done['id']}/report").json()
+    assert report["skills"]["python"]["retention"]["value"] > 0
+    page = service.http.get(f"/jobs/{done['id']}/report", headers={"accept": "text/html"})
+    assert page.headers["content-type"].startswith("text/html")
+    assert "script-src" not in page.headers["content-security-policy"]
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+
+
+def test_a_result_is_a_model_that_can_be_cut_again(service, done, python_file):
+    model = service.http.get(f"/models/{done['result_model']}").json()
+    assert model["job"] == done["id"]
+    spec = {**done["spec"], "base": {"model": model["id"]}, "budget": {"keep": {"neuron": 0.5}}}
+    plan = service.http.post("/plans", json=spec).json()
+    assert plan["before"]["parameters"] == model["parameters"]
+    assert plan["after"]["parameters"] < plan["before"]["parameters"]
+
+
+def test_downloads_are_resumable_and_verifiable(service, done):
+    url = f"/jobs/{done['id']}/artifacts/model/model.safetensors"
+    whole = service.http.get(url)
+    etag, digest = whole.headers["etag"], hashlib.sha256(whole.content).digest()
+    assert whole.headers["repr-digest"] == f"sha-256=:{base64.b64encode(digest).decode()}:"
+    part = service.http.get(url, headers={"range": "bytes=1000-", "if-range": etag})
+    assert (part.status_code, whole.content[:1000] + part.content) == (206, whole.content)
+    assert service.http.get(url, headers={"range": "bytes=1000-", "if-range": '"other"'}).status_code == 200
+    assert service.http.get(url, headers={"if-none-match": etag}).status_code == 304
+    assert service.http.head(url).headers["content-length"] == str(len(whole.content))
+    assert service.http.get(url, headers={"range": "bytes=99999999-"}).status_code == 416
+    for path in ("../spec.json", "nothing", "model/..%2f..%2fnarrow.db"):
+        answer = service.http.get(f"/jobs/{done['id']}/artifacts/{path}")
+        assert answer.status_code == 404, path
+
+
+def stream(service, job_id, last=0, limit=None):
+    """Reads an event stream: ids and whether it ended by itself."""
+    ids, ended = [], False
+    headers = {"accept": "text/event-stream", "last-event-id": str(last)}
+    with service.http.stream("GET", f"/jobs/{job_id}/events", headers=headers) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        for line in response.iter_lines():
+            if line.startswith("id: "):
+                ids.append(int(line[4:]))
+            if line == "event: end":
+                ended = True
+            if limit and len(ids) >= limit:
+                break
+    return ids, ended
+
+
+def test_events_are_numbered_and_a_broken_stream_resumes(service, done):
+    events = service.events(done["id"])
+    assert [e["seq"] for e in events] == list(range(1, len(events) + 1))
+    states = [e["data"]["status"] for e in events if e["kind"] == "state"]
+    assert states == ["queued", "running", "succeeded"]
+    first, ended = stream(service, done["id"], limit=5)
+    assert (first, ended) == ([1, 2, 3, 4, 5], False)
+    rest, ended = stream(service, done["id"], last=5)
+    assert first + rest == [e["seq"] for e in events]
+    assert ended
+
+
+def test_a_retry_with_the_same_key_makes_no_second_job(service, done):
+    key = {"Idempotency-Key": "abc-1"}
+    spec = {**done["spec"], "seed": 7}
+    one = service.http.post("/jobs", json=spec, headers=key)
+    two = service.http.post("/jobs", json=spec, headers=key)
+    assert one.json()["id"] == two.json()["id"]
+    problem(service.http.post("/jobs", json={**spec, "seed": 8}, headers=key), 422, "idempotency_key_reused")
+    service.http.post(f"/jobs/{one.json()['id']}/cancel")
+    service.wait(one.json()["id"], lambda j: j["status"] == "cancelled")
+
+
+def test_cancel_takes_less_than_two_seconds_and_the_queue_goes_on(service, tiny_folder, python_file):
+    spec = spec_of(service, tiny_folder, python_file, SLOW)
+    running = service.http.post("/jobs", json=spec).json()["id"]
+    waiting = service.http.post("/jobs", json=spec).json()["id"]
+    problem(service.http.delete(f"/models/{spec['base']['model']}"), 409, "model_in_use")
+    problem(service.http.delete(f"/datasets/{spec['target']['dataset']}"), 409, "dataset_in_use")
+    problem(service.http.delete(f"/jobs/{running}"), 409, "job_not_finished")
+    assert service.http.post(f"/jobs/{waiting}/cancel").json()["status"] == "cancelled"
+    service.wait(running, lambda j: j["phase"] == "recover")
+    problem(service.http.get(f"/jobs/{running}/report"), 409, "job_not_succeeded")
+    asked = time.monotonic()
+    assert service.http.post(f"/jobs/{running}/cancel").json()["status"] == "cancelling"
+    service.wait(running, lambda j: j["status"] == "cancelled")
+    assert time.monotonic() - asked < 2.5
+    assert not service.children("narrow_engine")
+    assert service.http.delete(f"/jobs/{running}").status_code == 204
+    problem(service.http.get(f"/jobs/{running}"), 404, "job_not_found")
+
+
+def test_a_job_that_cannot_be_done_fails_with_its_sentence(service, tiny_folder, python_file):
+    spec = spec_of(service, tiny_folder, python_file, QUICK, block_tokens=100_000)
+    job_id = service.http.post("/jobs", json=spec).json()["id"]
+    deadline = time.monotonic() + 60
+    while (job := service.job(job_id))["status"] not in TERMINAL and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert job["status"] == "failed"
+    assert job["error"]["code"] == "text_too_short"
+    assert "block_tokens" in job["error"]["message"]
+    assert service.events(job_id)[-1]["data"]["status"] == "failed"
+
+
+def test_lists_have_pages(service, done):
+    seen, cursor = [], None
+    while True:
+        page = service.http.get("/jobs", params={"limit": 2, **({"cursor": cursor} if cursor else {})}).json()
+        seen += [job["id"] for job in page["data"]]
+        cursor = page["next_cursor"]
+        if cursor is None:
+            break
+    assert done["id"] in seen
+    assert seen == sorted(seen, reverse=True)
+    only = service.http.get("/jobs", params={"status": "succeeded"}).json()["data"]
+    assert {job["status"] for job in only} == {"succeeded"}
+
+
+FILES = {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_bad_models_are_refused_and_leave_nothing(service, tiny_folder, tmp_path):
+    good = {p.name: p.read_bytes() for p in tiny_folder.iterdir() if p.name in FILES}
+    before = len(service.http.get("/models", params={"limit": 100}).json()["data"])
+
+    def send(**changes):
+        files = {name.replace("__", "/"): body for name, body in {**good, **changes}.items() if body is not None}
+        return service.http.post("/models", files=[("files", item) for item in files.items()])
+
+    config = json.loads(good["config.json"])
+    problem(send(**{"model.safetensors": pickle.dumps([1])}), 422, "bad_safetensors")
+    problem(send(**{"pytorch_model.bin": b"x"}), 422, "unsafe_weights")
+    problem(send(**{"modeling.py": b"x"}), 422, "remote_code")
+    problem(send(**{"model.safetensors": good["model.safetensors"][:-50]}), 422, "bad_safetensors", "cut short")
+    problem(
+        send(**{"config.json": json.dumps({**config, "model_type": "mamba"}).encode()}), 422, "unsupported_architecture", "llama"
+    )
+    problem(send(**{"config.json": json.dumps({**config, "hidden_size": 10**12}).encode()}), 422, "bad_config")
+    problem(send(**{"tokenizer.json": None}), 422, "missing_file", "tokenizer.json")
+    problem(send(**{"..__config.json": b"{}"}), 422, "unexpected_file")
+    problem(service.http.post("/models", data={"name": "x"}), 422, "invalid_request")
+    assert len(service.http.get("/models", params={"limit": 100}).json()["data"]) == before
+    assert service.http.get("/readyz").status_code == 200
+
+
+def test_bad_datasets_are_refused_by_line(service):
+    def send(body, name="d.jsonl", **form):
+        return service.http.post("/datasets", files={"file": (name, body)}, data=form)
+
+    good = b'{"text": "hello"}\n'
+    problem(send(good * 3 + b"{oops\n"), 422, "bad_row", "line 4 of d.jsonl")
+    problem(send(b""), 422, "empty_dataset")
+    problem(send(good, column="body"), 422, "wrong_column", "'body'")
+    problem(send(b"\xff\xfe\n"), 422, "bad_encoding", "line 1")
+    problem(send(good, name="d.parquet"), 422, "unknown_format")
+    problem(send(good, name="../../etc/d.jsonl"), 422, "unexpected_file")
+    problem(send(gzip.compress(good * 10)[:-8], name="d.jsonl.gz"), 422, "bad_gzip")
+    problem(send(good * 20_000), 413, "too_large")
+    made = send(gzip.compress(good), name="naïve <b>.jsonl.gz")
+    assert made.status_code == 201
+    assert made.json()["documents"] == 1
+    assert "<" not in made.json()["name"]
+    assert service.http.delete(f"/datasets/{made.json()['id']}").status_code == 204
+
+
+def test_bad_requests_are_problems(service, done):
+    spec = done["spec"]
+    bad = [
+        ({**spec, "budget": {}}, 422, "invalid_request"),
+        ({**spec, "banana": 1}, 422, "invalid_request"),
+        ({**spec, "budget": {"parameters": 0.001}}, 422, "budget_too_small"),
+        ({**spec, "base": {"model": "mdl_0000000000000000"}}, 404, "model_not_found"),
+        ({**spec, "target": {"dataset": "ds_0000000000000000"}}, 404, "dataset_not_found"),
+        ({**spec, "skills": [{"name": "python", "dataset": spec["target"]["dataset"]}]}, 422, "invalid_request"),
+        ({**spec, "base": {"path": "/etc/passwd"}}, 422, "invalid_request"),
+    ]
+    for body, status, code in bad:
+        problem(service.http.post("/jobs", json=body), status, code)
+        problem(service.http.post("/plans", json=body), status, code)
+    json_type = {"content-type": "application/json"}
+    problem(service.http.post("/jobs", content=b"{broken", headers=json_type), 422, "invalid_request")
+    problem(service.http.post("/jobs", content=b"\xff", headers=json_type), 400, "bad_request")
+    problem(service.http.post("/jobs", content=b" " * 3_000_000, headers=json_type), 413, "too_large")
+    problem(service.http.get("/jobs/nothing"), 404, "job_not_found")
+    problem(service.http.get("/jobs", params={"limit": 0}), 422, "invalid_request")
+    problem(service.http.get("/jobs", params={"cursor": "'; DROP TABLE job"}), 422, "invalid_request")
+    problem(service.http.put("/jobs"), 405, "method_not_allowed")
+    problem(service.http.get("/nowhere"), 404, "not_found")
+    assert service.http.get("/jobs").status_code == 200
+
+
+def test_health(service):
+    assert service.http.get("/healthz").json() == {"status": "ok", "checks": {}}
+    assert service.http.get("/readyz").json()["checks"]["database"] == "ok"
+    assert re.fullmatch(r"req_[0-9a-f]{16}", service.http.get("/healthz").headers["x-request-id"])
+
+
+def test_many_at_once_make_one_job_a_key(service, done):
+    """Twenty requests with one key at the same time: one job, no error that a client could not retry."""
+    import concurrent.futures
+
+    spec = {**done["spec"], "seed": 99}
+
+    def post(_):
+        with httpx.Client(base_url=service.url, timeout=60) as http:
+            return http.post("/jobs", json=spec, headers={"Idempotency-Key": "race"})
+
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(post, range(20)))
+    assert {a.status_code for a in answers} <= {201, 409}
+    ids = {a.json()["id"] for a in answers if a.status_code == 201}
+    assert len(ids) == 1
+    service.http.post(f"/jobs/{ids.pop()}/cancel")

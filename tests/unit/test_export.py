@@ -1,0 +1,89 @@
+"""What is saved loads anywhere and computes the same; what does not is caught."""
+
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import FAMILIES, tiny_model
+from safetensors.torch import load_file, save_file
+
+from narrow_engine.errors import NarrowError
+from narrow_engine.export.onnx import Decoder, export_onnx, open_session
+from narrow_engine.export.safetensors import check_reload, round_weights, save_model
+
+IDS = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+def saved(family, folder, tokenizer_file, dtype=torch.float32):
+    source = folder / "source"
+    source.mkdir(parents=True)
+    shutil.copy(tokenizer_file, source / "tokenizer.json")
+    model = tiny_model(family)
+    round_weights(model, dtype)
+    save_model(model, source, folder / "model", dtype)
+    return model
+
+
+def test_a_fresh_process_computes_the_same_and_a_changed_weight_is_caught(tmp_path, tokenizer_file):
+    model = saved("gemma2", tmp_path, tokenizer_file, torch.bfloat16)
+    folder = tmp_path / "model"
+    assert check_reload(folder, model, IDS).relative_error < 1e-5
+    assert (folder / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
+    weights = load_file(folder / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+    weights["model.layers.1.self_attn.q_proj.bias"] += 0.5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NarrowError) as raised:
+        check_reload(folder, model, IDS)
+    assert raised.value.code == "reload_mismatch"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_reloads(family, tmp_path, tokenizer_file):
+    model = saved(family, tmp_path, tokenizer_file, torch.bfloat16)
+    assert check_reload(tmp_path / "model", model, IDS).relative_error < 1e-5
+
+
+ONNX_FAMILIES = [f if f in ("gemma2", "gpt_neox") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+
+
+@pytest.mark.parametrize("family", ONNX_FAMILIES)
+def test_onnx_equals_torch(family, tmp_path, tokenizer_file):
+    model = saved(family, tmp_path, tokenizer_file)
+    parity = export_onnx(tmp_path / "model", tmp_path / "onnx", IDS)
+    assert parity.relative_error < 1e-4
+    assert (parity.greedy_tokens, parity.greedy_equal) == (64, 64)
+    proto = onnx.load(tmp_path / "onnx" / "model.onnx")
+    names = [i.name for i in proto.graph.input]
+    assert names[:4] == ["input_ids", "attention_mask", "position_ids", "past_key_values.0.key"]
+    assert [o.name for o in proto.graph.output][:2] == ["logits", "present.0.key"]
+    assert [d.dim_param for d in proto.graph.input[1].type.tensor_type.shape.dim] == ["batch_size", "total_sequence_length"]
+
+    session = open_session(tmp_path / "onnx" / "model.onnx", threads=1)
+    _any_batch_and_past(session, model)
+    _left_padding(session, model)
+
+
+def _any_batch_and_past(session, model):
+    """Three rows, fed in pieces of uneven length, equal one pass of torch."""
+    ids = torch.randint(3, 320, (3, 13), generator=torch.Generator().manual_seed(1))
+    decoder = Decoder(session)
+    found = np.concatenate([decoder.step(piece.numpy()) for piece in ids.split([1, 7, 5], dim=1)], axis=1)
+    with torch.no_grad():
+        assert np.abs(found - model(input_ids=ids).logits.numpy()).max() < 1e-3
+
+
+def _left_padding(session, model):
+    """A padded row computes what it computes alone."""
+    ids = torch.randint(3, 320, (1, 6), generator=torch.Generator().manual_seed(2))
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1).numpy()
+    mask = np.array([[0, 0, 0, 1, 1, 1, 1, 1, 1]])
+    feed = {"input_ids": padded, "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(1) - 1, 0)}
+    for value in session.get_inputs()[3:]:
+        feed[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+    found = session.run(["logits"], feed)[0][:, 3:]
+    with torch.no_grad():
+        assert np.abs(found - model(input_ids=ids).logits.numpy()).max() < 1e-3

@@ -1,0 +1,113 @@
+"""The report's page and card say what the report says, and nothing that a user named becomes markup."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from narrow_engine.report.card import render_card
+from narrow_engine.report.model import Report
+from narrow_engine.report.page import render_page
+
+EVIL = "<script>alert(1)</script>"
+
+
+@pytest.fixture
+def report() -> Report:
+    size = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "vocabulary": 100, "flops_per_token": 10}
+    skill = {
+        "documents": 40,
+        "tokens": 9000,
+        "base": {"loss": 2.0, "perplexity": 7.389},
+        "cut": {"loss": 2.5, "perplexity": 12.18},
+        "recovered": {"loss": 2.123, "perplexity": 8.356},
+        "retention": {"value": 0.884, "low": 0.861, "high": 0.902},
+        "agreement": 0.81,
+        "kl": 0.123,
+    }
+    return Report.model_validate(
+        {
+            "target": "python",
+            "family": "llama",
+            "spec": {
+                "method": {
+                    "units": ["neuron"],
+                    "importance": "fisher",
+                    "refit": True,
+                    "recover": {"objective": "mixed"},
+                }
+            },
+            "before": {**size, "parameters": 1_000_000, "bytes": 4_000_000, "width": 256},
+            "after": {**size, "parameters": 400_000, "bytes": 1_600_000, "width": 64},
+            "speed": [{"runtime": "torch", "prefill_base": 100, "prefill_narrow": 200, "decode_base": 10, "decode_narrow": 15}],
+            "skills": {"python": {**skill, "role": "keep"}, EVIL: {**skill, "role": "forget", "note": EVIL}},
+            "cuts": [{"unit": "neuron", "kept": 64, "of": 256, "per_layer": [64, 64]}],
+            "parity": {"slice": {"max_error": 1e-6, "relative_error": 1e-7}},
+            "curve": [
+                {"phase": "recover", "tokens": 0, "validation": 2.5, "seconds": 0},
+                {"phase": "recover", "tokens": 4096, "loss": 2.4, "validation": 2.2, "seconds": 5},
+            ],
+            "samples": [{"prompt": EVIL, "base": EVIL, "narrow": EVIL}],
+            "notices": [{"phase": "load", "code": "x", "message": EVIL}],
+            "files": [{"path": "model/config.json", "bytes": 10, "sha256": "ab" * 32}],
+            "provenance": {
+                "base_sha256": "a" * 64,
+                "data_sha256": {EVIL: "b" * 64},
+                "spec_sha256": "c" * 64,
+                "seed": 0,
+                "versions": {"torch": "2.13"},
+                "machine": {"system": EVIL},
+                "seconds": {"load": 1.0},
+                "recovery_tokens": 4096,
+                "regularizer_tokens": 0,
+            },
+        }
+    )
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href") and value]
+
+
+def test_the_page_is_whole_and_runs_nothing(report):
+    page = render_page(report)
+    parser = Tags()
+    parser.feed(page)
+    assert "script" not in parser.tags
+    assert all(link.startswith("#") for link in parser.links), "the page needs nothing from elsewhere"
+    assert parser.tags.count("svg") == 3
+    assert "&lt;script&gt;" in page
+
+
+def test_the_page_tells_the_reports_figures(report):
+    text = re.sub(r"<[^>]+>", " ", render_page(report))
+    for figure in ("40% of the size, 88.4% of python kept", "0.884", "0.861", "0.902", "2.123", "1,000,000", "400,000", "1.50"):
+        assert figure in text, figure
+
+
+def test_a_model_that_lost_nothing_and_one_without_recovery_have_pages(report):
+    report.skills["python"].retention.low = 1.01
+    report.curve = []
+    assert "nothing of python lost" in render_page(report)
+
+
+def test_the_card_tells_the_figures_and_no_markup(report):
+    card = render_card(report)
+    assert "| python | keep | 2.000 | 2.123 | 0.884 |" in card
+    assert "<script>" not in card
+    assert card.startswith("---\nlibrary_name: transformers\n")
+
+
+def test_the_client_reads_what_the_engine_writes(report):
+    from narrow_client.models import Report as ClientReport
+
+    read = ClientReport.model_validate(json.loads(report.model_dump_json()))
+    assert read.skills["python"].retention.value == 0.884

@@ -1,0 +1,106 @@
+"""Retention and its interval, the split of documents, and what they are measured on."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from narrow_engine import corpus, skills
+
+
+def some_documents(lengths, seed=0):
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, 320, sum(lengths)).astype(np.uint32)
+    hashes = random.integers(0, 2**63, len(lengths)).astype(np.uint64)
+    return corpus.Documents(tokens, np.cumsum([0, *lengths]), hashes)
+
+
+def quiet(*_):
+    return None
+
+
+def test_losses_are_those_of_each_document_alone():
+    model, other = tiny_model("llama"), tiny_model("llama", seed=1)
+    found = some_documents([5, 40, 17, 2, 1])
+    base, second = skills.measure(model, [other], found, 16, quiet)
+    assert base.tokens.tolist() == [4, 39, 16, 1, 0]
+    for number in range(4):
+        document = torch.from_numpy(found[number].astype(np.int64))
+        total, kl, agree = 0.0, 0.0, 0
+        for at in range(0, len(document) - 1, 16):
+            window = document[at : at + 17]
+            with torch.no_grad():
+                a, b = (m(window[None, :-1]).logits[0].log_softmax(-1) for m in (model, other))
+            total -= b.gather(1, window[1:, None]).sum().item()
+            kl += (a.exp() * (a - b)).sum().item()
+            agree += int((a.argmax(-1) == b.argmax(-1)).sum())
+        assert second.loss[number] == pytest.approx(total, rel=1e-4)
+        assert second.kl[number] == pytest.approx(kl, rel=1e-3)
+        assert second.agree[number] == agree
+    assert base.kl.sum() == pytest.approx(0, abs=1e-3)
+
+
+def test_retention_is_the_ratio_of_perplexities():
+    tokens = np.full(20, 10.0)
+    base = skills.Measured(tokens, np.full(20, 20.0), tokens * 0, tokens)
+    other = skills.Measured(tokens, np.full(20, 25.0), tokens * 0, tokens)
+    kept = skills.retention(base, other, 0)
+    assert kept.value == pytest.approx(math.exp(2.0 - 2.5))
+    assert kept.low == pytest.approx(kept.value) == kept.high
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    """300 samples of 40 documents from a known population: between 90 and 98 of 100 intervals hold the true value."""
+    random = np.random.default_rng(0)
+    hits = 0
+    for trial in range(300):
+        tokens = random.integers(50, 400, 40).astype(float)
+        difference = -0.2 + 0.1 * random.standard_normal(40)
+        base = skills.Measured(tokens, tokens * 2.0, tokens, tokens)
+        other = skills.Measured(tokens, tokens * (2.0 - difference), tokens, tokens)
+        kept = skills.retention(base, other, trial)
+        hits += kept.low <= math.exp(-0.2) <= kept.high
+    assert 0.90 <= hits / 300 <= 0.98
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=2, max_size=40), wanted=st.integers(1, 500), copies=st.integers(0, 3))
+def test_no_text_is_on_both_sides_of_the_split(lengths, wanted, copies):
+    found = some_documents(lengths)
+    hashes = found.hashes.copy()
+    hashes[:copies] = hashes[0]
+    found = corpus.Documents(found.tokens, found.offsets, hashes)
+    training, held_out = corpus.hold_out(found, wanted, quiet)
+    assert len(training.tokens) + len(held_out.tokens) == len(found.tokens)
+    assert len(held_out) > 0
+    if len(set(hashes.tolist())) > 1:
+        assert not set(training.hashes.tolist()) & set(held_out.hashes.tolist())
+
+
+def test_a_single_document_gives_its_tail_and_says_so():
+    told = []
+    training, held_out = corpus.hold_out(some_documents([1000]), 10_000, lambda *event: told.append(event))
+    assert (len(training.tokens), len(held_out.tokens)) == (900, 100)
+    assert told[0][3]["code"] == "held_out_tail"
+
+
+def test_a_sample_takes_stretches_of_many_documents():
+    found = some_documents([5000] * 100)
+    taken = corpus.sample(found, 6400, 64, 0)
+    assert len(taken) > 40
+    assert taken.lengths.max() <= 101
+    assert len(taken.tokens) >= 6400
+    again = corpus.sample(found, 6400, 64, 0)
+    assert np.array_equal(taken.tokens, again.tokens)
+
+
+def test_notes_say_what_to_doubt():
+    sure = skills.Interval(value=1.1, low=1.05, high=1.2)
+    assert "proves little" in skills.note("keep", sure, 50)
+    assert "too few" in skills.note("keep", sure, 3)
+    assert "Still largely there" in skills.note("forget", sure, 50)
+    assert skills.note("watch", sure, 50) == ""

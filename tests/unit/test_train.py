@@ -1,0 +1,129 @@
+"""The training loop: what was interrupted ends as if it had not been, and group lasso reaches exact zeros."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+
+from narrow_engine.corpus import Blocks
+from narrow_engine.errors import Cancelled
+from narrow_engine.regularize import GroupLasso
+from narrow_engine.train import Settings, shape, train
+
+TOKENS = np.random.default_rng(0).integers(0, 320, 6000).astype(np.uint32)
+
+
+def blocks():
+    return Blocks(TOKENS, 32, 5)
+
+
+def run(model, settings, folder, stop_at=None, **extra):
+    seen = []
+
+    def check():
+        seen.append(1)
+        if stop_at is not None and len(seen) > stop_at:
+            raise Cancelled
+
+    folder.mkdir(exist_ok=True)
+    return train(
+        model,
+        blocks(),
+        settings,
+        phase="recover",
+        folder=folder,
+        emit=lambda *_: None,
+        check=check,
+        validate=lambda m: 1.0,
+        **extra,
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("objective", ["next_token", "mixed", "distill"])
+def test_a_run_that_was_stopped_ends_with_the_same_weights(tmp_path, optimizer, objective):
+    settings = Settings(32 * 4 * 12, 128, objective, 1.0, optimizer, 3e-3)
+    teacher = tiny_model("llama", seed=1)
+    whole, broken = tiny_model("llama"), tiny_model("llama")
+    curve = run(whole, settings, tmp_path / "whole", teacher=teacher)
+    with pytest.raises(Cancelled):
+        run(broken, settings, tmp_path / "broken", stop_at=5, teacher=teacher)
+    resumed = tiny_model("llama", seed=9)
+    again = run(resumed, settings, tmp_path / "broken", teacher=teacher)
+    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert [p.loss for p in curve] == [p.loss for p in again]
+    assert [p.tokens for p in curve] == [p.tokens for p in again]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_learns(tmp_path, optimizer):
+    model = tiny_model("llama", initializer_range=0.05)
+    repeated = Blocks(np.tile(np.array([5, 9, 7], np.uint32), 1000), 32, 0)
+    curve = train(
+        model,
+        repeated,
+        Settings(32 * 4 * 60, 128, "next_token", 1.0, optimizer, 5e-3),
+        phase="recover",
+        folder=tmp_path,
+        emit=lambda *_: None,
+        check=lambda: None,
+        validate=lambda m: 0.0,
+    )
+    assert curve[-1].loss < 0.4 * curve[1].loss
+
+
+@pytest.mark.parametrize("target", [0.5, 0.75])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_group_lasso_reaches_its_target_with_exact_zeros_in_every_layer(tmp_path, family, target):
+    model = tiny_model(family)
+    settings = Settings(32 * 4 * 40, 128, "next_token", 1.0, "adamw", 1e-3)
+    groups = GroupLasso(model, torch.rand(3, 48, dtype=torch.float64) + 0.1, target, shape(settings, blocks())[1])
+    curve = run(model, settings, tmp_path / "a", after_step=groups)
+    zero = groups.norms() == 0
+    assert (zero.sum(1) == round(48 * target)).all()
+    assert curve[-1].sparsity == pytest.approx(target)
+    steps = [p.sparsity for p in curve if p.sparsity is not None]
+    assert steps == sorted(steps)
+    assert max(b - a for a, b in zip(steps, steps[1:], strict=False)) < 0.15, "groups go gradually, not in a cliff"
+
+
+def test_group_lasso_resumes_with_its_dead(tmp_path):
+    settings = Settings(32 * 4 * 20, 128, "next_token", 1.0, "adamw", 1e-3)
+    scores = torch.rand(3, 48, dtype=torch.float64) + 0.1
+    results = []
+    for stop in (None, 11):
+        model = tiny_model("llama")
+        folder = tmp_path / str(stop)
+        if stop:
+            with pytest.raises(Cancelled):
+                run(model, settings, folder, stop_at=stop, after_step=GroupLasso(model, scores, 0.5, 20))
+            model = tiny_model("llama", seed=3)
+        groups = GroupLasso(model, scores, 0.5, 20)
+        run(model, settings, folder, after_step=groups)
+        results.append((model.state_dict(), groups.dead))
+    assert torch.equal(results[0][1], results[1][1])
+    assert all(torch.equal(results[0][0][name], results[1][0][name]) for name in results[0][0])
+
+
+def test_group_lasso_spares_what_the_scores_value(tmp_path):
+    model = tiny_model("llama")
+    scores = torch.full((3, 48), 0.01, dtype=torch.float64)
+    scores[:, 10:20] = 100.0
+    settings = Settings(32 * 4 * 20, 128, "next_token", 1.0, "adamw", 1e-4)
+    groups = GroupLasso(model, scores, 0.75, 20)
+    run(model, settings, tmp_path / "a", after_step=groups)
+    assert not groups.dead[:, 10:20].any()
+
+
+def test_blocks_cover_an_epoch_once_and_follow_the_seed():
+    one = blocks()
+    first = one.batch(0, one.count)
+    starts = [
+        int(np.flatnonzero((np.lib.stride_tricks.sliding_window_view(TOKENS, 33) == row.numpy()).all(1))[0]) for row in first
+    ]
+    assert len(set(starts)) == one.count
+    assert all(abs(a - b) >= 32 for a, b in zip(sorted(starts), sorted(starts)[1:], strict=False))
+    assert torch.equal(blocks().batch(7, 3), one.batch(7, 3))
+    assert not torch.equal(Blocks(TOKENS, 32, 6).batch(0, 3), first[:3])
+    assert not torch.equal(one.batch(one.count, 3), first[:3]), "the next epoch has another order"
