@@ -13,12 +13,15 @@ from narrow_engine.export.onnx import Decoder, open_session
 from narrow_engine.report.model import Speed
 
 PREFILL, DECODE, ROUNDS = 256, 32, 5
+SECONDS = 60.0
+"""No further round begins after this time: a small base takes 3 s in all, a large one on a slow machine would take hours."""
 
 
 def measure_speed(base: PreTrainedModel, narrow: PreTrainedModel, onnx_folders: tuple[Path, Path] | None = None) -> list[Speed]:
-    """Prefill of PREFILL tokens and greedy decoding of DECODE more, batch 1, in float32: medians of ROUNDS.
+    """Prefill of PREFILL tokens and greedy decoding of DECODE more, batch 1, in float32: medians of up to ROUNDS.
 
-    `onnx_folders` are exports of base and result; without them only torch is measured.
+    `onnx_folders` are exports of base and result; without them only torch is measured. Exporting the base for the
+    comparison costs two seconds a layer, which is more than a run should spend on one figure.
     """
     runners = {"torch": (_torch(base), _torch(narrow))}
     if onnx_folders is not None:
@@ -26,7 +29,10 @@ def measure_speed(base: PreTrainedModel, narrow: PreTrainedModel, onnx_folders: 
     found = []
     for runtime, pair in runners.items():
         times: list[list[tuple[float, float]]] = [[], []]
+        started = time.monotonic()
         for number in range(ROUNDS + 1):
+            if number > 1 and time.monotonic() - started > SECONDS:
+                break
             for side, runner in enumerate(pair):
                 taken = runner()
                 if number:  # the first round warms up

@@ -23,7 +23,6 @@ def create_app(settings: Settings) -> FastAPI:
         title="Narrow",
         version="0.1.0",
         description="Turns a general language model into a small one for one domain, and says which skills it kept.",
-        max_body_size=settings.max_body_bytes,
         generate_unique_id_function=_operation_id,
     )
     app.state.settings = settings
@@ -31,13 +30,11 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.storage = Storage(settings.data / "artifacts")
     app.state.drain = asyncio.Event()
     problems.install(app)
-    app.include_router(jobs.router)
-    app.include_router(events.router)
-    app.include_router(artifacts.router)
-    app.include_router(plans.router)
+    # Limits belong to routes: FastAPI's limit of the whole application would answer around our error handlers.
+    for router in (jobs.router, events.router, artifacts.router, plans.router, health.router):
+        app.include_router(router, max_body_size=settings.max_body_bytes)
     app.include_router(models.router, max_body_size=settings.max_model_bytes)
     app.include_router(datasets.router, max_body_size=settings.max_dataset_bytes)
-    app.include_router(health.router)
     describe(app)
     return app
 

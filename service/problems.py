@@ -62,6 +62,9 @@ def install(app: FastAPI) -> None:
     async def identify(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         request.state.id = f"req_{secrets.token_hex(8)}"
         response = await call_next(request)
+        if response.status_code == 413 and not response.headers.get("content-type", "").startswith(MEDIA_TYPE):
+            # The limit of a route answers before any handler, in plain text.
+            return _answer(request, 413, "too_large", "What was sent is larger than the server takes: send less.")
         response.headers["X-Request-Id"] = request.state.id
         return response
 

@@ -9,6 +9,7 @@ import io
 import logging
 import shutil
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def export_onnx(folder: Path, out: Path, ids: Tensor) -> Parity:
     out.mkdir(parents=True)
     program = _trace(model)
     proto = program.model_proto
-    for key, value in {"opset": str(OPSET), "family": model.config.model_type, "producer": "narrow"}.items():
+    proto.producer_name, proto.producer_version = "narrow", version("narrow")
+    for key, value in {"opset": str(OPSET), "family": model.config.model_type, "torch": torch.__version__}.items():
         proto.metadata_props.add(key=key, value=value)
     _name_dimensions(proto)
     path = out / "model.onnx"
@@ -172,16 +174,7 @@ def _parity(model: PreTrainedModel, session: ort.InferenceSession, ids: Tensor) 
     found = np.concatenate([decoder.step(ids[:, :half].numpy()), decoder.step(ids[:, half:].numpy())], axis=1)
     error = float(np.abs(found - expected.numpy()).max())
     prompt = ids[:1, :PROMPT_TOKENS]
-    made = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=GREEDY_TOKENS,
-        min_new_tokens=GREEDY_TOKENS,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=None,
-        pad_token_id=0,
-    )[0, prompt.shape[1] :].tolist()
+    made = _greedy(model, prompt, GREEDY_TOKENS)
     by_onnx = Decoder(session).greedy(prompt.numpy(), GREEDY_TOKENS)
     equal = next((i for i, (a, b) in enumerate(zip(made, by_onnx, strict=True)) if a != b), GREEDY_TOKENS)
     return Parity(
@@ -190,6 +183,17 @@ def _parity(model: PreTrainedModel, session: ort.InferenceSession, ids: Tensor) 
         greedy_tokens=GREEDY_TOKENS,
         greedy_equal=equal,
     )
+
+
+def _greedy(model: PreTrainedModel, ids: Tensor, count: int) -> list[int]:
+    """What `Decoder.greedy` does, in torch. Not `generate`: a base's generation_config can penalise repetition there."""
+    made: list[int] = []
+    past = None
+    while len(made) < count:
+        out = model(input_ids=ids, past_key_values=past, use_cache=True)
+        past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        made.append(int(ids))
+    return made
 
 
 @contextlib.contextmanager

@@ -65,10 +65,15 @@ def check_reload(folder: Path, model: PreTrainedModel, ids: Tensor) -> Parity:
             str(logits),
             str(torch.get_num_threads()),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False)
+        except subprocess.TimeoutExpired as late:
+            raise NarrowError(
+                "reload_failed", f"The saved model was not loaded by a fresh process within {CHECK_SECONDS} seconds."
+            ) from late
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise NarrowError("reload_failed", f"The saved model does not load in a fresh process: {last[:300]}")
+            last = (done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1]
+            raise NarrowError("reload_failed", f"The saved model does not pass its check in a fresh process: {last[:300]}")
         found = load_file(logits)["logits"]
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits.float().cpu()

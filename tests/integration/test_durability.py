@@ -1,9 +1,9 @@
 """kill -9 of worker, job process and server at bad moments, and a drain: nothing is lost and nothing runs twice."""
 
-import os
 import signal
 import time
 
+import psutil
 import pytest
 from live import QUICK, SLOW, running, spec_of
 
@@ -32,9 +32,9 @@ def test_a_killed_worker_and_then_a_killed_server(tmp_path, tiny_folder, python_
         service.process.kill()
         service.process.wait()
         deadline = time.monotonic() + 5
-        while any(os.path.exists(f"/proc/{pid}") and not zombie(pid) for pid in family) and time.monotonic() < deadline:
+        while not all(gone(pid) for pid in family) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not any(os.path.exists(f"/proc/{pid}") and not zombie(pid) for pid in family), "nothing outlives the server"
+        assert all(gone(pid) for pid in family), "nothing outlives the server"
     with running(data) as service:
         job = service.wait(job_id, lambda j: j["status"] == "succeeded")
         assert job["attempt"] == 3
@@ -52,12 +52,9 @@ def test_a_killed_worker_and_then_a_killed_server(tmp_path, tiny_folder, python_
         numbered(service, second)
 
 
-def zombie(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] == "Z"
-    except OSError:
-        return True
+def gone(pid):
+    """Whether a process has ended, reaped or not."""
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_sigterm_drains_a_stream_ends_and_the_job_goes_on_later(tmp_path, tiny_folder, python_file):

@@ -34,7 +34,7 @@ def spec(tmp_path, tiny_folder, python_file, german_file):
             "skills": skills,
         }
         path = tmp_path / "spec.json"
-        path.write_text(json.dumps({**whole, **OPTIONS, **changes}))
+        path.write_text(json.dumps({**whole, "skills": skills, **OPTIONS, **changes}))
         return path
 
     return make

@@ -106,9 +106,11 @@ def test_lying_headers_are_refused(tmp_path, header, data):
 def test_any_bytes_give_a_sentence(tmp_path_factory, body):
     path = tmp_path_factory.mktemp("f") / "x.safetensors"
     path.write_bytes(body)
-    with pytest.raises(NarrowError):
-        assert read_header(path) == {}, "an empty file of eight zero bytes and '{}' is the only valid one this small"
-        raise NarrowError("bad_safetensors", "valid and empty")
+    try:
+        found = read_header(path)
+    except NarrowError:
+        found = {}
+    assert found == {}, "nothing this small can hold a tensor"
 
 
 def test_a_header_length_of_terabytes_costs_nothing(tmp_path):

@@ -1,5 +1,7 @@
 """The training loop: what was interrupted ends as if it had not been, and group lasso reaches exact zeros."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -85,7 +87,7 @@ def test_group_lasso_reaches_its_target_with_exact_zeros_in_every_layer(tmp_path
     assert curve[-1].sparsity == pytest.approx(target)
     steps = [p.sparsity for p in curve if p.sparsity is not None]
     assert steps == sorted(steps)
-    assert max(b - a for a, b in zip(steps, steps[1:], strict=False)) < 0.15, "groups go gradually, not in a cliff"
+    assert max(b - a for a, b in itertools.pairwise(steps)) < 0.15, "groups go gradually, not in a cliff"
 
 
 def test_group_lasso_resumes_with_its_dead(tmp_path):
@@ -123,7 +125,7 @@ def test_blocks_cover_an_epoch_once_and_follow_the_seed():
         int(np.flatnonzero((np.lib.stride_tricks.sliding_window_view(TOKENS, 33) == row.numpy()).all(1))[0]) for row in first
     ]
     assert len(set(starts)) == one.count
-    assert all(abs(a - b) >= 32 for a, b in zip(sorted(starts), sorted(starts)[1:], strict=False))
+    assert all(abs(a - b) >= 32 for a, b in itertools.pairwise(sorted(starts)))
     assert torch.equal(blocks().batch(7, 3), one.batch(7, 3))
     assert not torch.equal(Blocks(TOKENS, 32, 6).batch(0, 3), first[:3])
     assert not torch.equal(one.batch(one.count, 3), first[:3]), "the next epoch has another order"
