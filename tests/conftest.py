@@ -1,7 +1,5 @@
-"""What the tests share: tiny random models of every family, a tokenizer, and a small corpus of real text."""
+"""The fixtures: a tokenizer, a tiny model and data as files, a running service."""
 
-import gzip
-import json
 import os
 from pathlib import Path
 
@@ -13,61 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
-ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_neox")
-
-
-def tiny_config(family: str, **changes):
-    """A config whose every optional part (biases, sliding window) is there."""
-    from transformers import AutoConfig
-
-    options = {
-        "vocab_size": 320,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.25,
-        "attention_bias": True,
-        "mlp_bias": True,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-        **({"sliding_window": 8} if family == "gemma2" else {}),
-        **changes,
-    }
-    if family == "gpt_neox":
-        options = {k: v for k, v in options.items() if k not in ("num_key_value_heads", "head_dim", "mlp_bias")}
-    return AutoConfig.for_model(family, **options)
-
-
-def tiny_model(family: str, seed: int = 0, **changes):
-    """A random model in float32 whose norms and biases are random too, so that forgetting one shows."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes)).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.uniform_(-0.5, 1.5)
-    model.config.use_cache = False
-    return model
-
-
-def documents(domain: str = "python", count: int = 60) -> list[str]:
-    """The beginnings of real documents that ship with the demo."""
-    with gzip.open(ROOT / "demo" / "data" / f"{domain}.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [json.loads(line)["text"][:1500] for line, _ in zip(file, range(count), strict=False)]
-
-
-def write_jsonl(path: Path, texts: list[str], column: str = "text") -> Path:
-    path.write_text("".join(json.dumps({column: text}) + "\n" for text in texts), encoding="utf-8")
-    return path
+from live import running
+from tiny import documents, tiny_model, write_jsonl
 
 
 @pytest.fixture(scope="session")
@@ -105,3 +50,10 @@ def python_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def german_file(tmp_path_factory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "german.jsonl", documents("german", 12))
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    """`narrow serve` with one worker, for a module's tests."""
+    with running(tmp_path_factory.mktemp("service") / "data") as found:
+        yield found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from tiny import ROOT
 
 from service.openapi import document
 

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import write_jsonl
+from tiny import write_jsonl
 
 from narrow_engine.events import read_events
 from narrow_engine.report.model import Report

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
 from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, tiny_model
 
 from narrow_engine.errors import NarrowError
 from narrow_engine.export.onnx import Decoder, export_onnx, open_session

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+from tiny import FAMILIES, tiny_model
 
 from narrow_engine import importance
 from narrow_engine.corpus import Blocks

@@ -6,10 +6,10 @@ import shutil
 import struct
 
 import pytest
-from conftest import FAMILIES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, tiny_model
 
 from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import accepted_name, inspect_model, read_header

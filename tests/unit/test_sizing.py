@@ -1,9 +1,9 @@
 """A budget is met exactly as promised, and sizes are those of the real models."""
 
 import pytest
-from conftest import FAMILIES, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import FAMILIES, tiny_config, tiny_model
 
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import FAMILIES as TABLE

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
 from narrow_engine.families import FAMILIES as TABLE

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from tiny import tiny_model
 
 from narrow_engine.corpus import Blocks
 from narrow_engine.errors import Cancelled

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import httpx
 import psutil
-import pytest
 
 QUICK = {"calibration_tokens": 512, "recover": {"tokens": 1024, "batch_tokens": 256}}
 SLOW = {"calibration_tokens": 512, "recover": {"tokens": 2_000_000, "batch_tokens": 256}}
@@ -92,12 +91,6 @@ def running(data: Path, **options):
     finally:
         service.stop()
         service.log.close()
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("service") / "data") as found:
-        yield found
 
 
 def spec_of(service: Service, model: Path, data: Path, method: dict, **changes) -> dict:

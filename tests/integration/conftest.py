@@ -1,5 +1,0 @@
-"""The fixture of `live.py`."""
-
-from live import service
-
-__all__ = ["service"]
