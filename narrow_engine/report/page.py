@@ -1,7 +1,8 @@
 """The report as one HTML file that needs nothing else: no script, no font, no connection.
 
-Everything on it comes from the `Report`. Charts are matplotlib's SVG, drawn in the page's own text colour so that they
-fit a light and a dark theme. Every string is escaped by the template.
+Everything on it comes from the `Report`. The bars of the skills are drawn by the template, so that they fit any width;
+the curves are matplotlib's SVG in the page's own colours, so that they fit a light and a dark theme. Every string is
+escaped by the template.
 """
 
 import io
@@ -13,13 +14,24 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from narrow_engine.report.model import Report
+from narrow_engine.report.model import Cut, Report, Skill
 
-INK, ACCENT, QUIET, WARN = "#010203", "#2f6fde", "#8a94a6", "#c2571a"
-"""INK is a colour that nothing else has, replaced by `currentColor` in the SVG."""
+COLOURS = {"#010203": "currentColor", "#010204": "var(--soft)", "#010205": "var(--line)", "#010206": "var(--accent)"}
+COLOURS |= {"#010207": "var(--warn)", "#010208": "var(--third)"}
+INK, SOFT, LINE, ACCENT, WARN, THIRD = COLOURS
+"""Colours that nothing else has, for matplotlib, which knows no CSS; the SVG gets the page's."""
+
+STAGES = ("load", "measure_base", "score", "sparsify", "plan", "slice", "reconstruct", "recover", "measure", "export")
+RUNTIMES = {"torch": "torch", "onnxruntime": "ONNX Runtime"}
+UNITS = {"neuron": "neurons", "head": "query heads", "kv_group": "KV groups", "layer": "layers"}
+STILL_THERE = 0.5
+"""Retention above which a skill to forget is not called forgotten."""
+NAME_CHARACTERS = 30
+"""Of a skill's name, beside its bar: what a phone has room for. The table under it has all of it."""
 
 
 def render_page(report: Report) -> str:
+    """The page as HTML text."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -27,26 +39,75 @@ def render_page(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["count"] = lambda number: f"{number:,}"
-    environment.filters["short"] = _short
+    environment.filters |= {
+        "count": lambda number: f"{number:,}",
+        "short": _short,
+        "percent": _percent,
+        "duration": _duration,
+        "words": lambda name: name.replace("_", " "),
+        "clip": lambda name: name if len(name) <= NAME_CHARACTERS else name[: NAME_CHARACTERS - 1] + "…",
+    }
     row = report.skills[report.target]
+    seconds = report.provenance.seconds
     return environment.get_template("page.html").render(
         report=report,
         row=row,
+        runtimes=RUNTIMES,
+        units=UNITS,
         verdict=_verdict(report),
+        summary=" ".join(_summary(report)),
         share=report.after.parameters / report.before.parameters,
-        retention_chart=_svg(lambda axes: _retention(axes, report), 0.42 * len(report.skills) + 0.9),
-        curve_chart=_svg(lambda axes: _curve(axes, report), 3.0) if len(report.curve) > 1 else "",
-        cut_chart=_svg(lambda axes: _cuts(axes, report), 2.2) if any(c.unit != "layer" for c in report.cuts) else "",
+        scale=1.02 * max(1.0, *(skill.retention.high for skill in report.skills.values())),
+        first=next((point.validation for point in report.curve if point.phase == "recover"), None),
+        curve_chart=_svg(lambda axes: _curve(axes, report)) if len(report.curve) > 1 else "",
+        cut_chart=_svg(lambda axes: _cuts(axes, report)) if report.cuts else "",
+        seconds={name: seconds[name] for name in sorted(seconds, key=_order) if seconds[name] >= 0.05},
     )
 
 
 def _verdict(report: Report) -> str:
     kept = report.skills[report.target].retention
-    size = report.after.parameters / report.before.parameters
+    size = f"{report.after.parameters / report.before.parameters:.0%} of the size"
     if kept.low >= 1:
-        return f"{size:.0%} of the size, and nothing of {report.target} lost that could be measured."
-    return f"{size:.0%} of the size, {kept.value:.1%} of {report.target} kept."
+        return f"{size}, and nothing of {report.target} lost that could be measured."
+    if kept.high >= 1:
+        return f"{size}, and as good on {report.target} as the base within the error of the measurement."
+    return f"{size}, {_percent(kept.value)} of {report.target} kept."
+
+
+def _summary(report: Report) -> list[str]:
+    """What a person would say of it in a few sentences, the bad as well as the good."""
+    row = report.skills[report.target]
+    said = [
+        f"On {row.documents:,} held-out documents of {report.target} ({row.tokens:,} tokens) its perplexity is "
+        f"{row.recovered.perplexity:.4g}, the base’s {row.base.perplexity:.4g}."
+    ]
+    speeds = [f"{s.decode_narrow / s.decode_base:.2f} × the base’s in {RUNTIMES[s.runtime]}" for s in report.speed]
+    if speeds:
+        said.append(f"Its decoding speed is {' and '.join(speeds)}.")
+    others = {name: skill for name, skill in report.skills.items() if name != report.target}
+    watched = {name: skill.retention.value for name, skill in others.items() if skill.role == "watch"}
+    if len(watched) == 1:
+        said += [f"Only watched: {name}, at {_percent(value)}." for name, value in watched.items()]
+    elif watched:
+        least, most = min(watched, key=watched.__getitem__), max(watched, key=watched.__getitem__)
+        said.append(
+            f"Of the {len(watched)} skills that were only watched, {least} kept least ({_percent(watched[least])}) "
+            f"and {most} most ({_percent(watched[most])})."
+        )
+    said += [_sentence(name, skill) for name, skill in others.items() if skill.role != "watch"]
+    return said
+
+
+def _sentence(name: str, skill: Skill) -> str:
+    value = _percent(skill.retention.value)
+    if skill.role == "keep":
+        return f"To be kept as well: {name}, at {value}."
+    return f"To be forgotten: {name}, {'still' if skill.retention.high > STILL_THERE else 'down to'} {value}."
+
+
+def _order(stage: str) -> int:
+    return STAGES.index(stage) if stage in STAGES else len(STAGES)
 
 
 def _short(number: float) -> str:
@@ -57,28 +118,44 @@ def _short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def _svg(draw: Callable[[Any], None], height: float) -> Markup:
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share == 0 or share >= 0.001 else "under 0.1%"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"
+
+
+def _svg(draw: Callable[[Any], None]) -> Markup:
     # Imported here: it takes half a second that a run without a report need not spend.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "narrow"}):
-        figure = Figure(figsize=(7.2, height), layout="constrained")
-        figure.patch.set_alpha(0)
+        figure = Figure(figsize=(5.2, 3.1), layout="constrained")
+        figure.patch.set_visible(False)
         axes = figure.add_subplot()
-        axes.patch.set_alpha(0)
-        for side in ("top", "right"):
+        axes.patch.set_visible(False)
+        for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            axes.spines[side].set_color(QUIET)
-        axes.tick_params(colors=INK, which="both", color=QUIET)
-        axes.xaxis.label.set_color(INK)
-        axes.yaxis.label.set_color(INK)
+        axes.spines["bottom"].set_color(LINE)
+        axes.tick_params(labelcolor=SOFT, color=LINE, length=0, pad=5)
+        axes.grid(axis="y", color=LINE, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.xaxis.label.set_color(SOFT)
+        axes.yaxis.label.set_color(SOFT)
         draw(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = svg[svg.index("<svg") :]
+    for placeholder, colour in COLOURS.items():
+        svg = svg.replace(placeholder, colour)
+    svg = re.sub(r"font: (\d+)px 'sans-serif'", r"font: \1px system-ui, sans-serif", svg)
     svg = re.sub(
         r'<svg [^>]*viewBox="([^"]+)"[^>]*>',
         r'<svg viewBox="\1" aria-hidden="true" xmlns:xlink="http://www.w3.org/1999/xlink">',
@@ -89,61 +166,61 @@ def _svg(draw: Callable[[Any], None], height: float) -> Markup:
     return Markup(svg)  # noqa: S704
 
 
-def _retention(axes: Any, report: Report) -> None:
-    names = list(report.skills)[::-1]
-    colours = {"keep": ACCENT, "watch": QUIET, "forget": WARN}
-    for at, name in enumerate(names):
-        row = report.skills[name]
-        kept = row.retention
-        axes.barh(at, kept.value, height=0.55, color=colours[row.role])
-        axes.plot([kept.low, kept.high], [at, at], color=INK, linewidth=1.2, solid_capstyle="butt")
-        for end in (kept.low, kept.high):
-            axes.plot([end, end], [at - 0.13, at + 0.13], color=INK, linewidth=1.2)
-        axes.text(max(kept.high, kept.value) + 0.02, at, f"{kept.value:.3f}", va="center", color=INK)
-    axes.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.set_yticks(range(len(names)), [name if len(name) <= 24 else name[:23] + "…" for name in names], parse_math=False)
-    axes.set_xlim(0, max(1.15, *(row.retention.high + 0.15 for row in report.skills.values())))
-    axes.set_xlabel("retention (1 = as good as the base)")
-
-
 def _curve(axes: Any, report: Report) -> None:
-    tokens, offset = [], 0
+    """Held-out loss against tokens; the phases follow each other on one axis."""
+    unit, name = (1e6, "million") if max(p.tokens for p in report.curve) > 2e6 else (1e3, "thousand")
+    offset = 0
     for phase in dict.fromkeys(point.phase for point in report.curve):
         points = [p for p in report.curve if p.phase == phase]
-        tokens = [(p.tokens + offset) / 1e3 for p in points if p.validation is not None]
+        seen = [(offset + p.tokens, p.validation) for p in points if p.validation is not None]
         axes.plot(
-            tokens,
-            [p.validation for p in points if p.validation is not None],
+            [tokens / unit for tokens, _ in seen],
+            [loss for _, loss in seen],
             color=ACCENT if phase == "recover" else WARN,
+            linewidth=1.8,
             marker="o",
-            markersize=3.5,
-            label={"recover": "recovery", "sparsify": "group lasso"}.get(phase, phase),
+            markersize=3.2,
+            label={"recover": "recovery", "sparsify": "group lasso, before the cut"}.get(phase, phase),
         )
         offset += points[-1].tokens
-    axes.set_xlabel("thousand tokens trained on")
-    axes.set_ylabel("held-out loss, nats")
-    legend = axes.legend(frameon=False)
-    for text in legend.get_texts():
-        text.set_color(INK)
+    axes.axhline(
+        report.skills[report.target].base.loss, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="base, all held-out text"
+    )
+    axes.margins(y=0.1)
+    axes.set_xlabel(f"{name} tokens trained on")
+    axes.set_ylabel("loss, nats per token")
+    _legend(axes, columns=1)
 
 
 def _cuts(axes: Any, report: Report) -> None:
-    bars = [cut for cut in report.cuts if cut.unit != "layer"]
-    for number, cut in enumerate(bars):
-        height = 0.8 / len(bars)
-        left = [layer + number * height - 0.4 + height / 2 for layer in range(len(cut.per_layer))]
-        axes.bar(left, [1.0] * len(left), width=height * 0.92, color=QUIET, alpha=0.25)
-        colour = (ACCENT, WARN, "#4d9a6a")[number % 3]
+    """Share of units that each of the base's layers keeps; a layer that is gone keeps nothing."""
+    dropped = next((cut for cut in report.cuts if cut.unit == "layer"), None)
+    layers = dropped.per_layer if dropped else list(range(report.before.layers))
+    inner = [cut for cut in report.cuts if cut.unit != "layer"]
+    if not inner and dropped:
+        inner = [Cut(unit="layer", kept=1, of=1, per_layer=[1] * len(layers))]
+    everywhere = range(report.before.layers)
+    thick = 0.78 / len(inner)
+    for number, cut in enumerate(inner):
+        shift = (number - (len(inner) - 1) / 2) * thick
+        axes.bar([layer + shift for layer in everywhere], [1.0] * len(everywhere), width=0.86 * thick, color=LINE)
         axes.bar(
-            left,
+            [layer + shift for layer in layers],
             [kept / cut.of for kept in cut.per_layer],
-            width=height * 0.92,
-            color=colour,
-            label=cut.unit.replace("_", " "),
+            width=0.86 * thick,
+            color=(ACCENT, WARN, THIRD)[number % 3],
+            label=UNITS[cut.unit],
         )
-    axes.set_xlabel("layer")
+    axes.grid(visible=False)
+    axes.set_xlabel("layer of the base")
     axes.set_ylabel("share kept")
-    axes.set_ylim(0, 1.05)
+    axes.set_ylim(0, 1)
+    axes.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
     axes.xaxis.get_major_locator().set_params(integer=True)
-    for text in axes.legend(frameon=False, loc="upper right").get_texts():
+    _legend(axes, columns=3)
+
+
+def _legend(axes: Any, columns: int) -> None:
+    options = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.4} if columns > 1 else {}
+    for text in axes.legend(frameon=False, ncols=columns, handlelength=1.4, columnspacing=1.4, **options).get_texts():
         text.set_color(INK)

@@ -1,0 +1,173 @@
+"""The three ways in, as a user walks them: the Python call, the command, and the files in stock libraries."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import narrow_client
+import pytest
+from tiny import ROOT, write_jsonl
+
+OPTIONS = {"block_tokens": 64, "skill_tokens": 1024}
+METHOD = {"calibration_tokens": 512, "recover": {"tokens": 1024, "batch_tokens": 256}}
+
+
+def narrow(*arguments, url, **options):
+    environment = {**os.environ, "NARROW_URL": url, "COLUMNS": "100"}
+    command = [sys.executable, "-m", "narrow_client.cli", *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_compress_in_python_and_the_files_in_stock_libraries(service, tiny_folder, python_file, german_file, tmp_path):
+    seen = []
+    with narrow_client.Narrow(service.url) as client:
+        result = narrow_client.compress(
+            tiny_folder,
+            python_file,
+            0.85,
+            tmp_path / "out",
+            skills={"german": (german_file, "forget")},
+            method=METHOD,
+            options=OPTIONS,
+            client=client,
+            progress=seen.append,
+        )
+    assert result.job.status == "succeeded"
+    assert [e.seq for e in seen] == list(range(1, len(seen) + 1))
+    assert 0 < result.report.skills["python"].retention.value < 2
+    assert result.report.skills["german"].role == "forget"
+    assert result.report_path.read_text().startswith("<!doctype html>")
+
+    import numpy as np
+    import onnxruntime
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    model = AutoModelForCausalLM.from_pretrained(result.model_path, dtype=torch.float32)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(result.model_path / "tokenizer.json"))
+    ids = tokenizer("def main():", return_tensors="pt")["input_ids"]
+    session = onnxruntime.InferenceSession(str(result.onnx_path))
+    feed = {"input_ids": ids.numpy(), "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}
+    for value in session.get_inputs()[3:]:
+        feed[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+    with torch.no_grad():
+        assert np.abs(session.run(["logits"], feed)[0] - model(ids).logits.numpy()).max() < 1e-3
+
+
+@pytest.fixture
+def api_spec(service, tiny_folder, python_file):
+    def make(tokens):
+        return {
+            "base": {"model": service.upload_model(tiny_folder)},
+            "target": {"dataset": service.upload_dataset(python_file)},
+            "budget": {"parameters": 0.85},
+            "method": {**METHOD, "recover": {"tokens": tokens, "batch_tokens": 256}},
+            "export": ["safetensors"],
+            **OPTIONS,
+        }
+
+    return make
+
+
+def test_the_command_watches_shows_downloads_and_cancels(service, api_spec, tmp_path):
+    job = service.http.post("/jobs", json=api_spec(1024)).json()["id"]
+    watching = narrow("watch", job, url=service.url)
+    out, err = watching.communicate(timeout=120)
+    assert watching.returncode == 0, err
+    assert "recover: done in" in err
+    for arguments, words in ((("report", job), "retention"), (("jobs",), job), (("show", job), "succeeded"), (("doctor",), "ok")):
+        command = narrow(*arguments, url=service.url)
+        out, err = command.communicate(timeout=30)
+        assert (command.returncode, words in out) == (0, True), (arguments, out, err)
+    fetch = narrow("download", job, "--out", tmp_path / "d", "--only", "model/", url=service.url)
+    out, err = fetch.communicate(timeout=60)
+    assert (tmp_path / "d" / "model" / "model.safetensors").exists(), err
+    assert not (tmp_path / "d" / "report.json").exists()
+
+    slow = service.http.post("/jobs", json=api_spec(5_000_000)).json()["id"]
+    service.wait(slow, lambda j: j["status"] == "running")
+    assert narrow("cancel", slow, url=service.url).wait(30) == 0
+    service.wait(slow, lambda j: j["status"] == "cancelled")
+    command = narrow("watch", slow, url=service.url)
+    assert command.wait(30) == 1
+
+
+def test_compress_as_a_command_refuses_plans_and_is_interrupted(service, tiny_folder, python_file, tmp_path):
+    common = ("compress", "--base", tiny_folder, "--target", python_file)
+    plan = narrow(*common, "--budget", "0.85", "--dry-run", url=service.url)
+    out, err = plan.communicate(timeout=60)
+    assert json.loads(out)["after"]["parameters"] < json.loads(out)["before"]["parameters"], err
+
+    bad = write_jsonl(tmp_path / "bad.jsonl", ["fine"])
+    bad.write_text(bad.read_text() + "{oops\n")
+    refused = narrow("compress", "--base", tiny_folder, "--target", bad, url=service.url)
+    out, err = refused.communicate(timeout=60)
+    assert (refused.returncode, "line 2 of bad.jsonl" in err, "Traceback" in err) == (1, True, False)
+
+    failed = narrow(*common, "--budget", "0.01", url=service.url)
+    out, err = failed.communicate(timeout=60)
+    assert (failed.returncode, "raise the budget" in err) == (1, True)
+
+    running = narrow(*common, "--budget", "0.85", "--recover-tokens", "50000000", "--out", tmp_path / "o", url=service.url)
+    deadline = time.monotonic() + 60
+    while not (live := service.http.get("/jobs", params={"status": "running"}).json()["data"]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    assert running.wait(60) == 130
+    service.wait(live[0]["id"], lambda j: j["status"] == "cancelled")
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_recipe_makes_a_model(tmp_path):
+    for domain in ("python", "c"):
+        (tmp_path / "corpora" / domain).mkdir(parents=True)
+        data = (ROOT / "demo" / "data" / f"{domain}.jsonl.gz").read_bytes()
+        (tmp_path / "corpora" / domain / "train.jsonl.gz").write_bytes(data)
+    for script, *options in (("tokenizer.py",), ("pretrain.py", "--steps", "3")):
+        command = [
+            sys.executable,
+            str(ROOT / "demo" / "recipe" / script),
+            str(tmp_path / "corpora"),
+            str(tmp_path / "out"),
+            *options,
+        ]
+        subprocess.run(command, check=True, capture_output=True, timeout=280)
+    from narrow_engine.model_files import inspect_model
+
+    info = inspect_model(tmp_path / "out")
+    assert (info.family, info.parameters) == ("llama", 7_802_112)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demo(tmp_path):
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "demo/demo.py"], cwd=ROOT, capture_output=True, text=True, timeout=800, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - started < 600
+    for words in ("of python kept", "retention", "german", "onnx", "report"):
+        assert words in done.stdout
+    out = ROOT / "demo" / "out" / "narrow-python"
+    report = json.loads((out / "report.json").read_text())
+    assert report["after"]["parameters"] <= 0.5 * report["before"]["parameters"]
+    assert report["skills"]["python"]["retention"]["low"] > 0.5
+    assert (out / "onnx" / "model.onnx").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupted_demo_leaves_nothing_running():
+    process = subprocess.Popen([sys.executable, "demo/demo.py"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    import psutil
+
+    deadline = time.monotonic() + 90
+    family = []
+    while time.monotonic() < deadline and not any("-m narrow_engine" in " ".join(p.cmdline()) for p in family):
+        family = [p for p in psutil.Process(process.pid).children(recursive=True) if p.is_running()]
+        time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
