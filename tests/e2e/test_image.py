@@ -62,7 +62,11 @@ def test_the_installed_service_serves(tmp_path):
         environment["NARROW_URL"] = url
         subprocess.run([str(venv / "bin" / "narrow"), "doctor"], env=environment, check=True)
         subprocess.run([str(venv / "bin" / "python"), "-m", "narrow_engine", "--help"], cwd=tmp_path, env=environment, check=True)
-        templates = [str(venv / "bin" / "python"), "-c", "import narrow_engine.report.page as p; p.Path(p.__file__).with_name('page.html').read_text()"]
+        templates = [
+            str(venv / "bin" / "python"),
+            "-c",
+            "import narrow_engine.report.page as p; p.Path(p.__file__).with_name('page.html').read_text()",
+        ]
         subprocess.run(templates, cwd=tmp_path, env=environment, check=True)
     finally:
         server.terminate()

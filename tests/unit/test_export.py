@@ -47,6 +47,20 @@ def test_every_family_reloads(family, tmp_path, tokenizer_file):
     assert check_reload(tmp_path / "model", model, IDS).relative_error < 1e-5
 
 
+@pytest.mark.slow
+def test_a_model_in_shards_reloads_and_a_lost_shard_is_told(tmp_path):
+    model = tiny_model("gpt_neox")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert check_reload(tmp_path, model, IDS).relative_error < 1e-5
+    shards[0].unlink()
+    with pytest.raises(NarrowError) as raised:
+        check_reload(tmp_path, model, IDS)
+    assert raised.value.code == "reload_failed"
+    assert shards[0].name in str(raised.value)
+
+
 ONNX_FAMILIES = [f if f in ("gemma2", "gpt_neox") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 
 
@@ -65,6 +79,36 @@ def test_onnx_equals_torch(family, tmp_path, tokenizer_file):
     session = open_session(tmp_path / "onnx" / "model.onnx", threads=1)
     _any_batch_and_past(session, model)
     _left_padding(session, model)
+
+
+def test_sampling_settings_do_not_count_and_large_weights_lie_beside(tmp_path, monkeypatch, capfd):
+    """A base may ask `generate` to penalise repetition; greedy decoding is compared without. And a file holds 2 GiB."""
+    model = tiny_model("llama", num_hidden_layers=1)
+    model.generation_config.repetition_penalty = 1.5
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("narrow_engine.export.onnx.EXTERNAL_BYTES", 1000)
+    capfd.readouterr()
+    parity = export_onnx(tmp_path / "model", tmp_path / "onnx", IDS)
+    assert (parity.greedy_tokens, parity.greedy_equal) == (64, 64)
+    assert capfd.readouterr() == ("", ""), "the exporter is talkative; none of it is for the user"
+    assert (tmp_path / "onnx" / "model.onnx.data").stat().st_size > 40_000
+    assert (tmp_path / "onnx" / "config.json").read_bytes() == (tmp_path / "model" / "config.json").read_bytes()
+    proto = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+    assert {m.key: m.value for m in proto.metadata_props}["family"] == "llama"
+    assert proto.producer_name == "narrow"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_a_sliding_window_is_in_the_mask(family, tmp_path):
+    """The text is longer than the window, and only some layers of the Qwens have one."""
+    layers = {} if family == "mistral" else {"use_sliding_window": True, "max_window_layers": 1}
+    model = tiny_model(family, sliding_window=6, **layers)
+    model.save_pretrained(tmp_path / "model")
+    parity = export_onnx(tmp_path / "model", tmp_path / "onnx", IDS)
+    assert parity.relative_error < 1e-4
+    assert parity.greedy_equal == 64
+    _any_batch_and_past(open_session(tmp_path / "onnx" / "model.onnx", threads=1), model)
 
 
 def _any_batch_and_past(session, model):
