@@ -156,6 +156,7 @@ class Blocks:
                 f"{2 * length + 1} tokens or lower block_tokens.",
             )
         self.tokens, self.length, self.seed = tokens, length, seed
+        self._epoch = -1
 
     def batch(self, first: int, rows: int) -> torch.Tensor:
         """Blocks number `first` to `first + rows` of the endless sequence. Shape [rows, length + 1], int64."""
@@ -163,7 +164,7 @@ class Blocks:
 
     def _block(self, index: int) -> NDArray[np.int64]:
         epoch, position = divmod(index, self.count)
-        if getattr(self, "_epoch", None) != epoch:
+        if self._epoch != epoch:
             random = np.random.default_rng([self.seed, epoch])
             self._epoch, self._order, self._offset = (
                 epoch,

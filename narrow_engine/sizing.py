@@ -19,7 +19,7 @@ from narrow_engine.spec import Options, Unit
 MULTIPLE = 8
 """Neurons are kept in multiples of this where a budget leaves the choice: odd widths waste vector lanes."""
 
-SECONDS_PER_FLOP = 1 / 60e9
+SECONDS_PER_FLOP = 1 / 100e9
 FIXED_SECONDS = 45.0
 """What two laptop-class cores reach in training, and what imports, export and checks take whatever the size."""
 
@@ -85,9 +85,14 @@ def solve(config: dict[str, Any], options: Options) -> tuple[dict[Unit, int], li
     With `budget.keep`, each fraction is rounded to whole units (heads: the same number in each KV group). With
     `budget.parameters`, all kinds keep about the same fraction: the coarse kinds (layers, KV groups, heads) are rounded
     to it and neurons fill what the budget leaves. The result never exceeds the budget.
-    Raises NarrowError (unit_not_supported, budget_too_small).
+    Raises NarrowError (block_too_long, unit_not_supported, budget_too_small).
     """
     family, dims = family_of(config), dimensions(config)
+    context = config.get("max_position_embeddings")
+    if isinstance(context, int) and options.block_tokens > context:
+        raise NarrowError(
+            "block_too_long", f"block_tokens is {options.block_tokens}, but the model's context is {context} tokens: lower it."
+        )
     units = options.method.units
     for unit in units:
         if unit not in family.units:
@@ -118,8 +123,11 @@ def solve(config: dict[str, Any], options: Options) -> tuple[dict[Unit, int], li
     return best, [f"{limit:,} parameters were asked for; whole units make it {parameters(config, shrink(dims, best)):,}."]
 
 
-def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: int = 2) -> Sizes:
-    """The dry run of a job: shapes, bytes, FLOPs, memory and a rough time. Raises like `solve`."""
+def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: int = 2, skills: int = 1) -> Sizes:
+    """The dry run of a job: shapes, bytes, FLOPs, memory and a rough time. Raises like `solve`.
+
+    `skills` counts the datasets that are measured, the target's among them.
+    """
     dims = dimensions(config)
     keep, notices = solve(config, options)
     small = shrink(dims, keep)
@@ -131,7 +139,7 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
     flops = (
         3.0 * before.flops_per_token * (method.calibration_tokens + lasso_tokens)
         + (3.0 * after.flops_per_token + teacher) * recover.tokens
-        + (2.0 * before.flops_per_token + 3.0 * after.flops_per_token) * options.skill_tokens
+        + (2.0 * before.flops_per_token + 3.0 * after.flops_per_token) * options.skill_tokens * skills
     )
     # fp32 base, gradients of a pass over it, Gram matrices; or student with gradients and two moments beside the base;
     # and in either case the activations of a batch.

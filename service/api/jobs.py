@@ -4,6 +4,7 @@ import hashlib
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
+from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col, delete, select
 
 from narrow_engine.sizing import solve
@@ -55,7 +56,11 @@ def create_job(
         job = queue.enqueue(session, spec)
         if idempotency_key:
             session.add(IdempotencyRow(key=idempotency_key, body_sha256=body, job_id=job.id, created_at=now()))
-        session.commit()
+        try:
+            session.commit()
+        except IntegrityError as error:
+            detail = "Another request with this Idempotency-Key is being answered: send it again in a moment."
+            raise ApiError(409, "request_in_progress", detail) from error
     response.headers["Location"] = f"/jobs/{job.id}"
     return as_job(job)
 

@@ -17,7 +17,7 @@ router = APIRouter(prefix="/plans", tags=["plans"])
 def create_plan(spec: JobSpec, session: Db) -> Plan:
     """The sizes before and after, what is kept, and estimates of memory and time."""
     base = check_spec(session, spec)
-    sizes = plan_sizes(base.info["config"], spec, DTYPES[base.info["dtype"]])
+    sizes = plan_sizes(base.info["config"], spec, DTYPES[base.info["dtype"]], 1 + len(spec.skills))
     return Plan(
         family=base.info["family"],
         before=sizes.before,

@@ -1,6 +1,8 @@
 """kill -9 of worker, job process and server at bad moments, and a drain: nothing is lost and nothing runs twice."""
 
+import os
 import signal
+import subprocess
 import time
 
 import psutil
@@ -92,6 +94,31 @@ def test_a_job_whose_process_always_dies_is_failed_with_a_sentence(tmp_path, tin
         assert job["error"]["code"] == "process_killed"
         assert "memory" in job["error"]["message"]
         assert service.http.get("/readyz").status_code == 200
+
+
+def test_a_nearly_full_disk_is_told_before_it_is_full(tmp_path, python_file):
+    with running(tmp_path / "data", workers=0, NARROW_MIN_FREE_BYTES=str(10**17)) as service:
+        answer = service.http.post("/datasets", files={"file": ("a.jsonl", python_file.read_bytes())})
+        assert (answer.status_code, answer.json()["code"]) == (507, "disk_full")
+        assert service.http.get("/readyz").status_code == 503
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_full_disk_refuses_an_upload_and_keeps_what_was_there(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("this machine cannot mount")
+    try:
+        with running(disk / "data", workers=0, NARROW_MIN_FREE_BYTES="0", NARROW_MAX_DATASET_BYTES="100000000") as service:
+            row = b'{"text": "' + b"word " * 200 + b'"}\n'
+            kept = service.http.post("/datasets", files={"file": ("small.jsonl", row * 10)}).json()["id"]
+            answer = service.http.post("/datasets", files={"file": ("large.jsonl", row * 20_000)})
+            assert (answer.status_code, answer.json()["code"]) == (507, "disk_full"), answer.text
+            assert service.http.get(f"/datasets/{kept}").status_code == 200
+            assert service.http.post("/datasets", files={"file": ("again.jsonl", row * 10)}).status_code == 201
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.slow

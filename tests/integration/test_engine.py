@@ -148,13 +148,17 @@ def test_another_spec_in_the_same_folder_runs_what_it_changes(spec, tmp_path):
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
-        ({"block_tokens": 100_000}, "text_too_short", "lower block_tokens"),
+        ({"block_tokens": 100_000}, "block_too_long", "context is 256 tokens"),
+        ({"target": {"path": "short.jsonl"}}, "text_too_short", "lower block_tokens"),
+        ({"target": {"path": "empty.txt"}}, "empty_dataset", "empty.txt"),
         ({"budget": {"parameters": 0.01}}, "budget_too_small", "raise the budget"),
         ({"target": {"path": "nowhere.jsonl"}}, "missing_file", "nowhere.jsonl"),
         ({"banana": 1}, "bad_spec", "banana"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_sentence(spec, tmp_path, change, code, words):
+    write_jsonl(tmp_path / "short.jsonl", ["a short text", "and another"])
+    (tmp_path / "empty.txt").write_text("\n \n")
     status, told = finish(start(spec(**change), tmp_path / "run"))
     assert status == 1
     assert "Traceback" not in told

@@ -11,6 +11,7 @@ import time
 import httpx
 import pytest
 from live import QUICK, SLOW, spec_of
+from tiny import write_jsonl
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 
@@ -139,8 +140,8 @@ def test_cancel_takes_less_than_two_seconds_and_the_queue_goes_on(service, tiny_
     problem(service.http.get(f"/jobs/{running}"), 404, "job_not_found")
 
 
-def test_a_job_that_cannot_be_done_fails_with_its_sentence(service, tiny_folder, python_file):
-    spec = spec_of(service, tiny_folder, python_file, QUICK, block_tokens=100_000)
+def test_a_job_that_cannot_be_done_fails_with_its_sentence(service, tiny_folder, tmp_path):
+    spec = spec_of(service, tiny_folder, write_jsonl(tmp_path / "short.jsonl", ["too short", "by far"]), QUICK)
     job_id = service.http.post("/jobs", json=spec).json()["id"]
     deadline = time.monotonic() + 60
     while (job := service.job(job_id))["status"] not in TERMINAL and time.monotonic() < deadline:
@@ -218,6 +219,7 @@ def test_bad_requests_are_problems(service, done):
         ({**spec, "budget": {}}, 422, "invalid_request"),
         ({**spec, "banana": 1}, 422, "invalid_request"),
         ({**spec, "budget": {"parameters": 0.001}}, 422, "budget_too_small"),
+        ({**spec, "block_tokens": 100_000}, 422, "block_too_long"),
         ({**spec, "base": {"model": "mdl_0000000000000000"}}, 404, "model_not_found"),
         ({**spec, "target": {"dataset": "ds_0000000000000000"}}, 404, "dataset_not_found"),
         ({**spec, "skills": [{"name": "python", "dataset": spec["target"]["dataset"]}]}, 422, "invalid_request"),
