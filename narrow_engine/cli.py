@@ -6,6 +6,7 @@ goes on where it stopped. Exit status: 0 done, 1 failed with a sentence (also in
 
 import errno
 import fcntl
+import os
 import signal
 import sys
 import threading
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from narrow_engine.events import Kind
 
 LOCK_SECONDS = 30
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @click.command()

@@ -60,3 +60,16 @@ def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
 def head(model: PreTrainedModel) -> Head:
     weight = model.get_output_embeddings().weight
     return Head(weight, getattr(model.config, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, ids: Tensor, count: int) -> list[int]:
+    """Continues tokens [1, length] by the `count` most likely next ones. Not `generate`: a base's generation_config can
+    change the choice there, by penalising repetition for one."""
+    made: list[int] = []
+    past = None
+    while len(made) < count:
+        out = model(input_ids=ids, past_key_values=past, use_cache=True)
+        past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        made.append(int(ids))
+    return made

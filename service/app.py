@@ -1,7 +1,6 @@
 """The application: wiring and nothing else. Importing it must stay quick, and never imports torch."""
 
 import asyncio
-import tempfile
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
@@ -17,8 +16,6 @@ from service.storage import Storage
 def create_app(settings: Settings) -> FastAPI:
     """The API over migrated tables in `settings.data`."""
     settings.prepare()
-    # Multipart bodies are spooled here by the form parser: on the data disk and under its limits, not in /tmp.
-    tempfile.tempdir = str(settings.uploads)
     app = FastAPI(
         title="Narrow",
         version="0.1.0",

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -33,6 +34,8 @@ def serve(host: str, port: int, data: Path | None, workers: int) -> None:
     settings.prepare()
     migrate(settings)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    # The form parser spools bodies here: on the data disk and under its limits, not in /tmp.
+    tempfile.tempdir = str(settings.uploads)
     # uvicorn raises the signals that it caught once more when it is done; by then the workers still have to be ended.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)

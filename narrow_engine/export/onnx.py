@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicCache
 
 from narrow_engine.families import dimensions
 from narrow_engine.model_files import TOKENIZER_FILES
-from narrow_engine.models import config_dict
+from narrow_engine.models import config_dict, greedy
 from narrow_engine.report.model import Parity
 
 OPSET = 18
@@ -40,7 +40,8 @@ def export_onnx(folder: Path, out: Path, ids: Tensor) -> Parity:
     Logits are compared on a prefill of all rows and on a continuation from a past; greedy decoding of GREEDY_TOKENS by
     ONNX Runtime with that of torch. The tokenizer and the config go along, so that the folder can be used on its own.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = ids.cpu()
     out.mkdir(parents=True)
     program = _trace(model)
@@ -174,7 +175,7 @@ def _parity(model: PreTrainedModel, session: ort.InferenceSession, ids: Tensor) 
     found = np.concatenate([decoder.step(ids[:, :half].numpy()), decoder.step(ids[:, half:].numpy())], axis=1)
     error = float(np.abs(found - expected.numpy()).max())
     prompt = ids[:1, :PROMPT_TOKENS]
-    made = _greedy(model, prompt, GREEDY_TOKENS)
+    made = greedy(model, prompt, GREEDY_TOKENS)
     by_onnx = Decoder(session).greedy(prompt.numpy(), GREEDY_TOKENS)
     equal = next((i for i, (a, b) in enumerate(zip(made, by_onnx, strict=True)) if a != b), GREEDY_TOKENS)
     return Parity(
@@ -183,17 +184,6 @@ def _parity(model: PreTrainedModel, session: ort.InferenceSession, ids: Tensor) 
         greedy_tokens=GREEDY_TOKENS,
         greedy_equal=equal,
     )
-
-
-def _greedy(model: PreTrainedModel, ids: Tensor, count: int) -> list[int]:
-    """What `Decoder.greedy` does, in torch. Not `generate`: a base's generation_config can penalise repetition there."""
-    made: list[int] = []
-    past = None
-    while len(made) < count:
-        out = model(input_ids=ids, past_key_values=past, use_cache=True)
-        past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        made.append(int(ids))
-    return made
 
 
 @contextlib.contextmanager

@@ -15,10 +15,17 @@ OPTIONS = {"block_tokens": 64, "skill_tokens": 1024}
 METHOD = {"calibration_tokens": 512, "recover": {"tokens": 1024, "batch_tokens": 256}}
 
 
-def narrow(*arguments, url, **options):
+def hear_ctrl_c():
+    """What starts the tests in the background may have told its children to ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def narrow(*arguments, url):
     environment = {**os.environ, "NARROW_URL": url, "COLUMNS": "100"}
     command = [sys.executable, "-m", "narrow_client.cli", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c
+    )
 
 
 def test_compress_in_python_and_the_files_in_stock_libraries(service, tiny_folder, python_file, german_file, tmp_path):
@@ -159,7 +166,9 @@ def test_the_demo(tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_demo_leaves_nothing_running():
-    process = subprocess.Popen([sys.executable, "demo/demo.py"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "demo/demo.py"], cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c
+    )
     import psutil
 
     deadline = time.monotonic() + 90

@@ -83,7 +83,7 @@ def test_a_job_whose_process_always_dies_is_failed_with_a_sentence(tmp_path, tin
     with running(tmp_path / "data", NARROW_MAX_ATTEMPTS="2") as service:
         job_id = service.http.post("/jobs", json=spec_of(service, tiny_folder, python_file, SLOW)).json()["id"]
         for attempt in (1, 2):
-            service.wait(job_id, lambda j, attempt=attempt: j["attempt"] == attempt and j["phase"] == "load")
+            service.wait(job_id, lambda j, attempt=attempt: j["attempt"] == attempt and j["status"] == "running")
             deadline = time.monotonic() + 20
             while not (found := service.children(JOBS)) and time.monotonic() < deadline:
                 time.sleep(0.02)

@@ -1,9 +1,13 @@
 """What is saved loads anywhere and computes the same; what does not is caught."""
 
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -59,6 +63,35 @@ def test_a_model_in_shards_reloads_and_a_lost_shard_is_told(tmp_path):
         check_reload(tmp_path, model, IDS)
     assert raised.value.code == "reload_failed"
     assert shards[0].name in str(raised.value)
+
+
+@pytest.mark.slow
+def test_the_fresh_process_ends_with_the_one_that_asked(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    code = (
+        "import sys, torch, pathlib\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "from narrow_engine.export.safetensors import check_reload\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "check_reload(folder, AutoModelForCausalLM.from_pretrained(folder), torch.ones(1, 8, dtype=torch.long))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.DEVNULL) as parent:
+        children = until(lambda: psutil.Process(parent.pid).children(), 60)
+        child = children[0]
+        # It binds itself to its parent before it imports torch, and works on for seconds after.
+        until(lambda: any("libtorch" in m.path for m in child.memory_maps()), 60)
+        parent.kill()
+        until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 1)
+
+
+def until(found, seconds):
+    """What `found` returns as soon as that is true; polls."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := found():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"did not happen within {seconds} s")
 
 
 ONNX_FAMILIES = [f if f in ("gemma2", "gpt_neox") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]

@@ -1,0 +1,130 @@
+"""The page's words follow the figures: a loss is called a loss, and what was not forgotten is not called forgotten."""
+
+import re
+
+import pytest
+
+from narrow_engine.report.card import render_card
+from narrow_engine.report.model import Report
+from narrow_engine.report.page import render_page
+
+
+def skill(role, value, low, high):
+    return {
+        "role": role,
+        "documents": 40,
+        "tokens": 9000,
+        "base": {"loss": 2.25, "perplexity": 9.488},
+        "cut": {"loss": 2.75, "perplexity": 15.64},
+        "recovered": {"loss": 2.5, "perplexity": 12.18},
+        "retention": {"value": value, "low": low, "high": high},
+        "agreement": 0.5,
+        "kl": 0.25,
+    }
+
+
+def report(skills, **changes):
+    size = {"parameters": 3000, "bytes": 6000, "hidden": 8, "width": 64, "heads": 4, "kv_heads": 2, "vocabulary": 9}
+    size["flops_per_token"] = 10
+    return Report.model_validate(
+        {
+            "target": "python",
+            "family": "llama",
+            "spec": {"method": {"units": ["layer"], "importance": "fisher", "refit": False, "recover": {"objective": "mixed"}}},
+            "before": {**size, "layers": 4},
+            "after": {**size, "layers": 3, "parameters": 1500},
+            "speed": [{"runtime": "torch", "prefill_base": 100, "prefill_narrow": 90, "decode_base": 10, "decode_narrow": 9}],
+            "skills": skills,
+            "cuts": [{"unit": "layer", "kept": 3, "of": 4, "per_layer": [0, 1, 3]}],
+            "parity": {"slice": {"max_error": 0, "relative_error": 0}},
+            "curve": [],
+            "samples": [],
+            "notices": [],
+            "files": [],
+            "provenance": {
+                "base_sha256": "a" * 64,
+                "data_sha256": {},
+                "spec_sha256": "c" * 64,
+                "seed": 0,
+                "versions": {},
+                "machine": {},
+                "seconds": {"recover": 75.0, "load": 1.0},
+                "recovery_tokens": 0,
+                "regularizer_tokens": 0,
+            },
+            **changes,
+        }
+    )
+
+
+def words(page):
+    """The page's text as one line."""
+    return " ".join(re.sub(r"<[^>]+>", "", page).split())
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "said"),
+    [
+        (0.6, 0.5, 0.7, "50% of the size, 60.0% of python kept."),
+        (0.98, 0.95, 1.01, "50% of the size, and as good on python as the base within the error of the measurement."),
+        (1.1, 1.05, 1.2, "50% of the size, and nothing of python lost that could be measured."),
+    ],
+)
+def test_the_headline_says_no_more_than_the_interval(value, low, high, said):
+    assert f"<h1>{said}</h1>" in render_page(report({"python": skill("keep", value, low, high)}))
+
+
+def test_the_summary_names_the_worst_and_the_unforgotten():
+    text = words(
+        render_page(
+            report(
+                {
+                    "python": skill("keep", 0.9, 0.8, 0.95),
+                    "c": skill("watch", 0.4, 0.3, 0.5),
+                    "math": skill("watch", 0.1, 0.05, 0.2),
+                    "german": skill("forget", 0.8, 0.7, 0.9),
+                    "french": skill("forget", 0.0004, 0.0003, 0.0005),
+                    "rust": skill("keep", 0.7, 0.6, 0.8),
+                }
+            )
+        )
+    )
+    for said in (
+        "Of the 2 skills that were only watched, math kept least (10.0%) and c most (40.0%).",
+        "To be forgotten: german, still 80.0%.",
+        "To be forgotten: french, down to under 0.1%.",
+        "To be kept as well: rust, at 70.0%.",
+        "Its decoding speed is 0.90 × the base’s in torch.",
+        "1 min 16 s (load 1.0 s, recover 1 min 15 s)",
+    ):
+        assert said in text
+
+
+def test_bars_are_as_long_as_the_figures():
+    page = render_page(report({"python": skill("keep", 0.5, 0.4, 2.0), "c": skill("watch", 0.25, 0.2, 0.3)}))
+    widths = {name: float(width) for name, width in re.findall(r'<rect class="(\w+)"[^>]* width="([\d.]+)%"', page)}
+    assert widths["keep"] / widths["track"] == pytest.approx(0.5, abs=1e-3)
+    assert widths["watch"] / widths["track"] == pytest.approx(0.25, abs=1e-3)
+    ends = [float(end) for end in re.findall(r' x2="([\d.]+)%"', page)]
+    assert 95 < max(ends) <= 100, "the longest interval has room"
+
+
+def test_layers_that_are_gone_are_named_and_a_skill_has_room():
+    name = "a long name as people write them, with a year 2024"
+    page = render_page(report({"python": skill("keep", 0.9, 0.8, 0.95), name: skill("watch", 0.4, 0.3, 0.5)}))
+    assert "Layers: 3 of 4 in the model (kept: 0, 1, 3)." in words(page)
+    assert f'<th scope="row">{name}</th>' in page
+    assert page.count(name[:29] + "…") == 1
+
+
+def test_every_table_has_a_caption_and_every_figure_words():
+    page = render_page(report({"python": skill("keep", 0.9, 0.8, 0.95)}))
+    assert page.count("<table>") == page.count("<caption>") >= 3
+    assert all("scope=" in cell for cell in re.findall(r"<th\b[^>]*>", page))
+    assert all(re.search(r'aria-label="[^"]{20,}"', figure) for figure in re.findall(r"<figure[^>]*>", page))
+
+
+def test_the_card_shows_onnx_only_where_there_is_one():
+    skills = {"python": skill("keep", 0.9, 0.8, 0.95)}
+    assert "onnxruntime" not in render_card(report(skills))
+    assert "onnxruntime" in render_card(report(skills, parity={"onnx": {"max_error": 1e-5, "relative_error": 1e-6}}))
