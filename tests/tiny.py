@@ -20,7 +20,7 @@ def tiny_config(family: str, **changes):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,
-        "max_position_embeddings": 256,
+        "max_position_embeddings": 1024,
         "initializer_range": 0.25,
         "attention_bias": True,
         "mlp_bias": True,

@@ -148,7 +148,7 @@ def test_another_spec_in_the_same_folder_runs_what_it_changes(spec, tmp_path):
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
-        ({"block_tokens": 100_000}, "block_too_long", "context is 256 tokens"),
+        ({"block_tokens": 100_000}, "block_too_long", "context is 1024 tokens"),
         ({"target": {"path": "short.jsonl"}}, "text_too_short", "lower block_tokens"),
         ({"target": {"path": "empty.txt"}}, "empty_dataset", "empty.txt"),
         ({"budget": {"parameters": 0.01}}, "budget_too_small", "raise the budget"),
