@@ -64,7 +64,7 @@ def main() -> int:
                 client=client,
             )
     except KeyboardInterrupt:
-        console.print("\ninterrupted; the service is stopped")
+        console.print("\ninterrupted; stopping the service")
         return 130
     except narrow_client.NarrowClientError as error:
         console.print(f"{error}", markup=False)
