@@ -53,14 +53,15 @@ def store_dataset(session: Session, settings: Settings, file: UploadFile, name: 
     given = _basename(file)
     plain = given.lower().removesuffix(".gz")
     ending = next((e for e in _ENDINGS if plain.endswith(e)), "")
-    stored = "data" + ending + (".gz" if given.lower().endswith(".gz") else "")
+    # Without an ending that is known the name stays, for the sentence that says so.
+    stored = "data" + ending + (".gz" if given.lower().endswith(".gz") else "") if ending else given
     with _folder(settings, "datasets", "ds") as (identifier, folder):
         path = folder / stored
         sha256 = _write(file, path)
         documents, size = 0, 0
         preview: list[str] = []
         try:
-            for text in read_documents(path.rename(folder / given) if not ending else path, column):
+            for text in read_documents(path, column):
                 if not text:
                     continue
                 documents, size = documents + 1, size + len(text.encode())
