@@ -100,20 +100,26 @@ def test_elimination_drops_copies_first_and_loses_nothing_by_them():
     assert scores.sort().values[2] < 0.02 * scores.sort().values[3]
 
 
-def test_elimination_of_blocks_is_the_error_of_the_best_refit():
-    """The first block's score is the least-squares error of leaving it out, computed the plain way."""
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_score_is_the_error_of_the_best_refit_without_all_that_went_before(size):
+    """Each block's score against least squares, computed the plain way, of leaving out it and all cheaper ones."""
     torch.manual_seed(1)
     inputs, weight = torch.randn(300, 8, dtype=torch.float64), torch.randn(5, 8)
-    scores = eliminate(weight, inputs.T @ inputs, 2)
+    scores = eliminate(weight, inputs.T @ inputs, size)
     wanted = inputs @ weight.double().T
-    errors = []
-    for block in range(4):
-        rest = [i for i in range(8) if i // 2 != block]
-        solved = torch.linalg.lstsq(inputs[:, rest], wanted).solution
-        errors.append((inputs[:, rest] @ solved - wanted).square().sum().item())
-    best = int(np.argmin(errors))
-    assert scores.argmin().item() == best
-    assert scores[best].item() == pytest.approx(errors[best], rel=0.02)
+    gone: list[int] = []
+    for block in scores.argsort().tolist():
+        gone.append(block)
+        assert scores[block].item() == pytest.approx(without(inputs, wanted, gone, size), rel=0.03)
+        others = [b for b in range(8 // size) if b not in gone[:-1]]
+        assert block == min(others, key=lambda b: without(inputs, wanted, [*gone[:-1], b], size)), "the cheapest goes next"
+
+
+def without(inputs, wanted, gone, size):
+    rest = [i for i in range(8) if i // size not in gone]
+    if not rest:
+        return wanted.square().sum().item()
+    return (inputs[:, rest] @ torch.linalg.lstsq(inputs[:, rest], wanted).solution - wanted).square().sum().item()
 
 
 def stream_error(base, cut):
