@@ -9,9 +9,9 @@ Cuts base-s from 1,024 to 256 neurons in every layer. Arms, each with the same t
     paper tuned  the same with the best of several peak rates and linear decay, chosen on a quarter of the tokens, seed 0
     base         the uncut base trained on the same tokens, next token: narrow data improve any model
 
-Times are processor seconds, so that other work on the machine does not count. Losses are nats a token on the validation
-split, minus the untouched base's. Each finished arm is kept in
-bench/out/quality.json and not run again; the table and the figures of bench/results are made from it.
+Losses are nats a token on the validation split, minus the untouched base's. Times are seconds of wall and of processor:
+other work on the machine moves the first and not the second. Each finished arm is kept in bench/out/quality.json and not
+run again; the table is printed from it, and bench/results/quality.json is the one behind the README.
 """
 
 import argparse
@@ -43,9 +43,18 @@ def read(path: Path) -> corpus.Documents:
     return corpus.tokenize(path, "text", tokenizer, 0, lambda: None, lambda *_: None)
 
 
-def recover(model, blocks, settings, teacher=None) -> float:
-    """Trains in place, returns the processor seconds that it took."""
-    started = time.process_time()
+def clock() -> tuple[float, float]:
+    return time.monotonic(), time.process_time()
+
+
+def since(started: tuple[float, float]) -> list[float]:
+    """Wall and processor seconds."""
+    return [round(now - then, 1) for now, then in zip(clock(), started, strict=True)]
+
+
+def recover(model, blocks, settings, teacher=None) -> list[float]:
+    """Trains in place, returns what it took."""
+    started = clock()
     with tempfile.TemporaryDirectory() as folder:
         train.train(
             model,
@@ -59,11 +68,11 @@ def recover(model, blocks, settings, teacher=None) -> float:
             teacher=teacher,
         )
     model.eval()
-    return time.process_time() - started
+    return since(started)
 
 
 def cut(base, training, seed, criterion, refit):
-    started = time.process_time()
+    started = clock()
     blocks = corpus.Blocks(training.tokens, LENGTH, seed)
     gradients = criterion in importance.NEEDS_GRADIENTS
     found = importance.collect(base, blocks, CALIBRATION, gradients, lambda *_: None)
@@ -72,7 +81,7 @@ def cut(base, training, seed, criterion, refit):
     small = slice_model(base, plan)
     if refit:
         reconstruct.refit(base, small, plan, blocks, CALIBRATION, lambda *_: None)
-    return small, time.process_time() - started
+    return small, since(started)
 
 
 def main() -> None:
@@ -112,7 +121,7 @@ def main() -> None:
                 small, _ = cut(base, training, 0, "attribution", False)
                 settings = train.Settings(options.tokens // 4, 4096, "next_token", 1.0, "adamw", rate, "linear")
                 seconds = recover(small, corpus.Blocks(training.tokens, LENGTH, 1), settings)
-                keep(**key, final=gap(small), seconds=round(seconds))
+                keep(**key, final=gap(small), seconds=seconds)
             tuned = min((r for r in rows if r["domain"] == domain and r["arm"] == "tuning"), key=lambda r: r["final"])["rate"]
 
         for seed in options.seeds:
@@ -120,7 +129,7 @@ def main() -> None:
                 key = {"domain": domain, "seed": seed, "arm": arm, "tokens": options.tokens}
                 if known(**key):
                     continue
-                prepared = 0.0
+                prepared = [0.0, 0.0]
                 if arm == "base":
                     model = slice_model(base, make_plan(models.config_dict(base), {}, {}))
                     settings, teacher = train.Settings(options.tokens, 4096, "next_token", 1.0, "muon"), None
@@ -139,8 +148,8 @@ def main() -> None:
                     base=round(untouched, 4),
                     before=before,
                     final=gap(model),
-                    prepare_seconds=round(prepared),
-                    seconds=round(seconds),
+                    prepare_seconds=prepared,
+                    seconds=seconds,
                     rate=settings.learning_rate,
                 )
     print(table(rows, options.tokens))
@@ -149,7 +158,7 @@ def main() -> None:
 def table(rows: list[dict], tokens: int) -> str:
     """Mean and range over seeds, as Markdown."""
     lines = [
-        f"| domain | arm | before training | after {tokens:,} tokens | prepare, CPU s | train, CPU s |",
+        f"| domain | arm | before training | after {tokens:,} tokens | prepare, s (CPU) | train, s (CPU) |",
         "|---|---|---|---|---|---|",
     ]
     for domain in dict.fromkeys(r["domain"] for r in rows):
@@ -162,7 +171,8 @@ def table(rows: list[dict], tokens: int) -> str:
                     return f"{sum(values) / len(values):+.3f} ({min(values):+.3f} … {max(values):+.3f})"
 
                 def mean(field: str, found=found) -> str:
-                    return f"{sum(r[field] for r in found) / len(found):.0f}"
+                    wall, cpu = (sum(r[field][i] for r in found) / len(found) for i in (0, 1))
+                    return f"{wall:.0f} ({cpu:.0f})"
 
                 seconds = f"{mean('prepare_seconds')} | {mean('seconds')}"
                 lines.append(f"| {domain} | {arm} | {spread('before')} | {spread('final')} | {seconds} |")

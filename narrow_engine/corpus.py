@@ -108,28 +108,38 @@ def sample(documents: Documents, tokens: int, length: int, seed: int) -> Documen
 
 
 def hold_out(documents: Documents, tokens: int, emit: Sink) -> tuple[Documents, Documents]:
-    """Training and held-out documents; the latter hold about `tokens`, but at most a tenth of all tokens.
+    """Training and held-out documents; the latter hold at most `tokens`, and at most a tenth of all tokens.
 
-    A single document cannot be split by document: its last tenth is held out then, with a notice.
+    Texts are taken whole, in the order of their hashes, as far as they fit. Where a few long ones leave more than half of
+    that room empty, the last tenth of the text is held out instead, wherever that cuts a document, with a notice.
     """
-    wanted = min(tokens, int(HELD_OUT * len(documents.tokens)))
-    order = np.argsort(documents.hashes, kind="stable")
-    reached = np.cumsum(documents.lengths[order])
-    held = np.zeros(len(documents), bool)
-    held[order[: int(np.searchsorted(reached, wanted)) + 1]] = True
-    held = np.isin(documents.hashes, documents.hashes[held])
-    if not held.all():
-        return documents.take(np.flatnonzero(~held)), documents.take(np.flatnonzero(held))
+    wanted = max(1, min(tokens, int(HELD_OUT * len(documents.tokens))))
+    texts, owner = np.unique(documents.hashes, return_inverse=True)
+    room, held = wanted, np.zeros(len(texts), bool)
+    for text, size in enumerate(np.bincount(owner, documents.lengths).astype(np.int64).tolist()):
+        if size <= room:
+            room -= size
+            held[text] = True
+    if 2 * room <= wanted:
+        chosen = held[owner]
+        return documents.take(np.flatnonzero(~chosen)), documents.take(np.flatnonzero(chosen))
     emit(
         "notice",
         "load",
-        "The target has too few documents to hold some out: the last tenth of its text is measured on instead.",
+        "The target has too few documents to hold whole ones out: the last part of its text is measured on instead.",
         {"code": "held_out_tail"},
     )
-    cut = len(documents.tokens) - max(1, wanted)
-    parts = [documents.tokens[:cut], documents.tokens[cut:]]
-    one, two = (Documents(part, np.array([0, len(part)]), documents.hashes[:1]) for part in parts)
-    return one, two
+    return _split(documents, len(documents.tokens) - wanted)
+
+
+def _split(documents: Documents, at: int) -> tuple[Documents, Documents]:
+    """The first `at` tokens and the rest; a document that lies across stands in both, by its parts."""
+    first = int(np.searchsorted(documents.offsets, at))  # documents that begin before `at`
+    last = int(np.searchsorted(documents.offsets, at, side="right")) - 1  # the one that holds token `at`
+    return (
+        Documents(documents.tokens[:at], np.append(documents.offsets[:first], at), documents.hashes[:first]),
+        Documents(documents.tokens[at:], np.append(0, documents.offsets[last + 1 :] - at), documents.hashes[last:]),
+    )
 
 
 def save(documents: Documents, folder: Path, name: str) -> None:

@@ -14,7 +14,7 @@ No training comes near this per token: at three quarters of the neurons cut it c
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,25 +52,24 @@ def refit(
     following = [*plan.layers[1:], len(base_calls)]
     for position, (first, last) in enumerate(zip(plan.layers, following, strict=True)):
         progress(position, len(plan.layers))
-        spans = [_Span(base_calls[first:last], stream, table.attention_out, table.mlp_out) for stream in targets]
+        kept, dropped = base_calls[first], base_calls[first + 1 : last]
+        spans = [_span(kept, dropped, stream, table.attention_out, table.mlp_out) for stream in targets]
         call = cut_calls[position]
         if heads_cut:
-            module = call.layer.get_submodule(table.attention_out)
             _solve(
-                module,
+                call.layer.get_submodule(table.attention_out),
                 (
                     (tapped.inputs, span.attention if table.writes_normed else span.attention + span.start - stream)
                     for span, stream in zip(spans, streams, strict=True)
-                    for tapped in [call.tap(stream, table.attention_out)]
+                    for _, tapped in [call.tap(stream, table.attention_out)]
                 ),
             )
-        module = call.layer.get_submodule(table.mlp_out)
         _solve(
-            module,
+            call.layer.get_submodule(table.mlp_out),
             (
-                (tapped.inputs, span.mlp if table.writes_normed else span.end - tapped.stream + tapped.outputs)
+                (tapped.inputs, span.mlp if table.writes_normed else span.end - end + tapped.outputs)
                 for span, stream in zip(spans, streams, strict=True)
-                for tapped in [call.tap(stream, table.mlp_out)]
+                for end, tapped in [call.tap(stream, table.mlp_out)]
             ),
         )
         targets = [span.end for span in spans]
@@ -93,11 +92,9 @@ def _solve(module: nn.Module, pairs: Any) -> None:
     weight.copy_(torch.linalg.solve(system, (cross + ridge * weight.double()).T).T)
 
 
-@dataclass
-class _Tapped:
-    """One layer's pass: its output stream, and the input and output of one of its projections."""
+class _Tapped(NamedTuple):
+    """Input and output of a projection."""
 
-    stream: Tensor
     inputs: Tensor
     outputs: Tensor
 
@@ -113,26 +110,36 @@ class _Call:
         out = self.layer(stream, **self.arguments)
         return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
 
-    def tap(self, stream: Tensor, name: str) -> _Tapped:
-        kept: list[Tensor] = []
-        hook = self.layer.get_submodule(name).register_forward_hook(lambda _, args, out: kept.extend((args[0], out)))
+    def tap(self, stream: Tensor, *names: str) -> tuple[Any, ...]:
+        """One pass: the layer's output stream, and then a `_Tapped` for each named projection."""
+        kept: dict[str, _Tapped] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            return lambda _, args, out: kept.__setitem__(name, _Tapped(args[0], out))
+
+        hooks = [self.layer.get_submodule(name).register_forward_hook(keep(name)) for name in names]
         try:
             end = self(stream)
         finally:
-            hook.remove()
-        return _Tapped(end, kept[0], kept[1])
+            for hook in hooks:
+                hook.remove()
+        return (end, *(kept[name] for name in names))
 
 
-class _Span:
+class _Span(NamedTuple):
     """The base from one kept layer up to the next: streams before and after, and what the kept layer's projections wrote."""
 
-    def __init__(self, calls: list[_Call], start: Tensor, attention_out: str, mlp_out: str) -> None:
-        self.start = start
-        self.attention = calls[0].tap(start, attention_out).outputs
-        tapped = calls[0].tap(start, mlp_out)
-        self.mlp, self.end = tapped.outputs, tapped.stream
-        for call in calls[1:]:
-            self.end = call(self.end)
+    start: Tensor
+    attention: Tensor
+    mlp: Tensor
+    end: Tensor
+
+
+def _span(kept: _Call, dropped: list[_Call], start: Tensor, attention_out: str, mlp_out: str) -> _Span:
+    end, attention, mlp = kept.tap(start, attention_out, mlp_out)
+    for call in dropped:
+        end = call(end)
+    return _Span(start, attention.outputs, mlp.outputs, end)
 
 
 def _calls(model: PreTrainedModel, ids: Tensor) -> list[_Call]:

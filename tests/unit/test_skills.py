@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
@@ -67,25 +67,35 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     assert 0.90 <= hits / 300 <= 0.98
 
 
-@settings(max_examples=50, deadline=None)
-@given(lengths=st.lists(st.integers(1, 60), min_size=2, max_size=40), wanted=st.integers(1, 500), copies=st.integers(0, 3))
-def test_no_text_is_on_both_sides_of_the_split(lengths, wanted, copies):
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40), wanted=st.integers(1, 500), copies=st.integers(0, 3))
+@example(lengths=[48, 1, 2], wanted=4, copies=0)
+def test_the_split_loses_nothing_and_keeps_texts_on_one_side(lengths, wanted, copies):
     found = some_documents(lengths)
     hashes = found.hashes.copy()
     hashes[:copies] = hashes[0]
     found = corpus.Documents(found.tokens, found.offsets, hashes)
-    training, held_out = corpus.hold_out(found, wanted, quiet)
-    assert len(training.tokens) + len(held_out.tokens) == len(found.tokens)
-    assert len(held_out) > 0
-    if len(set(hashes.tolist())) > 1:
+    told = []
+    training, held_out = corpus.hold_out(found, wanted, lambda *event: told.append(event[3]["code"]))
+    room = max(1, min(wanted, len(found.tokens) // 10))
+    assert room / 2 <= len(held_out.tokens) <= room
+    assert sorted([*training.tokens, *held_out.tokens]) == sorted(found.tokens)
+    for side in (training, held_out):
+        assert len(side.offsets) == len(side.hashes) + 1
+        assert (side.lengths > 0).all()
+        assert side.offsets[-1] == len(side.tokens)
+    if not told:
         assert not set(training.hashes.tolist()) & set(held_out.hashes.tolist())
 
 
-def test_a_single_document_gives_its_tail_and_says_so():
-    told = []
-    training, held_out = corpus.hold_out(some_documents([1000]), 10_000, lambda *event: told.append(event))
-    assert (len(training.tokens), len(held_out.tokens)) == (900, 100)
-    assert told[0][3]["code"] == "held_out_tail"
+def test_a_few_long_documents_give_their_tail_and_say_so():
+    for lengths in ([1000], [500, 500], [900, 90, 10]):
+        told: list[str] = []
+        training, held_out = corpus.hold_out(
+            some_documents(lengths), 10_000, lambda *event, told=told: told.append(event[3]["code"])
+        )
+        assert (len(training.tokens), len(held_out.tokens)) == (900, 100)
+        assert told == ([] if lengths == [900, 90, 10] else ["held_out_tail"])
 
 
 def test_a_sample_takes_stretches_of_many_documents():
