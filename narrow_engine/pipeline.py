@@ -24,19 +24,20 @@ from narrow_engine.spec import CompressionSpec
 
 
 class Stage(NamedTuple):
-    """A step of the line: what it runs, and the options of the spec that its output depends on."""
+    """A step of the line: what it runs, the options of the spec that its output depends on, and whether it is wanted."""
 
     name: str
     run: Callable[[Run, Path], None]
     options: Callable[[CompressionSpec], Any] = lambda spec: None
     folder: str = ""
+    wanted: Callable[[CompressionSpec], bool] = lambda spec: True
 
 
 LINE = (
     Stage("load", stages.load, lambda s: [s.block_tokens, s.skill_tokens, s.seed, s.budget, s.method.units, s.target_name]),
     Stage("measure_base", stages.measure_base),
     Stage("score", stages.score, lambda s: [s.method.importance, s.method.calibration_tokens]),
-    Stage("sparsify", stages.sparsify, lambda s: s.method.regularizer),
+    Stage("sparsify", stages.sparsify, lambda s: s.method.regularizer, wanted=lambda s: s.method.regularizer is not None),
     Stage("plan", stages.plan),
     Stage("slice", stages.cut),
     Stage("reconstruct", stages.reconstruct, lambda s: s.method.refit),
@@ -59,8 +60,17 @@ def run(spec: CompressionSpec, folder: Path, sink: Sink, stop: threading.Event |
         context.check()
         options = json.dumps(stage.options(spec), default=lambda m: m.model_dump(mode="json"), sort_keys=True)
         key = hashlib.sha256(f"{key} {stage.name} {options}".encode()).hexdigest()
-        _run_stage(context, stage, key)
+        if stage.wanted(spec):
+            _run_stage(context, stage, key)
+        else:
+            _forget_stage(context, stage)
     return folder / "result"
+
+
+def _forget_stage(context: Run, stage: Stage) -> None:
+    """What an earlier spec left of a stage that this one leaves out."""
+    context.record(stage.name).unlink(missing_ok=True)
+    shutil.rmtree(context.folder / (stage.folder or stage.name), ignore_errors=True)
 
 
 def _run_stage(context: Run, stage: Stage, key: str) -> None:

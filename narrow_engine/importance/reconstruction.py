@@ -52,9 +52,7 @@ def eliminate(weight: Tensor, gram: Tensor, size: int) -> Tensor:
     spent = 0.0
     at_once = max(1, count // STEPS)
     while len(alive):
-        blocks = inverse.view(len(alive), size, len(alive), size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        columns = w.view(-1, len(alive), size).permute(1, 2, 0)
-        errors = (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+        errors = _errors(w, inverse, size)
         order = errors.argsort(stable=True)
         going, staying = order[:at_once], order[at_once:].sort().values
         spent += max(float(errors[going].sum()), 0.0)
@@ -65,6 +63,17 @@ def eliminate(weight: Tensor, gram: Tensor, size: int) -> Tensor:
         inverse = inverse[left][:, left] - inverse[left][:, gone] @ solved
         alive = alive[staying]
     return scores
+
+
+def _errors(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
+    """What each block would cost now: tr(W_u [G⁻¹]_uu⁻¹ W_uᵀ), [blocks]."""
+    if size == 1:
+        # A batch of 1 × 1 systems would be as many calls into LAPACK, each with threads of its own.
+        return weight.square().sum(0) / inverse.diagonal()
+    count = weight.shape[1] // size
+    blocks = inverse.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    columns = weight.view(-1, count, size).permute(1, 2, 0)
+    return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
 
 
 def _expand(blocks: Tensor, size: int) -> Tensor:
