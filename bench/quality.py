@@ -34,7 +34,7 @@ TRAIN = {
     "medical": HERE / "data" / "medical.train.jsonl.gz",
 }
 KEEP, LENGTH, CALIBRATION, MEASURED = 256, 512, 65_536, 65_536
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 ARMS = ("narrow", "paper", "paper tuned", "base")
 
 
