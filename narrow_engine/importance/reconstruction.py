@@ -69,12 +69,12 @@ def _errors(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
     """What each block would cost now: tr(W_u [G⁻¹]_uu⁻¹ W_uᵀ), [blocks]."""
     if size == 1:
         # A batch of 1 × 1 systems would be as many calls into LAPACK, each with threads of its own.
-        errors: Tensor = weight.square().sum(0) / inverse.diagonal()
-        return errors
+        return weight.square().sum(0) / inverse.diagonal()
     count = weight.shape[1] // size
     blocks = inverse.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     columns = weight.view(-1, count, size).permute(1, 2, 0)
-    return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+    solved: Tensor = torch.linalg.solve(blocks, columns)
+    return (columns * solved).sum((1, 2))
 
 
 def _expand(blocks: Tensor, size: int) -> Tensor:
