@@ -7,19 +7,25 @@ code, as long as its axes are in `Axis`. This module imports no torch: the API p
 Axes:
     hidden     the residual stream
     width      MLP neurons
+    gate_up    MLP neurons twice, the gates in front (Phi-3, GLM)
     q, kv      heads × head_dim of the query heads, of the key/value heads, head by head
+    q_k_v      all of q, then all of the keys, then all of the values (Phi-3, GPT-2)
     qkv        query, key and value of each head side by side (GPT-NeoX)
     head_dim   one head's dimensions
     vocab      tokens
+    context    positions, where they are embedded
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from narrow_engine.errors import NarrowError
 from narrow_engine.spec import Unit
 
-Axis = Literal["hidden", "width", "q", "kv", "qkv", "head_dim", "vocab"]
+Axis = Literal["hidden", "width", "gate_up", "q", "kv", "q_k_v", "qkv", "head_dim", "vocab", "context"]
+
+PARTS: dict[Axis, tuple[Axis, ...]] = {"gate_up": ("width", "width"), "q_k_v": ("q", "kv", "kv")}
+"""Fused axes, as the axes that lie end to end along them."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,11 @@ class Family:
     mlp_out: str = "mlp.down_proj"
     """Reads the neurons, writes the residual stream."""
     units: tuple[Unit, ...] = ("neuron", "head", "kv_group", "layer")
+    hidden_key: str = "hidden_size"
+    width_key: str = "intermediate_size"
+    layers_key: str = "num_hidden_layers"
+    heads_key: str = "num_attention_heads"
+    context_key: str = "max_position_embeddings"
     kv_heads_key: str = "num_key_value_heads"
     """Config key of the number of key/value heads; empty where each query head has its own."""
     head_dim_key: str = "head_dim"
@@ -57,10 +68,14 @@ class Family:
     """Whether stock transformers refuses a number of heads that does not divide the hidden size."""
     writes_normed: bool = False
     """Whether what attention and MLP write is normalised before it is added to the stream."""
+    write_scale_key: str = ""
+    """Config key of the factor on what attention and MLP write, where there is one."""
+    logit_scale: tuple[str, int] = ("", 1)
+    """Config key of the factor on the logits, and the power that it is taken to."""
     per_layer_keys: tuple[str, ...] = ("layer_types",)
     """Config lists with an entry a layer."""
-    defaults: tuple[tuple[str, int | bool], ...] = ()
-    """What transformers takes for keys that config.json leaves out."""
+    defaults: dict[str, int | bool] = field(default_factory=dict)
+    """What transformers takes for keys that config.json leaves out, other than false and one key/value head a query head."""
     on_disk: tuple[tuple[str, str], ...] = ()
     """In-memory name and saved name, where transformers renames."""
 
@@ -76,29 +91,52 @@ def _norms(*names: str, bias: bool = False) -> tuple[Tensor, ...]:
     return tuple(Tensor(f"{name}.{part}", ("hidden",)) for name in names for part in parts)
 
 
-def _attention(qkv_bias: str | None, out_bias: str | None) -> tuple[Tensor, ...]:
+def _attention(qkv_bias: str | None, out_bias: str | None, fused: bool = False) -> tuple[Tensor, ...]:
+    out = _linear("self_attn.o_proj", "hidden", "q", out_bias)
+    if fused:
+        return (*_linear("self_attn.qkv_proj", "q_k_v", "hidden", qkv_bias), *out)
     return (
         *_linear("self_attn.q_proj", "q", "hidden", qkv_bias),
         *_linear("self_attn.k_proj", "kv", "hidden", qkv_bias),
         *_linear("self_attn.v_proj", "kv", "hidden", qkv_bias),
-        *_linear("self_attn.o_proj", "hidden", "q", out_bias),
+        *out,
     )
+
+
+def _qk_norms(q: str = "self_attn.q_norm", k: str = "self_attn.k_norm", flat: bool = False) -> tuple[Tensor, ...]:
+    """Norms of queries and keys: of each head, or flat over all of them, which then are one whole that cannot be cut."""
+    return Tensor(f"{q}.weight", ("q" if flat else "head_dim",)), Tensor(f"{k}.weight", ("kv" if flat else "head_dim",))
 
 
 def _gated_mlp(bias: str | None = None) -> tuple[Tensor, ...]:
+    return (*_linear("mlp.gate_proj", "width", "hidden", bias), *_plain_mlp(bias))
+
+
+def _plain_mlp(bias: str | None = None, up: str = "mlp.up_proj", down: str = "mlp.down_proj") -> tuple[Tensor, ...]:
+    return (*_linear(up, "width", "hidden", bias), *_linear(down, "hidden", "width", bias))
+
+
+def _fused_mlp() -> tuple[Tensor, ...]:
+    return (*_linear("mlp.gate_up_proj", "gate_up", "hidden"), *_linear("mlp.down_proj", "hidden", "width"))
+
+
+def _outer(*norms: Tensor) -> tuple[Tensor, ...]:
     return (
-        *_linear("mlp.gate_proj", "width", "hidden", bias),
-        *_linear("mlp.up_proj", "width", "hidden", bias),
-        *_linear("mlp.down_proj", "hidden", "width", bias),
+        Tensor("model.embed_tokens.weight", ("vocab", "hidden")),
+        *norms,
+        Tensor("lm_head.weight", ("vocab", "hidden")),
     )
 
 
-_LLAMA_NORMS = _norms("input_layernorm", "post_attention_layernorm")
-_LLAMA_OUTER = (
-    Tensor("model.embed_tokens.weight", ("vocab", "hidden")),
-    Tensor("model.norm.weight", ("hidden",)),
-    Tensor("lm_head.weight", ("vocab", "hidden")),
+_IN, _POST, _PRE_MLP, _POST_MLP = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
 )
+_LLAMA_NORMS = _norms(_IN, _POST)
+_LLAMA_OUTER = _outer(*_norms("model.norm"))
+_NO_HEADS: tuple[Unit, ...] = ("neuron", "layer")
 
 _ALL = (
     Family(
@@ -107,41 +145,170 @@ _ALL = (
         _LLAMA_OUTER,
         heads_divide_hidden=True,
     ),
-    Family("mistral", (*_attention(None, None), *_gated_mlp(), *_LLAMA_NORMS), _LLAMA_OUTER),
-    Family("qwen2", (*_attention("", None), *_gated_mlp(), *_LLAMA_NORMS), _LLAMA_OUTER),
+    Family("mistral", (*_attention(None, None), *_gated_mlp(), *_LLAMA_NORMS), _LLAMA_OUTER, defaults={"num_key_value_heads": 8}),
+    Family(
+        "ministral", (*_attention(None, None), *_gated_mlp(), *_LLAMA_NORMS), _LLAMA_OUTER, defaults={"num_key_value_heads": 8}
+    ),
+    Family(
+        "qwen2",
+        (*_attention("", None), *_gated_mlp(), *_LLAMA_NORMS),
+        _LLAMA_OUTER,
+        defaults={"num_key_value_heads": 32},
+    ),
     Family(
         "qwen3",
+        (*_attention("attention_bias", "attention_bias"), *_qk_norms(), *_gated_mlp(), *_LLAMA_NORMS),
+        _LLAMA_OUTER,
+        defaults={"num_key_value_heads": 32, "head_dim": 128},
+    ),
+    Family(
+        "smollm3",
+        (*_attention("attention_bias", "attention_bias"), *_gated_mlp("mlp_bias"), *_LLAMA_NORMS),
+        _LLAMA_OUTER,
+        per_layer_keys=("layer_types", "no_rope_layers"),
+        defaults={"num_key_value_heads": 4, "tie_word_embeddings": True},
+    ),
+    Family(
+        "granite",
+        (*_attention("attention_bias", "attention_bias"), *_gated_mlp("mlp_bias"), *_LLAMA_NORMS),
+        _LLAMA_OUTER,
+        write_scale_key="residual_multiplier",
+        logit_scale=("logits_scaling", -1),
+    ),
+    Family(
+        "seed_oss",
+        (*_attention("attention_bias", "attention_out_bias"), *_gated_mlp("mlp_bias"), *_LLAMA_NORMS),
+        _LLAMA_OUTER,
+        defaults={"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True},
+    ),
+    Family(
+        "ernie4_5",
+        (*_attention("use_bias", "use_bias"), *_gated_mlp("use_bias"), *_LLAMA_NORMS),
+        _LLAMA_OUTER,
+        defaults={"num_key_value_heads": 2, "head_dim": 128, "tie_word_embeddings": True},
+    ),
+    Family(
+        "hunyuan_v1_dense",
         (
             *_attention("attention_bias", "attention_bias"),
-            Tensor("self_attn.q_norm.weight", ("head_dim",)),
-            Tensor("self_attn.k_norm.weight", ("head_dim",)),
+            *_qk_norms("self_attn.query_layernorm", "self_attn.key_layernorm"),
             *_gated_mlp(),
             *_LLAMA_NORMS,
         ),
         _LLAMA_OUTER,
-        defaults=(("head_dim", 128),),
+    ),
+    Family("arcee", (*_attention("attention_bias", "attention_bias"), *_plain_mlp("mlp_bias"), *_LLAMA_NORMS), _LLAMA_OUTER),
+    Family(
+        "nemotron",
+        (*_attention("attention_bias", "attention_bias"), *_plain_mlp("mlp_bias"), *_norms(_IN, _POST, bias=True)),
+        _outer(*_norms("model.norm", bias=True)),
+    ),
+    Family(
+        "starcoder2",
+        (
+            *_attention("use_bias", "use_bias"),
+            *_plain_mlp("use_bias", "mlp.c_fc", "mlp.c_proj"),
+            *_norms(_IN, _POST, bias=True),
+        ),
+        _outer(*_norms("model.norm", bias=True)),
+        mlp_out="mlp.c_proj",
+        defaults={"num_key_value_heads": 2, "use_bias": True, "tie_word_embeddings": True},
+    ),
+    Family(
+        "stablelm",
+        (*_attention("use_qkv_bias", None), *_gated_mlp(), *_norms(_IN, _POST, bias=True)),
+        _outer(*_norms("model.norm", bias=True)),
+        head_dim_key="",
+        units=_NO_HEADS,
+        defaults={"num_key_value_heads": 32},
+    ),
+    Family("olmo", (*_attention("attention_bias", "attention_bias"), *_gated_mlp()), _outer()),
+    Family(
+        "olmo2",
+        (
+            *_attention("attention_bias", "attention_bias"),
+            *_qk_norms(flat=True),
+            *_gated_mlp(),
+            *_norms(_POST, _POST_MLP),
+        ),
+        _LLAMA_OUTER,
+        writes_normed=True,
+        units=_NO_HEADS,
+    ),
+    Family(
+        "exaone4",
+        (*_attention(None, None), *_qk_norms(), *_gated_mlp(), *_norms(_POST, _POST_MLP)),
+        _LLAMA_OUTER,
+        writes_normed=True,
+        defaults={"num_key_value_heads": 32},
+    ),
+    Family(
+        "cohere",
+        (*_attention("attention_bias", "attention_bias"), *_gated_mlp(), *_norms(_IN)),
+        _LLAMA_OUTER,
+        logit_scale=("logit_scale", 1),
+        defaults={"tie_word_embeddings": True},
+    ),
+    Family(
+        "cohere2",
+        (*_attention("attention_bias", "attention_bias"), *_gated_mlp(), *_norms(_IN)),
+        _LLAMA_OUTER,
+        logit_scale=("logit_scale", 1),
+        defaults={"tie_word_embeddings": True},
+    ),
+    Family("phi3", (*_attention(None, None, fused=True), *_fused_mlp(), *_LLAMA_NORMS), _LLAMA_OUTER),
+    Family(
+        "glm",
+        (*_attention("attention_bias", None), *_fused_mlp(), *_LLAMA_NORMS),
+        _LLAMA_OUTER,
+        defaults={"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True},
+    ),
+    Family(
+        "glm4",
+        (
+            *_attention("attention_bias", None),
+            *_fused_mlp(),
+            *_LLAMA_NORMS,
+            *_norms("post_self_attn_layernorm", "post_mlp_layernorm"),
+        ),
+        _LLAMA_OUTER,
+        writes_normed=True,
+        defaults={"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True},
+    ),
+    Family(
+        "gemma",
+        (*_attention("attention_bias", "attention_bias"), *_gated_mlp(), *_LLAMA_NORMS),
+        _LLAMA_OUTER,
+        defaults={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
     ),
     Family(
         "gemma2",
-        (
-            *_attention("attention_bias", "attention_bias"),
-            *_gated_mlp(),
-            *_LLAMA_NORMS,
-            *_norms("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-        ),
+        (*_attention("attention_bias", "attention_bias"), *_gated_mlp(), *_LLAMA_NORMS, *_norms(_PRE_MLP, _POST_MLP)),
         _LLAMA_OUTER,
         heads_divide_hidden=True,
         writes_normed=True,
-        defaults=(("head_dim", 256), ("tie_word_embeddings", True)),
+        defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
+    ),
+    Family(
+        "gemma3_text",
+        (
+            *_attention("attention_bias", "attention_bias"),
+            *_qk_norms(),
+            *_gated_mlp(),
+            *_LLAMA_NORMS,
+            *_norms(_PRE_MLP, _POST_MLP),
+        ),
+        _LLAMA_OUTER,
+        writes_normed=True,
+        defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
     ),
     Family(
         "gpt_neox",
         (
             *_linear("attention.query_key_value", "qkv", "hidden", "attention_bias"),
             *_linear("attention.dense", "hidden", "q", "attention_bias"),
-            *_linear("mlp.dense_h_to_4h", "width", "hidden", ""),
-            *_linear("mlp.dense_4h_to_h", "hidden", "width", ""),
-            *_norms("input_layernorm", "post_attention_layernorm", bias=True),
+            *_plain_mlp("", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+            *_norms(_IN, _POST, bias=True),
         ),
         (
             Tensor("gpt_neox.embed_in.weight", ("vocab", "hidden")),
@@ -152,12 +319,47 @@ _ALL = (
         body="gpt_neox",
         attention_out="attention.dense",
         mlp_out="mlp.dense_4h_to_h",
-        units=("neuron", "layer"),
+        units=_NO_HEADS,
         kv_heads_key="",
         head_dim_key="",
         per_layer_keys=(),
-        defaults=(("attention_bias", True),),
+        defaults={"attention_bias": True},
         on_disk=(("lm_head.weight", "embed_out.weight"),),
+    ),
+    Family(
+        "gpt2",
+        # Conv1D: the weights lie the other way round.
+        (
+            Tensor("attn.c_attn.weight", ("hidden", "q_k_v")),
+            Tensor("attn.c_attn.bias", ("q_k_v",)),
+            Tensor("attn.c_proj.weight", ("q", "hidden")),
+            Tensor("attn.c_proj.bias", ("hidden",)),
+            Tensor("mlp.c_fc.weight", ("hidden", "width")),
+            Tensor("mlp.c_fc.bias", ("width",)),
+            Tensor("mlp.c_proj.weight", ("width", "hidden")),
+            Tensor("mlp.c_proj.bias", ("hidden",)),
+            *_norms("ln_1", "ln_2", bias=True),
+        ),
+        (
+            Tensor("transformer.wte.weight", ("vocab", "hidden")),
+            Tensor("transformer.wpe.weight", ("context", "hidden")),
+            *_norms("transformer.ln_f", bias=True),
+            Tensor("lm_head.weight", ("vocab", "hidden")),
+        ),
+        layers="transformer.h",
+        body="transformer",
+        attention_out="attn.c_proj",
+        mlp_out="mlp.c_proj",
+        units=_NO_HEADS,
+        hidden_key="n_embd",
+        width_key="n_inner",
+        layers_key="n_layer",
+        heads_key="n_head",
+        context_key="n_positions",
+        kv_heads_key="",
+        head_dim_key="",
+        per_layer_keys=(),
+        defaults={"tie_word_embeddings": True},
     ),
 )
 
@@ -170,7 +372,8 @@ def family_of(config: dict[str, Any]) -> Family:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise NarrowError(
             "unsupported_architecture",
-            f"The model's type {str(model_type)[:60]!r} is not one that Narrow knows: it takes {', '.join(sorted(FAMILIES))}.",
+            f"The model's type {str(model_type)[:60]!r} is not one that Narrow knows: it takes {', '.join(sorted(FAMILIES))}. "
+            "A new one needs an entry in narrow_engine/families.py that names its tensors and what each of their axes counts.",
         )
     return FAMILIES[model_type]
 
@@ -186,9 +389,12 @@ class Dimensions:
     kv_heads: int
     head_dim: int
     vocab: int
+    context: int
     tied: bool
 
     def axis(self, axis: Axis) -> int:
+        if axis in PARTS:
+            return sum(self.axis(part) for part in PARTS[axis])
         lengths: dict[Axis, int] = {
             "hidden": self.hidden,
             "width": self.width,
@@ -197,6 +403,7 @@ class Dimensions:
             "qkv": 3 * self.heads * self.head_dim,
             "head_dim": self.head_dim,
             "vocab": self.vocab,
+            "context": self.context,
         }
         return lengths[axis]
 
@@ -205,10 +412,14 @@ LIMIT = 2**24
 """No length of a real model is larger; it bounds what a hostile config can ask for before anything is allocated."""
 
 
+CONTEXT = 2048
+"""Taken where a config does not say; transformers' own defaults are this or longer."""
+
+
 def dimensions(config: dict[str, Any]) -> Dimensions:
     """The lengths in a config.json. Raises NarrowError (unsupported_architecture, bad_config)."""
     family = family_of(config)
-    values: dict[str, Any] = {**dict(family.defaults), **{k: v for k, v in config.items() if v is not None}}
+    values: dict[str, Any] = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
 
     def length(key: str, default: int | None = None) -> int:
         value = values.get(key, default)
@@ -218,11 +429,11 @@ def dimensions(config: dict[str, Any]) -> Dimensions:
             )
         return value
 
-    hidden, heads = length("hidden_size"), length("num_attention_heads")
+    hidden, heads = length(family.hidden_key), length(family.heads_key)
     kv_heads = length(family.kv_heads_key, heads) if family.kv_heads_key else heads
     if not family.head_dim_key or family.head_dim_key not in values:
         if hidden % heads:
-            raise NarrowError("bad_config", f"config.json: hidden_size {hidden} is not divisible by {heads} heads.")
+            raise NarrowError("bad_config", f"config.json: {family.hidden_key} {hidden} is not divisible by {heads} heads.")
         head_dim = hidden // heads
     else:
         head_dim = length(family.head_dim_key)
@@ -232,12 +443,13 @@ def dimensions(config: dict[str, Any]) -> Dimensions:
         )
     return Dimensions(
         hidden=hidden,
-        width=length("intermediate_size"),
-        layers=length("num_hidden_layers"),
+        width=length(family.width_key, 4 * hidden),
+        layers=length(family.layers_key),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab=length("vocab_size"),
+        context=length(family.context_key, CONTEXT),
         tied=bool(values.get("tie_word_embeddings", False)),
     )
 
@@ -257,7 +469,7 @@ def tensor_shapes(config: dict[str, Any], dims: Dimensions) -> dict[str, tuple[i
 
 def present(tensors: tuple[Tensor, ...], family: Family, config: dict[str, Any]) -> list[Tensor]:
     """Those of `tensors` that a model with this config has."""
-    values = {**dict(family.defaults), **config}
+    values = {**family.defaults, **config}
     return [t for t in tensors if not t.when or values.get(t.when)]
 
 

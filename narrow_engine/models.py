@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from narrow_engine.errors import NarrowError
-from narrow_engine.families import Family, family_of
+from narrow_engine.families import PARTS, Axis, Family, dimensions, family_of, present
 from narrow_engine.losses import Head
 
 
@@ -51,10 +51,40 @@ def layers(model: PreTrainedModel) -> nn.ModuleList:
     return found
 
 
+def along(model: PreTrainedModel, axis: Axis) -> list[list[Tensor]]:
+    """For each layer, views of its parameters that have an axis, that axis first; a fused tensor gives one for each part."""
+    table, config = family(model), config_dict(model)
+    dims = dimensions(config)
+    found: list[list[Tensor]] = []
+    for layer in layers(model):
+        views: list[Tensor] = []
+        for tensor in present(table.layer_tensors, table, config):
+            parameter = layer.get_parameter(tensor.name).detach()
+            for number, whole in enumerate(tensor.axes):
+                parts = PARTS.get(whole, (whole,))
+                if axis in parts:
+                    pieces = torch.split(parameter, [dims.axis(part) for part in parts], dim=number)
+                    views += [piece.movedim(number, 0) for piece, part in zip(pieces, parts, strict=True) if part == axis]
+        found.append(views)
+    return found
+
+
+def output_weight(layer: nn.Module, table: Family, name: str) -> Tensor:
+    """The weight of a layer's output projection (`attention_out` or `mlp_out`), as a view [outputs, inputs]."""
+    axes = next(tensor.axes for tensor in table.layer_tensors if tensor.name == f"{name}.weight")
+    weight = layer.get_parameter(f"{name}.weight").detach()
+    return weight if axes[0] == "hidden" else weight.T
+
+
 def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The body's output after the final norm, [rows, length, hidden]; `ids` is [rows, length]."""
-    body = model.get_submodule(family(model).body)
-    return body(input_ids=ids, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+    """What the head reads: the body's output after the final norm, times the factor that the family puts on its logits.
+
+    [rows, length, hidden]; `ids` is [rows, length].
+    """
+    table = family(model)
+    key, power = table.logit_scale
+    hidden: Tensor = model.get_submodule(table.body)(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden * getattr(model.config, key) ** power if key else hidden
 
 
 def head(model: PreTrainedModel) -> Head:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from narrow_engine.corpus import Blocks
-from narrow_engine.models import family, hidden_states, layers
+from narrow_engine.families import dimensions
+from narrow_engine.models import config_dict, family, hidden_states, layers, output_weight
 from narrow_engine.plan import Plan
 
 RIDGE = 1e-3
@@ -45,7 +46,8 @@ def refit(
     base_calls, cut_calls = _calls(base, ids[0]), _calls(cut, ids[0])
     targets = [_first_stream(base, batch) for batch in ids]
     streams = list(targets)
-    heads_cut = len(plan.heads[0]) < base.config.num_attention_heads
+    heads_cut = len(plan.heads[0]) < dimensions(config_dict(base)).heads
+    scale = getattr(base.config, table.write_scale_key) if table.write_scale_key else 1.0
     for layer in range(plan.layers[0]):
         # Layers dropped in front count towards the first kept one, as those behind a kept one do.
         targets = [base_calls[layer](stream) for stream in targets]
@@ -58,16 +60,18 @@ def refit(
         if heads_cut:
             _solve(
                 call.layer.get_submodule(table.attention_out),
+                output_weight(call.layer, table, table.attention_out),
                 (
-                    (tapped.inputs, span.attention if table.writes_normed else span.attention + span.start - stream)
+                    (tapped.inputs, span.attention if table.writes_normed else span.attention + (span.start - stream) / scale)
                     for span, stream in zip(spans, streams, strict=True)
                     for _, tapped in [call.tap(stream, table.attention_out)]
                 ),
             )
         _solve(
             call.layer.get_submodule(table.mlp_out),
+            output_weight(call.layer, table, table.mlp_out),
             (
-                (tapped.inputs, span.mlp if table.writes_normed else span.end - end + tapped.outputs)
+                (tapped.inputs, span.mlp if table.writes_normed else (span.end - end) / scale + tapped.outputs)
                 for span, stream in zip(spans, streams, strict=True)
                 for end, tapped in [call.tap(stream, table.mlp_out)]
             ),
@@ -77,9 +81,8 @@ def refit(
     progress(len(plan.layers), len(plan.layers))
 
 
-def _solve(module: nn.Module, pairs: Any) -> None:
-    """Solves a linear module's weight [outputs, inputs] from (inputs h, wanted outputs Y) batches; its bias stays."""
-    weight = module.get_parameter("weight")
+def _solve(module: nn.Module, weight: Tensor, pairs: Any) -> None:
+    """Solves a linear module's `weight` [outputs, inputs] from (inputs h, wanted outputs Y) batches; its bias stays."""
     bias = module.bias if module.bias is not None else torch.zeros((), device=weight.device)
     gram = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
     cross = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
@@ -104,10 +107,11 @@ class _Call:
     """A layer with the arguments that its model calls it with (masks and position embeddings of one batch shape)."""
 
     layer: nn.Module
+    positional: tuple[Any, ...]
     arguments: dict[str, Any]
 
     def __call__(self, stream: Tensor) -> Tensor:
-        out = self.layer(stream, **self.arguments)
+        out = self.layer(stream, *self.positional, **self.arguments)
         return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
 
     def tap(self, stream: Tensor, *names: str) -> tuple[Any, ...]:
@@ -147,8 +151,7 @@ def _calls(model: PreTrainedModel, ids: Tensor) -> list[_Call]:
     found: list[_Call] = []
 
     def keep(layer: nn.Module, args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
-        assert len(args) == 1, "layers are called with the stream alone in front"
-        found.append(_Call(layer, arguments))
+        found.append(_Call(layer, args[1:], arguments))
 
     hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers(model)]
     try:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from narrow_engine.families import present
-from narrow_engine.models import config_dict, family, layers
+from narrow_engine.models import along
 
 WARM, REACHED = 0.1, 0.8
 """Groups die between these shares of the steps; before, the optimizer settles, and after, what is left heals."""
@@ -33,7 +32,7 @@ class GroupLasso:
     """
 
     def __init__(self, model: PreTrainedModel, scores: Tensor, target: float, steps: int) -> None:
-        self.groups = [_parts(model, layer) for layer in range(len(layers(model)))]
+        self.groups = along(model, "width")
         self.steps, self.taken = steps, 0
         self.final = round(target * scores.shape[1])
         self.weight = (scores / self.norms().clamp(min=1e-12)).to(torch.float64)
@@ -78,14 +77,3 @@ class GroupLasso:
 
 def _squares(part: Tensor) -> Tensor:
     return part.reshape(part.shape[0], -1).square().sum(1)
-
-
-def _parts(model: PreTrainedModel, layer: int) -> list[Tensor]:
-    """Views of the tensors along whose first axis the neurons of a layer lie."""
-    table = family(model)
-    module = layers(model)[layer]
-    return [
-        module.get_parameter(tensor.name).movedim(tensor.axes.index("width"), 0)
-        for tensor in present(table.layer_tensors, table, config_dict(model))
-        if "width" in tensor.axes
-    ]

@@ -88,18 +88,18 @@ def solve(config: dict[str, Any], options: Options) -> tuple[dict[Unit, int], li
     Raises NarrowError (block_too_long, unit_not_supported, budget_too_small).
     """
     family, dims = family_of(config), dimensions(config)
-    context = config.get("max_position_embeddings")
-    if isinstance(context, int) and options.block_tokens > context:
+    if options.block_tokens > dims.context:
         raise NarrowError(
-            "block_too_long", f"block_tokens is {options.block_tokens}, but the model's context is {context} tokens: lower it."
+            "block_too_long",
+            f"block_tokens is {options.block_tokens}, but the model's context is {dims.context} tokens: lower it.",
         )
     units = options.method.units
     for unit in units:
         if unit not in family.units:
             raise NarrowError(
                 "unit_not_supported",
-                f"Units of kind {unit!r} cannot be cut from a {family.model_type} model, whose stock code fixes the size of "
-                f"a head to hidden ÷ heads: it takes {', '.join(family.units)}.",
+                f"Units of kind {unit!r} cannot be cut from a {family.model_type} model so that stock transformers loads the "
+                f"result exactly: it takes {', '.join(family.units)}.",
             )
     if options.budget.keep is not None:
         return _round_fractions(family, dims, {unit: options.budget.keep[unit] for unit in units})

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from narrow_engine.families import Axis, Dimensions, Family, dimensions, present
-from narrow_engine.models import config_dict, family, head, hidden_states, layers
+from narrow_engine.families import PARTS, Axis, Dimensions, Family, dimensions, present
+from narrow_engine.models import config_dict, family, head, hidden_states, layers, output_weight
 from narrow_engine.plan import Plan
 from narrow_engine.report.model import Parity
 
@@ -51,17 +51,17 @@ def mask_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """
     masked = copy.deepcopy(model)
     table, dims = family(model), dimensions(config_dict(model))
+    readers: tuple[tuple[str, Axis], ...] = ((table.attention_out, "q"), (table.mlp_out, "width"))
     for number, layer in enumerate(layers(masked)):
-        attention_out, mlp_out = layer.get_submodule(table.attention_out), layer.get_submodule(table.mlp_out)
         with torch.no_grad():
-            if number not in plan.layers:
-                for parameter in (*attention_out.parameters(), *mlp_out.parameters()):
-                    parameter.zero_()
-                continue
-            position = plan.layers.index(number)
-            for weight, axis in ((mlp_out.get_parameter("weight"), "width"), (attention_out.get_parameter("weight"), "q")):
+            for name, axis in readers:
+                if number not in plan.layers:
+                    for parameter in layer.get_submodule(name).parameters():
+                        parameter.zero_()
+                    continue
+                weight = output_weight(layer, table, name)
                 silent = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-                silent[_kept(axis, plan, position, dims)] = False
+                silent[_kept(axis, plan, plan.layers.index(number), dims)] = False
                 weight[:, silent] = 0
     return masked
 
@@ -74,8 +74,14 @@ def compare(one: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> Parity
     return Parity(max_error=error, relative_error=error / max(first.abs().max().item(), 1e-9))
 
 
-def _kept(axis: Axis | str, plan: Plan, position: int, dims: Dimensions) -> list[int] | None:
+def _kept(axis: Axis, plan: Plan, position: int, dims: Dimensions) -> list[int] | None:
     """Kept indices along an axis of the layer at `position` of the plan; None for an axis that is never cut."""
+    if axis in PARTS:
+        found, start = [], 0
+        for part in PARTS[axis]:
+            found += [start + index for index in _kept(part, plan, position, dims) or ()]
+            start += dims.axis(part)
+        return found
     if axis == "width":
         return plan.neurons[position]
     if axis == "q":
@@ -93,9 +99,9 @@ def _expand(blocks: list[int], size: int) -> list[int]:
 
 def _sliced_config(table: Family, config: dict[str, Any], plan: Plan, dims: Dimensions) -> dict[str, Any]:
     changes: dict[str, Any] = {
-        "num_hidden_layers": len(plan.layers),
-        "intermediate_size": len(plan.neurons[0]),
-        "num_attention_heads": len(plan.heads[0]),
+        table.layers_key: len(plan.layers),
+        table.width_key: len(plan.neurons[0]),
+        table.heads_key: len(plan.heads[0]),
     }
     if table.kv_heads_key:
         changes[table.kv_heads_key] = len(plan.kv_groups[0])

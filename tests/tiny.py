@@ -5,7 +5,41 @@ import json
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gpt_neox")
+FAMILIES = (
+    *("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "granite", "seed_oss", "ernie4_5", "hunyuan_v1_dense"),
+    *("arcee", "nemotron", "starcoder2", "stablelm", "olmo", "olmo2", "exaone4", "cohere", "cohere2", "phi3", "glm", "glm4"),
+    *("gemma", "gemma2", "gemma3_text", "gpt_neox", "gpt2"),
+)
+
+
+EXTRA = {
+    "gemma2": {"sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8},
+    "cohere2": {"sliding_window": 8},
+    "granite": {"residual_multiplier": 0.5, "logits_scaling": 4.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.3},
+    "seed_oss": {"attention_out_bias": True},
+    "ernie4_5": {"use_bias": True},
+    "starcoder2": {"use_bias": True},
+    "stablelm": {"use_qkv_bias": True},
+}
+"""What makes a family special, turned on."""
+
+MISSING = {
+    "gpt_neox": ("num_key_value_heads", "head_dim", "mlp_bias"),
+    "gpt2": ("num_key_value_heads", "head_dim", "mlp_bias"),
+    "stablelm": ("head_dim",),
+}
+DIVIDED = tuple(MISSING)
+"""Families whose heads are always hidden ÷ heads wide."""
+RENAMED = {
+    "gpt2": {
+        "hidden_size": "n_embd",
+        "intermediate_size": "n_inner",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "max_position_embeddings": "n_positions",
+    }
+}
 
 
 def tiny_config(family: str, **changes):
@@ -27,12 +61,15 @@ def tiny_config(family: str, **changes):
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": 0,
-        **({"sliding_window": 8} if family == "gemma2" else {}),
+        **EXTRA.get(family, {}),
         **changes,
     }
-    if family == "gpt_neox":
-        options = {k: v for k, v in options.items() if k not in ("num_key_value_heads", "head_dim", "mlp_bias")}
-    return AutoConfig.for_model(family, **options)
+    if family == "smollm3":
+        options["no_rope_layers"] = [layer % 2 for layer in range(options["num_hidden_layers"])]
+    for name in MISSING.get(family, ()):
+        options.pop(name)
+    renamed = RENAMED.get(family, {})
+    return AutoConfig.for_model(family, **{renamed.get(k, k): v for k, v in options.items()})
 
 
 def tiny_model(family: str, seed: int = 0, **changes):

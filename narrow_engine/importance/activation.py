@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from narrow_engine.families import dimensions
 from narrow_engine.importance.statistics import LayerStatistics
-from narrow_engine.models import config_dict, family, layers
+from narrow_engine.models import config_dict, family, layers, output_weight
 from narrow_engine.plan import Scores
 
 
@@ -18,8 +18,8 @@ def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Sc
     table, dims = family(model), dimensions(config_dict(model))
     neurons, heads = [], []
     for layer, statistics in zip(layers(model), found, strict=True):
-        neurons.append(_energy(layer.get_parameter(f"{table.mlp_out}.weight"), statistics.mlp.gram).sqrt())
-        attention = _energy(layer.get_parameter(f"{table.attention_out}.weight"), statistics.attention.gram)
+        neurons.append(_energy(output_weight(layer, table, table.mlp_out), statistics.mlp.gram).sqrt())
+        attention = _energy(output_weight(layer, table, table.attention_out), statistics.attention.gram)
         heads.append(attention.reshape(dims.heads, -1).sum(1))
     by_head = torch.stack(heads)
     return {
@@ -31,4 +31,4 @@ def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Sc
 
 
 def _energy(weight: Tensor, gram: Tensor) -> Tensor:
-    return gram.diagonal() * weight.detach().double().square().sum(0)
+    return gram.diagonal() * weight.double().square().sum(0)

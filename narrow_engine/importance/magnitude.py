@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from narrow_engine.families import Axis, dimensions, present
+from narrow_engine.families import Axis, dimensions
 from narrow_engine.importance.statistics import LayerStatistics
-from narrow_engine.models import config_dict, family, layers
+from narrow_engine.models import along, config_dict, layers
 from narrow_engine.plan import Scores
 
 
@@ -27,13 +27,10 @@ def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Sc
 
 def _norms(model: PreTrainedModel, axis: Axis, units: int) -> Tensor:
     """Squared norm of the weights of each of `units` along an axis, [layers, units]."""
-    table = family(model)
-    tensors = [t for t in present(table.layer_tensors, table, config_dict(model)) if axis in t.axes]
     rows = []
-    for layer in layers(model):
+    for views in along(model, axis):
         total = torch.zeros(units, dtype=torch.float64, device=model.device)
-        for tensor in tensors:
-            value = layer.get_parameter(tensor.name).detach().double().movedim(tensor.axes.index(axis), 0)
-            total += value.reshape(units, -1).square().sum(1)
+        for view in views:
+            total += view.double().reshape(units, -1).square().sum(1)
         rows.append(total)
     return torch.stack(rows)

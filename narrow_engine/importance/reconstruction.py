@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from narrow_engine.families import dimensions
 from narrow_engine.importance.statistics import LayerStatistics
-from narrow_engine.models import config_dict, family, layers
+from narrow_engine.models import config_dict, family, layers, output_weight
 from narrow_engine.plan import Scores
 
 DAMPING = 1e-3
@@ -25,8 +25,8 @@ def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Sc
     table, dims = family(model), dimensions(config_dict(model))
     neurons, heads, groups = [], [], []
     for layer, statistics in zip(layers(model), found, strict=True):
-        mlp = layer.get_parameter(f"{table.mlp_out}.weight")
-        attention = layer.get_parameter(f"{table.attention_out}.weight")
+        mlp = output_weight(layer, table, table.mlp_out)
+        attention = output_weight(layer, table, table.attention_out)
         neurons.append(eliminate(mlp, statistics.mlp.gram, 1))
         heads.append(eliminate(attention, statistics.attention.gram, dims.head_dim))
         groups.append(eliminate(attention, statistics.attention.gram, dims.head_dim * dims.heads // dims.kv_heads))

@@ -1,5 +1,7 @@
 """A budget is met exactly as promised, and sizes are those of the real models."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from tiny import FAMILIES, tiny_config, tiny_model
 
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import FAMILIES as TABLE
-from narrow_engine.families import dimensions
+from narrow_engine.families import dimensions, tensor_shapes
 from narrow_engine.sizing import parameters, plan_sizes, shrink, solve
 from narrow_engine.spec import Options
 
@@ -18,6 +20,23 @@ def test_parameters_are_counted_as_torch_counts_them(family, tied):
     model = tiny_model(family, tie_word_embeddings=tied)
     config = model.config.to_dict()
     assert parameters(config, dimensions(config)) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_config_leaves_out_is_what_transformers_takes(family):
+    """A config.json with the lengths that nobody can guess, and nothing else."""
+    from transformers import AutoConfig
+
+    table = TABLE[family]
+    given = {"vocab_size": 320, table.hidden_key: 384, table.layers_key: 2, table.heads_key: 32}
+    if family != "gpt2":  # whose width is four times its hidden size by default
+        given[table.width_key] = 40
+    bare = {"model_type": family, **given}
+    whole = AutoConfig.for_model(family, **given).to_dict()
+    assert replace(dimensions(bare), context=0) == replace(dimensions(whole), context=0)
+    assert tensor_shapes(bare, dimensions(bare)) == tensor_shapes(whole, dimensions(whole)) | (
+        {"transformer.wpe.weight": (dimensions(bare).context, 384)} if family == "gpt2" else {}
+    )
 
 
 @settings(max_examples=60, deadline=None)

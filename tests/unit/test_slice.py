@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, tiny_model
+from tiny import DIVIDED, FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
 from narrow_engine.families import FAMILIES as TABLE
@@ -52,22 +52,21 @@ def test_each_unit_of_each_family_is_sliced_exactly(family, unit):
     assert compare(model, small, ids).relative_error > 1e-2, "the cut must change something, or the test proves nothing"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_mix_of_units_and_shapes_is_exact(data):
     family = data.draw(st.sampled_from(FAMILIES))
     kv_heads = data.draw(st.integers(1, 3))
     per_group = data.draw(st.integers(1, 3))
-    head_dim = data.draw(st.sampled_from([4, 8]))
+    # A quarter of StableLM's head turns, and what turns comes in pairs.
+    head_dim = 8 if family == "stablelm" else data.draw(st.sampled_from([4, 8]))
     heads = kv_heads * per_group
-    hidden = heads * (head_dim if family == "gpt_neox" else data.draw(st.integers(1, 3)) * 4)
+    hidden = heads * (head_dim if family in DIVIDED else data.draw(st.integers(1, 3)) * 4)
     layers, width = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 24))
     shape = {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     shape |= {"num_key_value_heads": kv_heads, "head_dim": head_dim}
     tied = data.draw(st.booleans())
     model = tiny_model(family, seed=data.draw(st.integers(0, 99)), tie_word_embeddings=tied, **shape)
-    if family == "gpt_neox":
-        kv_heads, per_group = heads, 1
     units = data.draw(st.lists(st.sampled_from(TABLE[family].units), min_size=1, unique=True))
     fractions = {unit: data.draw(st.floats(0.05, 1.0)) for unit in units}
     options = Options.model_validate({"budget": {"keep": fractions}, "method": {"units": units}})
