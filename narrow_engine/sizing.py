@@ -6,7 +6,7 @@ transformers, vLLM and ONNX tools read one width from the config.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -79,12 +79,12 @@ def shrink(dims: Dimensions, keep: dict[Unit, int]) -> Dimensions:
     )
 
 
-def solve(config: dict[str, Any], options: Options) -> tuple[dict[Unit, int], list[str]]:
+def solve(config: dict[str, Any], options: Options, bytes_per_parameter: int) -> tuple[dict[Unit, int], list[str]]:
     """How many units of each kind to keep, and what had to be rounded.
 
-    With `budget.keep`, each fraction is rounded to whole units (heads: the same number in each KV group). With
-    `budget.parameters`, all kinds keep about the same fraction: the coarse kinds (layers, KV groups, heads) are rounded
-    to it and neurons fill what the budget leaves. The result never exceeds the budget.
+    With `budget.keep`, each fraction is rounded to whole units (heads: the same number in each KV group). With an amount
+    of parameters, bytes or FLOPs, all kinds keep about the same fraction: the coarse kinds (layers, KV groups, heads) are
+    rounded to it and neurons fill what the budget leaves. The result never exceeds the budget.
     Raises NarrowError (block_too_long, unit_not_supported, budget_too_small).
     """
     family, dims = family_of(config), dimensions(config)
@@ -104,23 +104,29 @@ def solve(config: dict[str, Any], options: Options) -> tuple[dict[Unit, int], li
     if options.budget.keep is not None:
         return _round_fractions(family, dims, {unit: options.budget.keep[unit] for unit in units})
 
-    total = parameters(config, dims)
-    asked = options.budget.parameters
-    assert asked is not None
+    amount = options.budget.amount()
+    assert amount is not None
+    quantity, asked = amount
+
+    def cost(keep: dict[Unit, int]) -> int:
+        size = size_of(config, shrink(dims, keep), bytes_per_parameter)
+        return {"parameters": size.parameters, "bytes": size.bytes, "flops": size.flops_per_token}[quantity]
+
+    total, word = cost({}), {"parameters": "parameters", "bytes": "bytes", "flops": "FLOPs a token"}[quantity]
     limit = int(asked * total) if asked <= 1 else int(asked)
-    candidates = [keep for keep in _candidates(family, dims, units) if parameters(config, shrink(dims, keep)) <= limit]
+    candidates = [keep for keep in _candidates(family, dims, units) if cost(keep) <= limit]
     if "neuron" in units:
-        candidates = [_fill(config, dims, keep, limit) for keep in candidates]
+        candidates = [_fill(dims, keep, limit, cost) for keep in candidates]
     if not candidates:
-        smallest = min(parameters(config, shrink(dims, keep)) for keep in _candidates(family, dims, units))
+        smallest = min(cost(keep) for keep in _candidates(family, dims, units))
         raise NarrowError(
             "budget_too_small",
-            f"Cutting {' and '.join(f'{u}s' for u in units)} can bring this model from {total:,} to {smallest:,} parameters, "
+            f"Cutting {' and '.join(f'{u}s' for u in units)} can bring this model from {total:,} to {smallest:,} {word}, "
             f"not to {limit:,}: raise the budget or add {', '.join(u for u in family.units if u not in units) or 'nothing'} "
             "to method.units.",
         )
-    best = min(candidates, key=lambda keep: _unevenness(dims, keep) - parameters(config, shrink(dims, keep)) / total)
-    return best, [f"{limit:,} parameters were asked for; whole units make it {parameters(config, shrink(dims, best)):,}."]
+    best = min(candidates, key=lambda keep: _unevenness(dims, keep) - cost(keep) / total)
+    return best, [f"{limit:,} {word} were asked for; whole units make it {cost(best):,}."]
 
 
 def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: int = 2, skills: int = 1) -> Sizes:
@@ -129,7 +135,7 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
     `skills` counts the datasets that are measured, the target's among them.
     """
     dims = dimensions(config)
-    keep, notices = solve(config, options)
+    keep, notices = solve(config, options, bytes_per_parameter)
     small = shrink(dims, keep)
     before, after = size_of(config, dims, bytes_per_parameter), size_of(config, small, bytes_per_parameter)
     method = options.method
@@ -162,12 +168,11 @@ def _candidates(family: Family, dims: Dimensions, units: list[Unit]) -> Iterator
         yield {unit: keep[unit] for unit in units}
 
 
-def _fill(config: dict[str, Any], dims: Dimensions, keep: dict[Unit, int], limit: int) -> dict[Unit, int]:
+def _fill(dims: Dimensions, keep: dict[Unit, int], limit: int, cost: Callable[[dict[Unit, int]], int]) -> dict[Unit, int]:
     """`keep` with as many neurons as the limit allows, in whole multiples."""
     least = keep["neuron"]
-    room = limit - parameters(config, shrink(dims, keep))
-    one = parameters(config, shrink(dims, {**keep, "neuron": least + 1})) - parameters(config, shrink(dims, keep))
-    neurons = min(dims.width, least + room // one)
+    one = cost({**keep, "neuron": least + 1}) - cost(keep)
+    neurons = min(dims.width, least + (limit - cost(keep)) // one)
     return {**keep, "neuron": neurons if neurons == dims.width else max(least, neurons // MULTIPLE * MULTIPLE)}
 
 

@@ -18,7 +18,10 @@ Objective = Literal["next_token", "distill", "mixed"]
 Role = Literal["keep", "forget", "watch"]
 Format = Literal["safetensors", "onnx"]
 
+Quantity = Literal["parameters", "bytes", "flops"]
+
 UNITS: tuple[Unit, ...] = get_args(Unit)
+QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 
 T = TypeVar("T")
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\w][\w .+-]*$")]
@@ -30,15 +33,26 @@ class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
+Amount = Annotated[float, Field(gt=0, le=1e16)]
+
+
 class Budget(Model):
     """How small the result must be. Exactly one of the fields."""
 
-    parameters: float | None = Field(
+    parameters: Amount | None = Field(
         None,
-        gt=0,
-        le=1e13,
         description="Parameters of the result: a fraction of the base's up to 1, a count above 1.",
         examples=[0.5, 4_000_000],
+    )
+    bytes: Amount | None = Field(
+        None,
+        description="Bytes of the result's weights, saved in the base's type: a fraction up to 1, a count above 1.",
+        examples=[50_000_000],
+    )
+    flops: Amount | None = Field(
+        None,
+        description="FLOPs of one token's forward pass: a fraction of the base's up to 1, a count above 1.",
+        examples=[0.5],
     )
     keep: dict[Unit, Annotated[float, Field(gt=0, le=1)]] | None = Field(
         None,
@@ -49,11 +63,21 @@ class Budget(Model):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Self:
-        if (self.parameters is None) == (self.keep is None):
-            raise ValueError("a budget takes exactly one of 'parameters' and 'keep'")
-        if self.parameters is not None and self.parameters > 1 and self.parameters != int(self.parameters):
-            raise ValueError("'parameters' above 1 is a count and must be a whole number; up to 1 it is a fraction")
+        given = self.model_dump(exclude_none=True)
+        if len(given) != 1:
+            raise ValueError("a budget takes exactly one of 'parameters', 'bytes', 'flops' and 'keep'")
+        for name, amount in given.items():
+            if name != "keep" and amount > 1 and amount != int(amount):
+                raise ValueError(f"{name!r} above 1 is a count and must be a whole number; up to 1 it is a fraction")
         return self
+
+    def amount(self) -> tuple[Quantity, float] | None:
+        """What is limited and to how much; None where the budget is a shape."""
+        for quantity in QUANTITIES:
+            value = getattr(self, quantity)
+            if value is not None:
+                return quantity, value
+        return None
 
 
 class GroupLasso(Model):

@@ -22,7 +22,7 @@ from narrow_engine.errors import NarrowError
 from narrow_engine.export import onnx as onnx_export
 from narrow_engine.export import safetensors as safetensors_export
 from narrow_engine.families import dimensions
-from narrow_engine.model_files import ModelInfo, inspect_model
+from narrow_engine.model_files import DTYPES, ModelInfo, inspect_model
 from narrow_engine.models import config_dict, device, greedy, load_model
 from narrow_engine.plan import Plan, cuts, make_plan
 from narrow_engine.regularize import GroupLasso
@@ -42,14 +42,13 @@ PARITY_BOUND = 1e-4
 ONNX_BOUND = 1e-3
 """Relative error that ONNX Runtime may have in float32; right exports measured 1e-6 in every family."""
 PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLES = 32, 48, 3
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def load(run: Run, out: Path) -> None:
     """Checks the base and the budget, and turns every dataset into tokens."""
     spec = run.spec
     info = inspect_model(spec.base.path)
-    keep, rounded = solve(info.config, spec)
+    keep, rounded = solve(info.config, spec, DTYPES[info.dtype])
     for sentence in rounded:
         run.emit("notice", "load", sentence, {"code": "rounded"})
     run.models["base"] = load_model(spec.base.path)
@@ -275,8 +274,8 @@ def report(run: Run, out: Path) -> None:
         target=spec.target_name,
         family=info.family,
         spec=spec.model_dump(mode="json", exclude={"base", "target", "skills"}),
-        before=size_of(info.config, dimensions(info.config), BYTES[info.dtype]),
-        after=size_of(small, dimensions(small), BYTES[info.dtype]),
+        before=size_of(info.config, dimensions(info.config), DTYPES[info.dtype]),
+        after=size_of(small, dimensions(small), DTYPES[info.dtype]),
         speed=[Speed.model_validate(s) for s in json.loads((run.out("export") / "speed.json").read_text())],
         skills=json.loads((run.out("measure") / "skills.json").read_text()),
         cuts=cuts(info.config, _plan(run), options.units),

@@ -87,21 +87,32 @@ def parse_skill(_: click.Context, __: click.Parameter, values: tuple[str, ...]) 
     return found
 
 
-def parse_budget(_: click.Context, __: click.Parameter, value: str) -> float:
+QUANTITIES = ("parameters", "bytes", "flops")
+
+
+def parse_budget(_: click.Context, __: click.Parameter, value: str) -> dict[str, float]:
+    quantity, equals, amount = value.rpartition("=")
     try:
-        number = float(value.replace("_", "").replace(",", ""))
+        number = float(amount.replace("_", "").replace(",", ""))
     except ValueError:
         number = -1.0
-    if number <= 0:
-        raise click.BadParameter(f"{value!r} is neither a share like 0.5 nor a number of parameters like 4000000.")
-    return number
+    if not number > 0 or (equals and quantity not in QUANTITIES):
+        raise click.BadParameter(
+            f"{value!r} is neither a share like 0.5 nor a number of parameters like 4000000, nor one of bytes or FLOPs like "
+            "bytes=8000000 or flops=0.5."
+        )
+    return {quantity or "parameters": number}
 
 
 @main.command()
 @click.option("--base", required=True, help="A model folder, or an id (mdl_...).")
 @click.option("--target", required=True, help="A file of the domain's text (.jsonl, .txt, also .gz), or an id (ds_...).")
 @click.option(
-    "--budget", default="0.5", callback=parse_budget, show_default=True, help="Share of parameters to keep, or their number."
+    "--budget",
+    default="0.5",
+    callback=parse_budget,
+    show_default=True,
+    help="Share of parameters to keep, or their number; or bytes=..., flops=...",
 )
 @click.option(
     "--skill",
@@ -124,7 +135,7 @@ def parse_budget(_: click.Context, __: click.Parameter, value: str) -> float:
 def compress(
     base: str,
     target: str,
-    budget: float,
+    budget: dict[str, float],
     skills: dict[str, tuple[str, str]],
     method: str,
     units: tuple[str, ...],
@@ -150,7 +161,7 @@ def compress(
             spec = {
                 "base": {"model": model_id(client, base)},
                 "target": {"dataset": dataset_id(client, target, column)},
-                "budget": {"parameters": budget},
+                "budget": budget,
                 "method": chosen,
             }
             click.echo(client.plan(spec).model_dump_json(indent=2))

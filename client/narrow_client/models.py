@@ -65,8 +65,34 @@ class Parameters(RootModel[float]):
             description="Parameters of the result: a fraction of the base's up to 1, a count above 1.",
             examples=[0.5, 4000000],
             gt=0.0,
-            le=10000000000000.0,
+            le=1e+16,
             title="Parameters",
+        ),
+    ]
+
+
+class Bytes(RootModel[float]):
+    root: Annotated[
+        float,
+        Field(
+            description="Bytes of the result's weights, saved in the base's type: a fraction up to 1, a count above 1.",
+            examples=[50000000],
+            gt=0.0,
+            le=1e+16,
+            title="Bytes",
+        ),
+    ]
+
+
+class Flops(RootModel[float]):
+    root: Annotated[
+        float,
+        Field(
+            description="FLOPs of one token's forward pass: a fraction of the base's up to 1, a count above 1.",
+            examples=[0.5],
+            gt=0.0,
+            le=1e+16,
+            title="Flops",
         ),
     ]
 
@@ -90,6 +116,22 @@ class Budget(BaseModel):
             description="Parameters of the result: a fraction of the base's up to 1, a count above 1.",
             examples=[0.5, 4000000],
             title="Parameters",
+        ),
+    ] = None
+    bytes: Annotated[
+        Bytes | None,
+        Field(
+            description="Bytes of the result's weights, saved in the base's type: a fraction up to 1, a count above 1.",
+            examples=[50000000],
+            title="Bytes",
+        ),
+    ] = None
+    flops: Annotated[
+        Flops | None,
+        Field(
+            description="FLOPs of one token's forward pass: a fraction of the base's up to 1, a count above 1.",
+            examples=[0.5],
+            title="Flops",
         ),
     ] = None
     keep: Annotated[

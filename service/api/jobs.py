@@ -7,6 +7,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, col, delete, select
 
+from narrow_engine.model_files import DTYPES
 from narrow_engine.sizing import solve
 from narrow_engine.spec import JobSpec
 from service import queue
@@ -117,5 +118,5 @@ def check_spec(session: Session, spec: JobSpec) -> ModelRow:
             raise not_found("dataset", reference.dataset)
         if reference is spec.target and data.name in names:
             raise ApiError(422, "invalid_request", f"A skill is called {data.name!r} like the target: give it another name.")
-    solve(base.info["config"], spec)
+    solve(base.info["config"], spec, DTYPES[base.info["dtype"]])
     return base

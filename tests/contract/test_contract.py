@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from tiny import ROOT
 
+from narrow_engine.families import FAMILIES
 from service.openapi import document
 
 
@@ -72,3 +74,8 @@ def test_the_service_imports_only_the_engine_without_torch(file):
 def test_starting_imports_no_torch(module):
     code = f"import sys, {module}; sys.exit(bool({{'torch', 'transformers', 'matplotlib', 'onnx'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_readme_names_every_family_and_no_other():
+    section = (ROOT / "README.md").read_text().split("### What it takes")[1].split("###")[0].split("All\n")[0]
+    assert re.findall(r"`(\w+)`", section.split("types:")[1]) == sorted(FAMILIES)

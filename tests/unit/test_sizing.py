@@ -10,8 +10,8 @@ from tiny import FAMILIES, tiny_config, tiny_model
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import FAMILIES as TABLE
 from narrow_engine.families import dimensions, tensor_shapes
-from narrow_engine.sizing import parameters, plan_sizes, shrink, solve
-from narrow_engine.spec import Options
+from narrow_engine.sizing import parameters, plan_sizes, shrink, size_of, solve
+from narrow_engine.spec import QUANTITIES, Options
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -39,28 +39,34 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(family):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     family=st.sampled_from(FAMILIES),
+    quantity=st.sampled_from(QUANTITIES),
     share=st.floats(0.2, 1.0),
     width=st.integers(4, 300),
     data=st.data(),
 )
-def test_a_budget_is_never_exceeded_and_hardly_wasted(family, share, width, data):
+def test_a_budget_is_never_exceeded_and_hardly_wasted(family, quantity, share, width, data):
     units = data.draw(st.lists(st.sampled_from(TABLE[family].units), min_size=1, unique=True))
     config = tiny_config(family, intermediate_size=width, num_hidden_layers=4).to_dict()
-    options = Options.model_validate({"budget": {"parameters": share}, "method": {"units": units}})
-    total = parameters(config, dimensions(config))
+    dims = dimensions(config)
+
+    def cost(keep):
+        size = size_of(config, shrink(dims, keep), 2)
+        return {"parameters": size.parameters, "bytes": size.bytes, "flops": size.flops_per_token}[quantity]
+
+    asked = int(share * cost({})) if data.draw(st.booleans()) else share
+    options = Options.model_validate({"budget": {quantity: asked}, "method": {"units": units}})
     try:
-        keep, _ = solve(config, options)
+        keep, _ = solve(config, options, 2)
     except NarrowError:
         return  # test_what_cannot_be_met_is_said is about these
     assert set(keep) == set(units)
-    made = parameters(config, shrink(dimensions(config), keep))
-    assert made <= share * total
+    assert cost(keep) <= share * cost({})
     if units == ["neuron"] and keep["neuron"] < width:
         more = {"neuron": keep["neuron"] + 8}
-        assert parameters(config, shrink(dimensions(config), more)) > share * total or more["neuron"] > width
+        assert cost(more) > int(share * cost({})) or more["neuron"] > width
 
 
 def test_the_dry_run_says_what_the_cut_makes():
@@ -78,12 +84,14 @@ def test_the_dry_run_says_what_the_cut_makes():
     [
         ("llama", {"budget": {"parameters": 0.05}}, "budget_too_small", "add head, kv_group, layer"),
         ("llama", {"budget": {"parameters": 2}}, "budget_too_small", "raise the budget"),
+        ("llama", {"budget": {"bytes": 2}}, "budget_too_small", "bytes, not to 2"),
+        ("llama", {"budget": {"flops": 0.01}}, "budget_too_small", "FLOPs a token"),
         ("gpt_neox", {"budget": {"parameters": 0.5}, "method": {"units": ["head"]}}, "unit_not_supported", "'head'"),
     ],
 )
 def test_what_cannot_be_met_is_said(family, options, code, words):
     with pytest.raises(NarrowError, match=words) as raised:
-        solve(tiny_config(family).to_dict(), Options.model_validate(options))
+        solve(tiny_config(family).to_dict(), Options.model_validate(options), 2)
     assert raised.value.code == code
 
 
@@ -108,6 +116,8 @@ def test_an_unknown_architecture_is_named():
     [
         {},
         {"parameters": 0.5, "keep": {"neuron": 0.5}},
+        {"bytes": 1e6, "flops": 0.5},
+        {"bytes": 1.5},
         {"parameters": 0},
         {"parameters": -1},
         {"parameters": 1.5},

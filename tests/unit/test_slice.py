@@ -70,7 +70,7 @@ def test_any_mix_of_units_and_shapes_is_exact(data):
     units = data.draw(st.lists(st.sampled_from(TABLE[family].units), min_size=1, unique=True))
     fractions = {unit: data.draw(st.floats(0.05, 1.0)) for unit in units}
     options = Options.model_validate({"budget": {"keep": fractions}, "method": {"units": units}})
-    keep, _ = solve(config_dict(model), options)
+    keep, _ = solve(config_dict(model), options, 4)
     check(model, keep, data.draw(st.integers(0, 99)))
 
 
