@@ -1,7 +1,8 @@
 """`narrow run SPEC.json --out DIR`: the engine without a server.
 
 The folder is the run: events.jsonl tells what happens, result/ holds what came out, and running the same command again
-goes on where it stopped. Exit status: 0 done, 1 failed with a sentence (also in failure.json), 130 stopped on request.
+goes on where it stopped. Exit status: 0 done, 1 failed with a sentence (also in failure.json), 2 for a spec that cannot be
+read, 130 stopped on request.
 """
 
 import errno
@@ -21,12 +22,16 @@ from pydantic import ValidationError
 
 from narrow_engine.errors import Cancelled, NarrowError
 from narrow_engine.events import EventLog
-from narrow_engine.spec import CompressionSpec
+from narrow_engine.spec import CompressionSpec, explain
 
 if TYPE_CHECKING:
     from narrow_engine.events import Kind
 
 LOCK_SECONDS = 30
+LINE_SECONDS = 5.0
+"""Between two lines about progress."""
+SHORT_SECONDS = 0.1
+"""Stages that took less are not told."""
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Threads that wait for each other by spinning keep the ones they wait for off a core that is also wanted elsewhere: beside
 # one other busy process on two cores, a training step took more than four times as long. Sleeping costs a tenth when idle.
@@ -42,9 +47,14 @@ def run(spec: Path, out: Path, quiet: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     failure = out / "failure.json"
     try:
+        wanted = read_spec(spec)
+    except NarrowError as error:
+        click.echo(f"narrow run: {error}", err=True)
+        sys.exit(2)
+    try:
         with _lock(out / "lock"):
             failure.unlink(missing_ok=True)
-            _run(read_spec(spec), out, quiet)
+            _run(wanted, out, quiet)
     except Cancelled as error:
         click.echo(str(error), err=True)
         sys.exit(130)
@@ -61,13 +71,17 @@ def read_spec(path: Path) -> CompressionSpec:
     try:
         spec = CompressionSpec.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise NarrowError("bad_spec", f"{path.name}: {where}: {first['msg']}.") from error
+        # A misspelt option is also a missing one: the spelling is what helps.
+        first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+        where = ".".join(str(part) for part in first["loc"])
+        raise NarrowError("bad_spec", f"{path.name}: {where + ': ' if where else ''}{explain(first)}.") from error
     root = path.resolve().parent
 
     def absolute(item: Any) -> Any:
-        return item.model_copy(update={"path": root / item.path})
+        found = root / item.path
+        if not found.exists():
+            raise NarrowError("missing_file", f"{path.name}: there is nothing at {found}.")
+        return item.model_copy(update={"path": found})
 
     return spec.model_copy(
         update={
@@ -83,12 +97,17 @@ def _run(spec: CompressionSpec, out: Path, quiet: bool) -> None:
     from narrow_engine.pipeline import run as run_line
 
     log = EventLog(out / "events.jsonl")
+    last = 0.0
 
     def sink(kind: "Kind", phase: str, message: str, data: dict[str, Any]) -> None:
+        nonlocal last
         log(kind, phase, message, data)
-        if not quiet:
-            figures = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in data.items())
-            click.echo(f"{time.strftime('%H:%M:%S')} {phase:12s} {kind:8s} {message} {figures}".rstrip())
+        if quiet or kind == "failed" or (kind == "progress" and time.monotonic() - last < LINE_SECONDS):
+            return
+        line = _line(kind, phase, message, data)
+        if line:
+            last = time.monotonic()
+            click.echo(f"{time.strftime('%H:%M:%S')} {line}")
 
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -107,7 +126,23 @@ def _run(spec: CompressionSpec, out: Path, quiet: bool) -> None:
         sink("failed", "", str(told), {"code": told.code})
         raise told from error
     if not quiet:
-        click.echo(f"done: {result}")
+        from narrow_engine.report.model import Report
+        from narrow_engine.report.page import summary, verdict
+
+        report = Report.model_validate_json((result / "report.json").read_bytes())
+        click.echo("\n".join([verdict(report), *summary(report), f"The model, the ONNX file and report.html are in {result}."]))
+
+
+def _line(kind: "Kind", phase: str, message: str, data: dict[str, Any]) -> str:
+    """What a person is told of an event; empty for what would only be noise."""
+    name = phase.replace("_", " ")
+    if kind == "notice":
+        return f"{name}: note: {message}"
+    if kind == "finished" and data["seconds"] >= SHORT_SECONDS:
+        return f"{name}: {message or 'done'}" + ("" if data["reused"] else f" in {data['seconds']:.1f} s")
+    if kind == "progress" and data["done"] < data["total"]:
+        return f"{name}: {data['done']} of {data['total']}" + (f", loss {data['loss']:.3f}" if "loss" in data else "")
+    return ""
 
 
 def _known(error: Exception) -> NarrowError | None:

@@ -61,7 +61,8 @@ def tokenize(
 ) -> Documents:
     """Reads and tokenizes a dataset. Blank documents are left out, with a notice.
 
-    `check` is called between batches and may raise to stop. Raises NarrowError (empty_dataset and those of `read_documents`).
+    `check` is called between batches and may raise to stop. Raises NarrowError (empty_dataset, bad_tokenizer and
+    those of `read_documents`).
     """
     pieces: list[NDArray[np.uint32]] = []
     hashes: list[int] = []
@@ -71,7 +72,11 @@ def tokenize(
         check()
         filled = [text for text in batch if text]
         blank += len(batch) - len(filled)
-        for text, encoding in zip(filled, tokenizer.encode_batch(filled), strict=True):
+        try:
+            encodings = tokenizer.encode_batch(filled)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise NarrowError("bad_tokenizer", f"The model's tokenizer fails on {path.name}: {str(error)[:200]}") from error
+        for text, encoding in zip(filled, encodings, strict=True):
             ids = encoding.ids if start is None or encoding.ids[:1] == [start] else [start, *encoding.ids]
             pieces.append(np.array(ids, np.uint32))
             hashes.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))

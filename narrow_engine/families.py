@@ -70,6 +70,8 @@ class Family:
     """Whether what attention and MLP write is normalised before it is added to the stream."""
     write_scale_key: str = ""
     """Config key of the factor on what attention and MLP write, where there is one."""
+    softcap_key: str = ""
+    """Config key of the cap on the logits, in families that have one."""
     logit_scale: tuple[str, int] = ("", 1)
     """Config key of the factor on the logits, and the power that it is taken to."""
     per_layer_keys: tuple[str, ...] = ("layer_types",)
@@ -286,6 +288,7 @@ _ALL = (
         (*_attention("attention_bias", "attention_bias"), *_gated_mlp(), *_LLAMA_NORMS, *_norms(_PRE_MLP, _POST_MLP)),
         _LLAMA_OUTER,
         heads_divide_hidden=True,
+        softcap_key="final_logit_softcapping",
         writes_normed=True,
         defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
     ),
@@ -299,6 +302,7 @@ _ALL = (
             *_norms(_PRE_MLP, _POST_MLP),
         ),
         _LLAMA_OUTER,
+        softcap_key="final_logit_softcapping",
         writes_normed=True,
         defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},
     ),
@@ -409,7 +413,8 @@ class Dimensions:
 
 
 LIMIT = 2**24
-"""No length of a real model is larger; it bounds what a hostile config can ask for before anything is allocated."""
+COUNT_LIMIT = 4096
+"""No length of a real model is larger, and no number of layers or heads: this bounds what a hostile config can ask for."""
 
 
 CONTEXT = 2048
@@ -421,15 +426,15 @@ def dimensions(config: dict[str, Any]) -> Dimensions:
     family = family_of(config)
     values: dict[str, Any] = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
 
-    def length(key: str, default: int | None = None) -> int:
+    def length(key: str, default: int | None = None, limit: int = LIMIT) -> int:
         value = values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LIMIT:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
             raise NarrowError(
-                "bad_config", f"config.json: {key!r} must be a whole number from 1 to {LIMIT}, not {str(value)[:60]!r}."
+                "bad_config", f"config.json: {key!r} must be a whole number from 1 to {limit}, not {str(value)[:60]!r}."
             )
         return value
 
-    hidden, heads = length(family.hidden_key), length(family.heads_key)
+    hidden, heads = length(family.hidden_key), length(family.heads_key, limit=COUNT_LIMIT)
     kv_heads = length(family.kv_heads_key, heads) if family.kv_heads_key else heads
     if not family.head_dim_key or family.head_dim_key not in values:
         if hidden % heads:
@@ -444,7 +449,7 @@ def dimensions(config: dict[str, Any]) -> Dimensions:
     return Dimensions(
         hidden=hidden,
         width=length(family.width_key, 4 * hidden),
-        layers=length(family.layers_key),
+        layers=length(family.layers_key, limit=COUNT_LIMIT),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,

@@ -20,6 +20,7 @@ from narrow_engine.spec import Unit
 
 HEADER_LIMIT = 16 * 2**20
 JSON_LIMIT = 64 * 2**20
+DEPTH_LIMIT = 32
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -95,6 +96,10 @@ def inspect_model(folder: Path) -> ModelInfo:
             if name in headers:
                 raise NarrowError("bad_safetensors", f"The tensor {name[:80]!r} is in two files.")
             headers[name] = entry
+    if dims.layers > len(headers):
+        raise NarrowError(
+            "wrong_tensors", f"config.json asks for {dims.layers} layers, but the weights hold {len(headers)} tensors in all."
+        )
     expected = tensor_shapes(config, dims)
     _compare(expected, headers, dict(family.on_disk), family.head if dims.tied else "")
 
@@ -117,9 +122,20 @@ def read_json(path: Path) -> Any:
     if path.stat().st_size > JSON_LIMIT:
         raise NarrowError("bad_config", f"{path.name} is larger than {JSON_LIMIT >> 20} MiB.")
     try:
-        return json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise NarrowError("bad_config", f"{path.name} is not valid JSON ({str(error)[:100]}).") from error
+    level = [value] if _nested(value) else []
+    for _ in range(DEPTH_LIMIT):
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item) if _nested(child)]
+        if not level:
+            return value
+    raise NarrowError("bad_config", f"{path.name} is nested deeper than {DEPTH_LIMIT} levels.")
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, dict | list)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -128,10 +144,10 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
         if not names or not all(isinstance(n, str) and _WEIGHTS.fullmatch(n) for n in names):
             raise NarrowError("bad_safetensors", f"{INDEX} does not map tensors to files named model-...safetensors.")
-        paths = [folder / name for name in sorted(names)]
+        paths = [folder / name for name in sorted(set(names))]
     elif single.is_file():
         paths = [single]
     else:
@@ -165,7 +181,9 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise bad("its header is not valid JSON") from error
     if not isinstance(header, dict):
         raise bad("its header is not an object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise bad("its metadata are not texts by name")
     entries: dict[str, tuple[str, tuple[int, ...]]] = {}
     spans = []
     for name, entry in header.items():
@@ -174,7 +192,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             numbers = [*shape, begin, end]
         except (TypeError, KeyError, ValueError) as error:
             raise bad(f"the entry of {name[:80]!r} lacks dtype, shape or data_offsets") from error
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise bad(f"{name[:80]!r} has the type {str(dtype)[:20]!r}; weights must be {', '.join(DTYPES)}")
         if not all(type(n) is int and 0 <= n < 2**62 for n in numbers):
             raise bad(f"{name[:80]!r} has a size that is not a whole number")

@@ -20,20 +20,50 @@ def device() -> torch.device:
 def load_model(folder: Path) -> PreTrainedModel:
     """A causal LM in float32 from a local folder: safetensors only, no code but transformers' own.
 
-    Raises NarrowError (bad_model) where transformers cannot build it, (non_finite_weights) where a weight is NaN or
+    Raises NarrowError (bad_model) where transformers cannot build or run it, (non_finite_weights) where a weight is NaN or
     infinite.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
-    except (ValueError, TypeError, KeyError, OSError, RuntimeError, AttributeError) as error:
-        raise NarrowError("bad_model", f"transformers cannot build the model from {folder.name}: {str(error)[:300]}") from error
+    except Exception as error:  # what a wrong value in config.json raises is up to the code that meets it
+        raise NarrowError("bad_model", f"transformers cannot build the model from its config: {_first_line(error)}") from error
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise NarrowError("non_finite_weights", f"The weights of {name!r} hold NaN or infinity: the model is broken.")
-    model.config.use_cache = False
-    return model.to(device()).eval()
+    # What a config may ask the model to return as well is of no use here.
+    for key, value in {
+        "use_cache": False,
+        "output_attentions": False,
+        "output_hidden_states": False,
+        "return_dict": True,
+    }.items():
+        setattr(model.config, key, value)
+    model.to(device())
+    _try_out(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def _try_out(model: PreTrainedModel) -> None:
+    """Runs the model on some tokens, so that what is wrong with its config shows before the work and not behind it."""
+    length = min(64, dimensions(config_dict(model)).context)
+    ids = torch.arange(length, device=model.device)[None] % model.config.vocab_size
+    try:
+        model.train()(input_ids=ids)
+        logits = model.eval()(input_ids=ids).logits
+    except Exception as error:
+        raise NarrowError("bad_model", f"The model does not run as its config says: {_first_line(error)}") from error
+    if not torch.isfinite(logits).all():
+        raise NarrowError(
+            "bad_model",
+            "The model computes NaN or infinity on plain tokens: a scale, an epsilon or the rotary base in config.json is wrong.",
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def family(model: PreTrainedModel) -> Family:
@@ -88,8 +118,8 @@ def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def head(model: PreTrainedModel) -> Head:
-    weight = model.get_output_embeddings().weight
-    return Head(weight, getattr(model.config, "final_logit_softcapping", None))
+    key = family(model).softcap_key
+    return Head(model.get_output_embeddings().weight, getattr(model.config, key) if key else None)
 
 
 @torch.no_grad()

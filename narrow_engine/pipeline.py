@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,37 +56,56 @@ def run(spec: CompressionSpec, folder: Path, sink: Sink, stop: threading.Event |
     """
     context = Run(spec, folder, sink, stop or threading.Event())
     (folder / "stages").mkdir(parents=True, exist_ok=True)
-    key = _inputs(spec)
+    line = _with_keys(spec)
+    done = list(takewhile(lambda step: _reuse(context, *step), line))
     for stage in LINE:
+        if stage not in [step[0] for step in done]:
+            # What other inputs made is no result of this run.
+            _forget(context, stage)
+    for stage, key in line[len(done) :]:
         context.check()
-        options = json.dumps(stage.options(spec), default=lambda m: m.model_dump(mode="json"), sort_keys=True)
-        key = hashlib.sha256(f"{key} {stage.name} {options}".encode()).hexdigest()
-        if stage.wanted(spec):
-            _run_stage(context, stage, key)
-        else:
-            _forget_stage(context, stage)
+        _run_stage(context, stage, key)
     return folder / "result"
 
 
-def _forget_stage(context: Run, stage: Stage) -> None:
-    """What an earlier spec left of a stage that this one leaves out."""
+def _with_keys(spec: CompressionSpec) -> list[tuple[Stage, str]]:
+    """The stages that the spec wants, each with the hash of all that its output depends on."""
+    key, found = _inputs(spec), []
+    for stage in LINE:
+        options = json.dumps(stage.options(spec), default=lambda m: m.model_dump(mode="json"), sort_keys=True)
+        key = hashlib.sha256(f"{key} {stage.name} {options}".encode()).hexdigest()
+        if stage.wanted(spec):
+            found.append((stage, key))
+    return found
+
+
+def _reuse(context: Run, stage: Stage, key: str) -> bool:
+    """Whether a stage is done already, with the same inputs; its notices count for this run too."""
+    record = context.record(stage.name)
+    if not (record.exists() and _folder(context, stage).exists()):
+        return False
+    known = json.loads(record.read_text())
+    if known["key"] != key:
+        return False
+    context.notices += [Notice.model_validate(notice) for notice in known["notices"]]
+    context.sink("finished", stage.name, "already done", {"seconds": known["seconds"], "reused": True})
+    return True
+
+
+def _forget(context: Run, stage: Stage) -> None:
     context.record(stage.name).unlink(missing_ok=True)
-    shutil.rmtree(context.folder / (stage.folder or stage.name), ignore_errors=True)
+    out = _folder(context, stage)
+    for path in (out, out.with_name(out.name + ".tmp")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _folder(context: Run, stage: Stage) -> Path:
+    return context.folder / (stage.folder or stage.name)
 
 
 def _run_stage(context: Run, stage: Stage, key: str) -> None:
-    out = context.folder / (stage.folder or stage.name)
-    record = context.record(stage.name)
-    if record.exists() and out.exists():
-        known = json.loads(record.read_text())
-        if known["key"] == key:
-            context.notices += [Notice.model_validate(notice) for notice in known["notices"]]
-            context.sink("finished", stage.name, "already done", {"seconds": known["seconds"], "reused": True})
-            return
-    record.unlink(missing_ok=True)
+    out = _folder(context, stage)
     temporary = out.with_name(out.name + ".tmp")
-    for stale in (out, temporary):
-        shutil.rmtree(stale, ignore_errors=True)
     temporary.mkdir(parents=True)
     stamp = context.work(stage.name) / "key"
     if not stamp.exists() or stamp.read_text() != key:
@@ -101,7 +121,7 @@ def _run_stage(context: Run, stage: Stage, key: str) -> None:
     _sync(temporary)
     temporary.rename(out)
     notices = [notice.model_dump() for notice in context.notices[first:]]
-    write_json(record, {"key": key, "seconds": seconds, "notices": notices})
+    write_json(context.record(stage.name), {"key": key, "seconds": seconds, "notices": notices})
     shutil.rmtree(context.folder / "work" / stage.name)
     context.sink("finished", stage.name, "", {"seconds": seconds, "reused": False})
 

@@ -122,11 +122,19 @@ def solve(config: dict[str, Any], options: Options, bytes_per_parameter: int) ->
         raise NarrowError(
             "budget_too_small",
             f"Cutting {' and '.join(f'{u}s' for u in units)} can bring this model from {total:,} to {smallest:,} {word}, "
-            f"not to {limit:,}: raise the budget or add {', '.join(u for u in family.units if u not in units) or 'nothing'} "
-            "to method.units.",
+            f"not to {limit:,}: raise the budget{_more_units(family, dims, units)}.",
         )
     best = min(candidates, key=lambda keep: _unevenness(dims, keep) - cost(keep) / total)
+    if limit >= total:
+        return best, [f"{limit:,} {word} were asked for and the base has {total:,}: nothing is cut."]
     return best, [f"{limit:,} {word} were asked for; whole units make it {cost(best):,}."]
+
+
+def _more_units(family: Family, dims: Dimensions, units: list[Unit]) -> str:
+    """The kinds of unit that could be cut as well, as the end of a sentence."""
+    counts = unit_counts(dims) | {"head": dims.heads // dims.kv_heads}
+    more = [unit for unit in family.units if unit not in units and counts[unit] > 1]
+    return f" or add {', '.join(more)} to method.units" if more else ""
 
 
 def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: int = 2, skills: int = 1) -> Sizes:

@@ -7,8 +7,9 @@ default here is one that was measured (docs/decisions, bench/) and that a person
 This module imports no torch: the API process and the client's generated models stand on it.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -200,3 +201,13 @@ def _unique_names(spec: T, names: list[str]) -> T:
     if twice:
         raise ValueError(f"two skills are called {sorted(twice)[0]!r}: each row of the report needs its own name")
     return spec
+
+
+def explain(error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in words for the person who wrote the spec, without a full stop."""
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        return f"there is no option {str(error['loc'][-1])[:60]!r} here: is it misspelt?"
+    if kind == "missing":
+        return "this is missing"
+    return str(error["msg"]).removeprefix("Value error, ")[:300]

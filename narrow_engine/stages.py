@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -32,6 +32,7 @@ from narrow_engine.report.page import render_page
 from narrow_engine.run import Run, write_json
 from narrow_engine.sizing import size_of, solve
 from narrow_engine.slice import compare, mask_model, slice_model
+from narrow_engine.spec import DatasetPath, Role
 
 VALIDATION_TOKENS = 8192
 """Held-out tokens that the curve is drawn from; the table of skills uses all of them."""
@@ -53,14 +54,19 @@ def load(run: Run, out: Path) -> None:
         run.emit("notice", "load", sentence, {"code": "rounded"})
     run.models["base"] = load_model(spec.base.path)
     tokenizer, start = _tokenizer(spec.base.path, info)
-    target = corpus.tokenize(spec.target.path, spec.target.column, tokenizer, start, run.check, run.emit)
-    training, held_out = corpus.hold_out(target, HELD_OUT_FACTOR * spec.skill_tokens, run.emit)
+
+    def tokenize(data: DatasetPath) -> corpus.Documents:
+        found = corpus.tokenize(data.path, data.column, tokenizer, start, run.check, run.emit)
+        if int(found.tokens.max()) >= info.config["vocab_size"]:
+            raise NarrowError("bad_tokenizer", f"The tokenizer makes token {found.tokens.max()}, which the model does not have.")
+        return found
+
+    training, held_out = corpus.hold_out(tokenize(spec.target), HELD_OUT_FACTOR * spec.skill_tokens, run.emit)
     corpus.Blocks(training.tokens, spec.block_tokens, spec.seed)
     corpus.save(training, out, "training")
-    corpus.save(corpus.sample(held_out, spec.skill_tokens, spec.block_tokens, spec.seed), out, spec.target_name)
-    for skill in spec.skills:
-        documents = corpus.tokenize(skill.path, skill.column, tokenizer, start, run.check, run.emit)
-        corpus.save(corpus.sample(documents, spec.skill_tokens, spec.block_tokens, spec.seed), out, skill.name)
+    for name, skill in _skills(run).items():
+        documents = held_out if name == spec.target_name else tokenize(skill.data)
+        corpus.save(corpus.sample(documents, spec.skill_tokens, spec.block_tokens, spec.seed), out, skill.file)
     data = {d.path.name: dataset_sha256(d.path) for d in (spec.target, *spec.skills)}
     write_json(out / "info.json", {"model": info.model_dump(), "keep": keep, "data": data})
 
@@ -68,8 +74,8 @@ def load(run: Run, out: Path) -> None:
 def measure_base(run: Run, out: Path) -> None:
     """The base's loss on every skill: what the rest is measured against, and an early end for data that hold nothing."""
     losses = {}
-    for name in _roles(run):
-        documents = corpus.load(run.out("load"), name)
+    for name, skill in _skills(run).items():
+        documents = corpus.load(run.out("load"), skill.file)
         if not (documents.lengths > 1).any():
             raise NarrowError("text_too_short", f"The documents of {name!r} are all shorter than two tokens.")
         measured = skills.measure(base(run), [], documents, run.spec.block_tokens, run.progress("measure_base"))[0]
@@ -78,7 +84,7 @@ def measure_base(run: Run, out: Path) -> None:
             "progress",
             "measure_base",
             f"{name}: {losses[name]:.3f} nats",
-            {"done": len(losses), "total": len(_roles(run))},
+            {"done": len(losses), "total": len(_skills(run))},
         )
     write_json(out / "skills.json", losses)
 
@@ -105,7 +111,7 @@ def sparsify(run: Run, out: Path) -> None:
     keep = _info(run)["keep"]
     model = slice_model(base(run), _whole(run))
     settings = train.Settings(lasso.tokens, run.spec.method.recover.batch_tokens, "next_token", learning_rate=lasso.learning_rate)
-    blocks = corpus.Blocks(_training(run).tokens, run.spec.block_tokens, run.spec.seed + 1)
+    blocks = _training_blocks(run, 1)
     scores = load_file(run.out("score") / "scores.safetensors")["neuron"].sqrt().to(model.device)
     groups = GroupLasso(model, scores, 1 - keep["neuron"] / scores.shape[1], train.shape(settings, blocks)[1])
     curve = train.train(
@@ -177,10 +183,20 @@ def recover(run: Run, out: Path) -> None:
     small = _copy(run, "reconstruct")
     curve: list[CurvePoint] = []
     if options.tokens:
+        blocks, settings = _training_blocks(run, 2), train.Settings(**options.model_dump())
+        rows, steps = train.shape(settings, blocks)
+        if rows * steps * blocks.length != options.tokens:
+            run.emit(
+                "notice",
+                "recover",
+                f"{options.tokens:,} tokens of recovery were asked for; whole batches of {rows * blocks.length:,} make it "
+                f"{rows * steps * blocks.length:,}.",
+                {"code": "rounded"},
+            )
         curve = train.train(
             small,
-            corpus.Blocks(_training(run).tokens, run.spec.block_tokens, run.spec.seed + 2),
-            train.Settings(**options.model_dump()),
+            blocks,
+            settings,
             phase="recover",
             folder=run.work("recover"),
             emit=run.emit,
@@ -208,13 +224,13 @@ def measure(run: Run, out: Path) -> None:
     """Base, cut and recovered model on every skill, side by side on the same tokens, and a sample of what they write."""
     variants = [_model(run, "reconstruct"), _model(run, "recover")]
     rows = {}
-    for name, role in _roles(run).items():
-        documents = corpus.load(run.out("load"), name)
+    for name, skill in _skills(run).items():
+        documents = corpus.load(run.out("load"), skill.file)
         first, before, after = skills.measure(base(run), variants, documents, run.spec.block_tokens, run.progress("measure"))
         kept = skills.retention(first, after, run.spec.seed)
         count = int((first.tokens > 0).sum())
         rows[name] = Skill(
-            role=role,
+            role=skill.role,
             documents=count,
             tokens=int(first.tokens.sum()),
             base=skills.fit(first),
@@ -223,7 +239,7 @@ def measure(run: Run, out: Path) -> None:
             retention=kept,
             agreement=float(after.agree.sum() / after.tokens.sum()),
             kl=float(after.kl.sum() / after.tokens.sum()),
-            note=skills.note(role, kept, count),
+            note=skills.note(skill.role, kept, count),
         ).model_dump()
     write_json(out / "skills.json", rows)
     write_json(out / "samples.json", [sample.model_dump() for sample in _samples(run)])
@@ -349,16 +365,32 @@ def _dtype(run: Run) -> torch.dtype:
     return safetensors_export.DTYPES[_info(run)["model"]["dtype"]]
 
 
-def _roles(run: Run) -> dict[str, Any]:
-    return {run.spec.target_name: "keep", **{skill.name: skill.role for skill in run.spec.skills}}
+class _Skill(NamedTuple):
+    data: DatasetPath
+    role: Role
+    file: str
+    """Of its tokens in the folder of `load`. Names are the user's and may be anything: files are numbered."""
+
+
+def _skills(run: Run) -> dict[str, _Skill]:
+    """All that is measured, by name, the target first."""
+    found = {run.spec.target_name: _Skill(run.spec.target, "keep", "skill-0")}
+    for number, skill in enumerate(run.spec.skills, 1):
+        found[skill.name] = _Skill(skill, skill.role, f"skill-{number}")
+    return found
 
 
 def _training(run: Run) -> corpus.Documents:
     return corpus.load(run.out("load"), "training")
 
 
+def _training_blocks(run: Run, order: int) -> corpus.Blocks:
+    """The target's training text; each user of it goes through it in an order of its own."""
+    return corpus.Blocks(_training(run).tokens, run.spec.block_tokens, run.spec.seed + order)
+
+
 def _calibration(run: Run) -> corpus.Blocks:
-    return corpus.Blocks(_training(run).tokens, run.spec.block_tokens, run.spec.seed)
+    return _training_blocks(run, 0)
 
 
 def _probe(run: Run) -> torch.Tensor:
@@ -368,7 +400,7 @@ def _probe(run: Run) -> torch.Tensor:
 
 
 def _validator(run: Run) -> Callable[[PreTrainedModel], float]:
-    held_out, length = corpus.load(run.out("load"), run.spec.target_name), run.spec.block_tokens
+    held_out, length = corpus.load(run.out("load"), _skills(run)[run.spec.target_name].file), run.spec.block_tokens
     documents = corpus.sample(held_out, VALIDATION_TOKENS, length, run.spec.seed)
     return lambda model: skills.loss_of(model.eval(), documents, length)
 
@@ -423,7 +455,7 @@ def _curve(run: Run, stage: str) -> list[CurvePoint]:
 def _samples(run: Run) -> list[Sample]:
     """The beginning of held-out text, continued greedily by both models."""
     tokenizer, start = _tokenizer(run.spec.base.path, ModelInfo.model_validate(_info(run)["model"]))
-    documents = corpus.load(run.out("load"), run.spec.target_name)
+    documents = corpus.load(run.out("load"), _skills(run)[run.spec.target_name].file)
     found = []
     # What was measured are stretches; those that begin where their document does read best.
     for index in sorted(range(len(documents)), key=lambda i: documents[i][0] != start)[:SAMPLES]:

@@ -16,6 +16,8 @@ tags:
 Cut from a larger {family} model for one domain with Narrow: {before:,} parameters became {after:,} ({share:.0%}).
 It keeps {value:.1%} of the base's skill on {target} (95 % interval {low:.1%} to {high:.1%}; perplexity of the base ÷ its own).
 
+With transformers 5 or newer:
+
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

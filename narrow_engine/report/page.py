@@ -54,8 +54,8 @@ def render_page(report: Report) -> str:
         row=row,
         runtimes=RUNTIMES,
         units=UNITS,
-        verdict=_verdict(report),
-        summary=" ".join(_summary(report)),
+        verdict=verdict(report),
+        summary=" ".join(summary(report)),
         share=report.after.parameters / report.before.parameters,
         scale=1.02 * max(1.0, *(skill.retention.high for skill in report.skills.values())),
         first=next((point.validation for point in report.curve if point.phase == "recover"), None),
@@ -65,7 +65,8 @@ def render_page(report: Report) -> str:
     )
 
 
-def _verdict(report: Report) -> str:
+def verdict(report: Report) -> str:
+    """The result in half a sentence."""
     kept = report.skills[report.target].retention
     size = f"{report.after.parameters / report.before.parameters:.0%} of the size"
     if kept.low >= 1:
@@ -75,7 +76,7 @@ def _verdict(report: Report) -> str:
     return f"{size}, {_percent(kept.value)} of {report.target} kept."
 
 
-def _summary(report: Report) -> list[str]:
+def summary(report: Report) -> list[str]:
     """What a person would say of it in a few sentences, the bad as well as the good."""
     row = report.skills[report.target]
     said = [

@@ -11,6 +11,7 @@ import time
 import pytest
 from tiny import write_jsonl
 
+from narrow_engine import corpus
 from narrow_engine.events import read_events
 from narrow_engine.report.model import Report
 
@@ -152,8 +153,6 @@ def test_another_spec_in_the_same_folder_runs_what_it_changes(spec, tmp_path):
         ({"target": {"path": "short.jsonl"}}, "text_too_short", "lower block_tokens"),
         ({"target": {"path": "empty.txt"}}, "empty_dataset", "empty.txt"),
         ({"budget": {"parameters": 0.01}}, "budget_too_small", "raise the budget"),
-        ({"target": {"path": "nowhere.jsonl"}}, "missing_file", "nowhere.jsonl"),
-        ({"banana": 1}, "bad_spec", "banana"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_sentence(spec, tmp_path, change, code, words):
@@ -164,6 +163,47 @@ def test_what_is_wrong_is_told_in_one_sentence(spec, tmp_path, change, code, wor
     assert "Traceback" not in told
     assert words in told
     assert json.loads((tmp_path / "run" / "failure.json").read_text())["code"] == code
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"target": {"path": "nowhere.jsonl"}}, "there is nothing at"),
+        ({"banana": 1}, "there is no option 'banana' here"),
+        ({"budget": {"parameters": 1.5}}, "budget: 'parameters' above 1 is a count"),
+    ],
+)
+def test_a_wrong_spec_is_wrong_usage(spec, tmp_path, change, words):
+    status, told = finish(start(spec(**change), tmp_path / "run"))
+    assert (status, "Traceback" in told, words in told) == (2, False, True), told
+
+
+def test_names_of_skills_may_be_anything(spec, tmp_path, german_file):
+    """They once were file names: 'training' took the place of the training text."""
+    names = ["training", "字" * 100]
+    skills = [{"name": name, "path": str(german_file)} for name in names]
+    out = tmp_path / "run"
+    assert finish(start(spec(skills=skills, export=["safetensors"]), out))[0] == 0
+    report = Report.model_validate_json((out / "result" / "report.json").read_text())
+    assert list(report.skills) == ["python", *names]
+    assert report.skills["training"].base == report.skills[names[1]].base != report.skills["python"].base
+    assert len(corpus.load(out / "load", "training").tokens) > 5 * report.skills["training"].tokens
+
+
+def test_a_stopped_run_of_another_spec_keeps_no_result(spec, tmp_path):
+    out = tmp_path / "run"
+    assert finish(start(spec(export=["safetensors"]), out))[0] == 0
+    assert (out / "result").exists()
+    process = start(spec(method={**OPTIONS["method"], "recover": {"tokens": 10_000_000}}), out)
+    seen = len(read_events(out / "events.jsonl"))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not any(
+        e.phase == "recover" and e.kind == "progress" for e in read_events(out / "events.jsonl")[seen:]
+    ):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 130
+    assert not (out / "result").exists()
 
 
 def test_broken_weights_and_tokenizers_are_told(spec, tmp_path, tiny_folder):
@@ -180,6 +220,10 @@ def test_broken_weights_and_tokenizers_are_told(spec, tmp_path, tiny_folder):
     shutil.copy(tiny_folder / "model.safetensors", folder)
     status, told = finish(start(spec(base={"path": str(folder)}), tmp_path / "b"))
     assert (status, "tokenizer.json" in told) == (1, True)
+    vocabulary = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": vocabulary}))
+    status, told = finish(start(spec(base={"path": str(folder)}), tmp_path / "c"))
+    assert (status, "tokenizer fails on python.jsonl" in told) == (1, True), told
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")

@@ -6,6 +6,7 @@ import shutil
 import struct
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,7 @@ from tiny import FAMILIES, tiny_model
 
 from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import accepted_name, inspect_model, read_header
+from narrow_engine.models import hidden_states, load_model
 
 
 @pytest.fixture
@@ -90,6 +92,8 @@ def test_a_truncated_file_is_named(folder):
             },
             b"\0" * 12,
         ),
+        ({"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 4),
+        ({"__metadata__": 7}, b""),
         (b'{"a": 1, "a": 2}', b""),
         (b"[" * 100_000, b""),
     ],
@@ -130,6 +134,59 @@ def test_a_config_that_asks_for_terabytes_is_refused_by_the_headers(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 2**20, "num_hidden_layers": 2}))
     refused(folder, "wrong_tensors")
+
+
+def test_a_config_that_asks_for_millions_of_layers_costs_nothing(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for layers, code in ((10**7, "bad_config"), (4000, "wrong_tensors")):
+        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+        refused(folder, code)
+
+
+@pytest.mark.parametrize("extra", ['"\\ud800"', "[" * 100 + "]" * 100, '{"a":' * 40 + "1" + "}" * 40])
+def test_json_that_could_not_be_told_again_is_refused(folder, extra):
+    config = (folder / "config.json").read_text().rstrip().removesuffix("}")
+    (folder / "config.json").write_text(f'{config}, "x": {extra}}}')
+    refused(folder, "bad_config")
+
+
+@pytest.mark.parametrize(
+    "index", [[], {"weight_map": {"a": ["x"]}}, {"weight_map": {"a": "../x.safetensors"}}, {"weight_map": {}}]
+)
+def test_an_index_that_maps_to_no_file_is_refused(folder, index):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    refused(folder, "bad_safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": 5},
+        {"rope_parameters": [1]},
+        {"rms_norm_eps": "x"},
+        {"rms_norm_eps": -1e9},
+        {"pad_token_id": 10**9},
+        {"attention_dropout": 7},
+        {"_attn_implementation": "flash_attention_2"},
+        {"rope_parameters": {"rope_type": "linear", "factor": 0, "rope_theta": 10000.0}},
+    ],
+)
+def test_a_config_that_transformers_cannot_run_is_a_bad_model(folder, change):
+    """The headers agree with these: only loading shows it, and it must show there."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    inspect_model(folder)
+    with pytest.raises(NarrowError) as raised:
+        load_model(folder)
+    assert raised.value.code == "bad_model"
+
+
+def test_what_a_config_asks_to_be_returned_besides_does_not_matter(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "output_attentions": True, "return_dict": False, "use_cache": True})
+    )
+    assert hidden_states(load_model(folder), torch.arange(5)[None]).shape == (1, 5, 32)
 
 
 @pytest.mark.parametrize(
