@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from narrow_client import _calls
 from narrow_client._errors import JobTimeout
-from narrow_client._files import is_terminal, targets
+from narrow_client._files import is_terminal, no_files, targets
 from narrow_client._transport import AsyncTransport
 from narrow_client.models import Artifact, Dataset, Event, Health, Job, Model, Plan, Report
 
@@ -92,11 +92,14 @@ class AsyncJobs:
         return await self._transport.send(_calls.get_report(job_id))
 
     async def artifacts(self, job_id: str) -> Sequence[Artifact]:
-        return await self._transport.send(_calls.list_artifacts(job_id))
+        return (await self._transport.send(_calls.list_artifacts(job_id))).data
 
     async def download(self, job_id: str, out: Path | str, prefix: str = "") -> Sequence[Path]:
         """Downloads the job's files, or those whose path begins with `prefix`, into `out`; resumed and verified."""
-        chosen = targets(await self.artifacts(job_id), Path(out), prefix)
+        artifacts = await self.artifacts(job_id)
+        if not artifacts:
+            raise no_files(await self.get(job_id))
+        chosen = targets(artifacts, Path(out), prefix)
         for artifact, target in chosen:
             await self._transport.download(job_id, artifact, target)
         return [target for _, target in chosen]

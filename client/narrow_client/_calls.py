@@ -1,20 +1,24 @@
 """Every call of the API as data: what to send and how to read the answer. Sync and async clients send the same ones."""
 
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+from urllib.parse import quote
 
 import httpx
+from pydantic import ValidationError
 
+from narrow_client._errors import NarrowClientError, not_narrow
 from narrow_client.models import (
-    Artifact,
     Dataset,
     Event,
     Health,
     Job,
     Model,
+    PageArtifact,
     PageDataset,
     PageEvent,
     PageJob,
@@ -24,6 +28,8 @@ from narrow_client.models import (
 )
 
 T = TypeVar("T")
+
+PREFIXES = {"job": "job_", "model": "mdl_", "dataset": "ds_"}
 
 MODEL_FILES: tuple[str, ...] = (
     "config.json",
@@ -50,6 +56,19 @@ class Call(Generic[T]):
     safe: bool = True
 
 
+def is_id(kind: str, text: str) -> bool:
+    """Whether `text` looks like an id: job_..., mdl_..., ds_..."""
+    return re.fullmatch(PREFIXES[kind] + "[0-9A-Za-z]+", text) is not None
+
+
+def path_of(kind: str, identifier: str, *rest: str) -> str:
+    """The path of a thing, or of what is below it. Only an id gets into a URL: `../models` would ask for another thing."""
+    if not is_id(kind, identifier):
+        example = f"{PREFIXES[kind]}01h455vb4pex5vsknk084sn02q"
+        raise NarrowClientError(f"{identifier!r} is not the id of a {kind}, which looks like {example}.")
+    return "/".join(["", f"{kind}s", identifier, *(quote(part) for part in rest)])
+
+
 def create_job(spec: Mapping[str, Any], idempotency_key: str | None = None) -> Call[Job]:
     # The key makes a retry safe: the service answers with the job that the first try made.
     headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(16)}
@@ -61,27 +80,27 @@ def list_jobs(cursor: str | None, status: str | None) -> Call[PageJob]:
 
 
 def get_job(job_id: str) -> Call[Job]:
-    return Call("GET", f"/jobs/{job_id}", _as(Job))
+    return Call("GET", path_of("job", job_id), _as(Job))
 
 
 def cancel_job(job_id: str) -> Call[Job]:
-    return Call("POST", f"/jobs/{job_id}/cancel", _as(Job))
+    return Call("POST", path_of("job", job_id, "cancel"), _as(Job))
 
 
 def delete_job(job_id: str) -> Call[None]:
-    return Call("DELETE", f"/jobs/{job_id}", _nothing, safe=False)
+    return Call("DELETE", path_of("job", job_id), _nothing, safe=False)
 
 
 def list_events(job_id: str, after: int) -> Call[PageEvent]:
-    return Call("GET", f"/jobs/{job_id}/events", _as(PageEvent), params={"after": after, "limit": 500})
+    return Call("GET", path_of("job", job_id, "events"), _as(PageEvent), params={"after": after, "limit": 500})
 
 
 def get_report(job_id: str) -> Call[Report]:
-    return Call("GET", f"/jobs/{job_id}/report", _as(Report), headers={"Accept": "application/json"})
+    return Call("GET", path_of("job", job_id, "report"), _as(Report), headers={"Accept": "application/json"})
 
 
-def list_artifacts(job_id: str) -> Call[list[Artifact]]:
-    return Call("GET", f"/jobs/{job_id}/artifacts", lambda r: [Artifact.model_validate(a) for a in r.json()["data"]])
+def list_artifacts(job_id: str) -> Call[PageArtifact]:
+    return Call("GET", path_of("job", job_id, "artifacts"), _as(PageArtifact))
 
 
 def create_plan(spec: Mapping[str, Any]) -> Call[Plan]:
@@ -100,11 +119,11 @@ def list_models(cursor: str | None) -> Call[PageModel]:
 
 
 def get_model(model_id: str) -> Call[Model]:
-    return Call("GET", f"/models/{model_id}", _as(Model))
+    return Call("GET", path_of("model", model_id), _as(Model))
 
 
 def delete_model(model_id: str) -> Call[None]:
-    return Call("DELETE", f"/models/{model_id}", _nothing, safe=False)
+    return Call("DELETE", path_of("model", model_id), _nothing, safe=False)
 
 
 def upload_dataset(path: Path, name: str | None, column: str) -> Call[Dataset]:
@@ -116,11 +135,11 @@ def list_datasets(cursor: str | None) -> Call[PageDataset]:
 
 
 def get_dataset(dataset_id: str) -> Call[Dataset]:
-    return Call("GET", f"/datasets/{dataset_id}", _as(Dataset))
+    return Call("GET", path_of("dataset", dataset_id), _as(Dataset))
 
 
 def delete_dataset(dataset_id: str) -> Call[None]:
-    return Call("DELETE", f"/datasets/{dataset_id}", _nothing, safe=False)
+    return Call("DELETE", path_of("dataset", dataset_id), _nothing, safe=False)
 
 
 def ready() -> Call[Health]:
@@ -128,7 +147,13 @@ def ready() -> Call[Health]:
 
 
 def _as(kind: type[T]) -> Callable[[httpx.Response], T]:
-    return lambda response: kind.model_validate_json(response.content)  # type: ignore[attr-defined]
+    def read(response: httpx.Response) -> T:
+        try:
+            return kind.model_validate_json(response.content)  # type: ignore[attr-defined, no-any-return]
+        except ValidationError as error:
+            raise not_narrow(response.request.url) from error
+
+    return read
 
 
 def _nothing(response: httpx.Response) -> None:
@@ -140,4 +165,8 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def read_event(data: str) -> Event:
-    return Event.model_validate_json(data)
+    try:
+        return Event.model_validate_json(data)
+    except ValidationError as error:
+        detail = "The service sent an event that this client cannot read: are both of the same version?"
+        raise NarrowClientError(detail) from error

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from narrow_client._errors import JobCancelled, JobFailed, NarrowClientError
+from narrow_client import _calls
+from narrow_client._errors import Conflict, ConnectionFailed, JobCancelled, JobFailed, NarrowClientError, ServerError
 from narrow_client._render import ProgressDisplay
 from narrow_client._sync import Narrow
 from narrow_client.models import Event, Job, Report
@@ -45,40 +46,38 @@ def compress(
     `method` and `options` are merged into the job spec as they are. Results lie in `out`: model/, onnx/, report.json,
     report.html, plan.json. `progress` prints to the terminal, or takes a function of each event.
 
-    Raises JobFailed, JobCancelled, ApiError, ConnectionFailed. Ctrl-C cancels the job.
+    Raises JobFailed, JobCancelled, ApiError, ConnectionFailed. Ctrl-C cancels the job; a lost connection does not.
     """
     own = client is None
     client = client or Narrow()
     out = Path(out)
     try:
-        spec = {
-            "base": {"model": model_id(client, base)},
-            "target": {"dataset": dataset_id(client, target, column)},
-            "skills": [
-                {"name": name, "dataset": dataset_id(client, data, column), "role": role}
-                for name, (data, role) in (skills or {}).items()
-            ],
-            "budget": dict(budget) if isinstance(budget, Mapping) else {"parameters": budget},
-            "method": dict(method or {}),
-            "export": list(export),
-            "seed": seed,
-            **(options or {}),
-        }
+        spec = upload_spec(client, base, target, budget, skills, method, export, column, seed, options)
         job = client.jobs.create(spec)
+        fetch = f"'narrow download {job.id} --out {out}' fetches what came out"
         try:
             _follow(client, job, progress)
             job = client.jobs.wait(job.id)
         except KeyboardInterrupt:
-            client.jobs.cancel(job.id)
+            raise KeyboardInterrupt(_cancel(client, job)) from None
+        except (ConnectionFailed, ServerError) as error:
+            error.args = (f"{error} The job {job.id} goes on: 'narrow watch {job.id}' follows it, and in the end {fetch}.",)
             raise
         if job.status == "failed":
             raise JobFailed(job)
         if job.status == "cancelled":
             raise JobCancelled(job)
-        client.jobs.download(job.id, out)
+        try:
+            client.jobs.download(job.id, out)
+            report = client.jobs.report(job.id)
+        except (ConnectionFailed, ServerError) as error:
+            error.args = (f"{error} The job {job.id} has succeeded: {fetch}.",)
+            raise
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"the job {job.id} has succeeded: {fetch}") from None
         return Result(
             job=job,
-            report=client.jobs.report(job.id),
+            report=report,
             model_path=out / "model",
             onnx_path=out / "onnx" / "model.onnx" if "onnx" in spec["export"] else None,
             report_path=out / "report.html",
@@ -94,23 +93,62 @@ def _follow(client: Narrow, job: Job, progress: bool | Callable[[Event], None]) 
             progress(event)
     elif progress:
         with ProgressDisplay() as display:
+            display.say(f"job {job.id}: 'narrow watch {job.id}' follows it from anywhere", job.created_at)
             for event in client.jobs.events(job.id):
                 display(event)
 
 
-def model_id(client: Narrow, base: str | Path) -> str:
-    path = Path(base)
-    if path.is_dir():
-        return client.models.upload(path).id
-    if str(base).startswith("mdl_"):
-        return str(base)
-    raise NarrowClientError(f"There is no model folder at {base}, and it is not an id (mdl_...) either.")
+def _cancel(client: Narrow, job: Job) -> str:
+    """Cancels the job and says how that went."""
+    try:
+        client.jobs.cancel(job.id)
+    except Conflict:
+        return f"the job {job.id} had ended already: 'narrow show {job.id}' says how"
+    except NarrowClientError as error:
+        return f"the job {job.id} was not cancelled, so try 'narrow cancel {job.id}'. {error}"
+    return f"the job {job.id} was cancelled"
 
 
-def dataset_id(client: Narrow, data: str | Path, column: str) -> str:
-    path = Path(data)
-    if path.is_file():
-        return client.datasets.upload(path, column=column).id
-    if str(data).startswith("ds_"):
-        return str(data)
-    raise NarrowClientError(f"There is no file at {data}, and it is not an id (ds_...) either.")
+def upload_spec(
+    client: Narrow,
+    base: str | Path,
+    target: str | Path,
+    budget: float | Mapping[str, Any],
+    skills: Mapping[str, tuple[str | Path, str]] | None,
+    method: Mapping[str, Any] | None,
+    export: Sequence[str],
+    column: str,
+    seed: int,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The job spec, for which everything local is uploaded, once all of it has been found."""
+    check_model(base)
+    for data in (target, *(data for data, _ in (skills or {}).values())):
+        check_data(data)
+    return {
+        "base": {"model": client.models.upload(base).id if Path(base).is_dir() else str(base)},
+        "target": {"dataset": _dataset_id(client, target, column)},
+        "skills": [
+            {"name": name, "dataset": _dataset_id(client, data, column), "role": role}
+            for name, (data, role) in (skills or {}).items()
+        ],
+        "budget": dict(budget) if isinstance(budget, Mapping) else {"parameters": budget},
+        "method": dict(method or {}),
+        "export": list(export),
+        "seed": seed,
+        **(options or {}),
+    }
+
+
+def _dataset_id(client: Narrow, data: str | Path, column: str) -> str:
+    return client.datasets.upload(data, column=column).id if Path(data).is_file() else str(data)
+
+
+def check_model(base: str | Path) -> None:
+    if not Path(base).is_dir() and not _calls.is_id("model", str(base)):
+        raise NarrowClientError(f"There is no model folder at {str(base)!r}, and it is not an id (mdl_...) either.")
+
+
+def check_data(data: str | Path) -> None:
+    if not Path(data).is_file() and not _calls.is_id("dataset", str(data)):
+        raise NarrowClientError(f"There is no file at {str(data)!r}, and it is not an id (ds_...) either.")

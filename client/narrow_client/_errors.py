@@ -75,6 +75,12 @@ class DigestMismatch(NarrowClientError):
     """A downloaded file is not the one that was announced."""
 
 
+def not_narrow(url: httpx.URL) -> NarrowClientError:
+    """The error of an answer that cannot be read: something else listens there, or another version."""
+    place = f"{url.scheme}://{url.netloc.decode('ascii')}"
+    return NarrowClientError(f"{place} does not answer like a Narrow service: is NARROW_URL right?")
+
+
 def from_response(response: httpx.Response) -> ApiError:
     """The error of an answer of status 400 or more, whose body has been read."""
     status = response.status_code

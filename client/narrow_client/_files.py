@@ -13,9 +13,18 @@ def is_terminal(job: Job) -> bool:
     return job.status in TERMINAL
 
 
+def no_files(job: Job) -> NarrowClientError:
+    if job.status == "succeeded":
+        return NarrowClientError(f"The job {job.id} has succeeded, but the service lists no files of it: ask again.")
+    return NarrowClientError(f"The job {job.id} has no files since it is {job.status}: they come when a job has succeeded.")
+
+
 def targets(artifacts: Sequence[Artifact], out: Path, prefix: str) -> list[tuple[Artifact, Path]]:
     """Where each artifact is saved. A service that names a path outside of `out` is not believed."""
     chosen = [artifact for artifact in artifacts if artifact.path.startswith(prefix)]
+    if not chosen:
+        known = sorted({first + slash for first, slash, _ in (artifact.path.partition("/") for artifact in artifacts)})
+        raise NarrowClientError(f"No file of the job begins with {prefix!r}; there are {', '.join(known)}.")
     for artifact in chosen:
         path = PurePosixPath(artifact.path)
         if path.is_absolute() or ".." in path.parts or "\\" in artifact.path:

@@ -1,16 +1,17 @@
 """What a person sees in the terminal: a run live, and its report. Text from elsewhere never reaches the terminal raw."""
 
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from narrow_client.models import Event, Job, Report
+from narrow_client.models import Budget, Event, Job, Plan, Report, Size
 
 WORDS = {
     "load": "read model and data",
@@ -33,17 +34,28 @@ def plain(text: str, keep_lines: bool = False) -> str:
     return "".join(c if c.isprintable() or (keep_lines and c == "\n") else " " for c in text)
 
 
+class Elapsed(ProgressColumn):
+    """A phase's time by its events, since whoever watches may have come late. The service's clock may be ahead of ours."""
+
+    def render(self, task: Task) -> Text:
+        seconds = task.fields["seconds"]
+        if seconds is None:
+            seconds = (datetime.now(UTC) - task.fields["started"]).total_seconds()
+        return Text(str(timedelta(seconds=int(max(0.0, seconds)))), style="progress.elapsed")
+
+
 class ProgressDisplay:
-    """Shows a job's events: bars in a terminal, lines with the time in a log. Use as a context manager and call it."""
+    """Shows a job's events: bars in a terminal, lines with their time in a log. Use as a context manager and call it."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self.live = self.console.is_terminal
         self.bars = Progress(
-            TextColumn("{task.description}", justify="left"),
+            TextColumn("{task.description}", justify="left", markup=False),
             BarColumn(bar_width=28, complete_style="blue", finished_style="green"),
-            TextColumn("{task.fields[figures]}", style="dim"),
-            TimeElapsedColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[figures]}", style="dim", markup=False),
+            Elapsed(),
             console=self.console,
         )
         self.tasks: dict[str, TaskID] = {}
@@ -61,10 +73,14 @@ class ProgressDisplay:
     def __call__(self, event: Event) -> None:
         data = event.data or {}
         if event.kind == "notice":
-            self._say(f"note: {event.message}")
+            self.say(f"note: {event.message}", event.time)
         elif event.kind == "state":
-            if not self.live or data.get("status") in ("cancelling", "queued"):
-                self._say(event.message)
+            status = data.get("status")
+            if status != "cancelling":
+                self._stop_bars(event.time)
+            if not self.live or status in ("cancelling", "queued"):
+                # Why a job failed is told by whoever watches it, at the end.
+                self.say("failed" if status == "failed" else event.message, event.time)
         elif event.kind in ("started", "progress", "finished"):
             if self.live:
                 self._bar(event, data)
@@ -72,26 +88,35 @@ class ProgressDisplay:
                 self._line(event, data)
 
     def _bar(self, event: Event, data: dict[str, Any]) -> None:
+        if event.kind == "started" and event.phase in self.tasks:
+            # After a crash a phase begins anew.
+            self.bars.remove_task(self.tasks.pop(event.phase))
         if event.phase not in self.tasks:
-            self.tasks[event.phase] = self.bars.add_task(WORDS.get(event.phase, plain(event.phase)), total=None, figures="")
+            word = WORDS.get(event.phase, plain(event.phase))
+            self.tasks[event.phase] = self.bars.add_task(word, total=None, figures="", started=event.time, seconds=None)
         task = self.tasks[event.phase]
         if event.kind == "progress":
             self.bars.update(task, completed=data.get("done", 0), total=data.get("total") or None, figures=_figures(event, data))
         elif event.kind == "finished":
-            self.bars.update(task, total=1, completed=1)
-            self.bars.stop_task(task)
+            self.bars.update(task, total=1, completed=1, seconds=data.get("seconds", 0.0))
+
+    def _stop_bars(self, time: datetime) -> None:
+        for task in self.bars.tasks:
+            if task.fields["seconds"] is None:
+                self.bars.update(task.id, seconds=(time - task.fields["started"]).total_seconds())
 
     def _line(self, event: Event, data: dict[str, Any]) -> None:
         word = WORDS.get(event.phase, plain(event.phase))
         if event.kind == "finished":
             again = ", already done" if data.get("reused") else ""
-            self._say(f"{word}: done in {data.get('seconds', 0):.1f} s{again}")
+            self.say(f"{word}: done in {data.get('seconds', 0):.1f} s{again}", event.time)
         elif event.kind == "progress" and time.monotonic() - self.told > LINE_SECONDS:
             self.told = time.monotonic()
-            self._say(f"{word}: {data.get('done', 0)} of {data.get('total', 0)} {_figures(event, data)}".rstrip())
+            self.say(f"{word}: {data.get('done', 0)} of {data.get('total', 0)} {_figures(event, data)}".rstrip(), event.time)
 
-    def _say(self, text: str) -> None:
-        stamp = "" if self.live else time.strftime("%H:%M:%S ")
+    def say(self, text: str, time: datetime) -> None:
+        """Prints a line, in a log with the time at which it came true."""
+        stamp = "" if self.live else time.astimezone().strftime("%H:%M:%S ")
         self.console.print(Text(stamp + plain(text)), soft_wrap=True)
 
 
@@ -153,16 +178,20 @@ def _skills(report: Report) -> Table:
     return table
 
 
-def _sizes(report: Report) -> Table:
-    table = Table(title="Size and speed", title_justify="left", title_style="dim", box=None, padding=(0, 2, 0, 0))
+def _size_table(title: str, before: Size, after: Size) -> Table:
+    table = Table(title=title, title_justify="left", title_style="dim", box=None, padding=(0, 2, 0, 0))
     table.add_column("")
     for column in ("base", "narrow", "ratio"):
         table.add_column(column, justify="right")
-    before, after = report.before, report.after
     rows = [("parameters", before.parameters, after.parameters), ("bytes of weights", before.bytes, after.bytes)]
     rows.append(("FLOPs a token", before.flops_per_token, after.flops_per_token))
     for name, old, new in rows:
         table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.2f}")
+    return table
+
+
+def _sizes(report: Report) -> Table:
+    table = _size_table("Size and speed", report.before, report.after)
     for speed in report.speed:
         for name, slow, fast in (
             ("prefill", speed.prefill_base, speed.prefill_narrow),
@@ -187,10 +216,34 @@ def _sample(report: Report) -> Panel:
     )
 
 
+def plan_view(plan: Plan) -> RenderableType:
+    """A dry run: what would come out and what the job would need."""
+    kept = [f"{count:,} {unit}s" + (" a layer" if unit != "layer" else "") for unit, count in plan.keep.items()]
+    table = Table.grid(padding=(0, 2))
+    table.add_row(Text("kept", style="dim"), Text(plain(", ".join(kept))))
+    table.add_row(Text("memory, estimated", style="dim"), Text(f"{plan.memory_bytes / 1e9:.1f} GB"))
+    table.add_row(Text("time, estimated", style="dim"), Text(f"{plan.seconds / 60:.1f} minutes"))
+    notices = [Text(f"note: {plain(notice)}", style="yellow") for notice in plan.notices]
+    return Group(_size_table("What would come out", plan.before, plan.after), Text(), table, *notices)
+
+
 def jobs_table(jobs: list[Job]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("job", "status", "phase", "created"):
-        table.add_column(column)
+    # Ids are there to be copied: on a small screen the others are folded.
+    table.add_column("job", min_width=max(len(job.id) for job in jobs))
+    for column in ("status", "phase", "budget", "created"):
+        table.add_column(column, overflow="fold")
     for job in jobs:
-        table.add_row(job.id, job.status, job.phase, job.created_at.astimezone().strftime("%Y-%m-%d %H:%M"))
+        created = job.created_at.astimezone().strftime("%Y-%m-%d %H:%M")
+        status = f"{job.status}: {job.error.code}" if job.error else job.status
+        row = (job.id, status, job.phase, _budget(job.spec.budget), created)
+        table.add_row(*(Text(plain(cell)) for cell in row))
     return table
+
+
+def _budget(budget: Budget) -> str:
+    """As `--budget` takes it: 0.5, 4,000,000, bytes=8,000,000; and neuron=0.25 for a shape."""
+    asked = budget.model_dump(exclude_none=True)
+    sizes = {**asked.pop("keep", {}), **asked}.items()
+    words = [f"{name}={value:,.0f}" if value > 1 else f"{name}={value:g}" for name, value in sizes]
+    return ", ".join(words).removeprefix("parameters=")

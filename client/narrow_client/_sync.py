@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from narrow_client import _calls
 from narrow_client._errors import JobTimeout
-from narrow_client._files import is_terminal, targets
+from narrow_client._files import is_terminal, no_files, targets
 from narrow_client._transport import Transport
 from narrow_client.models import Artifact, Dataset, Event, Health, Job, Model, Plan, Report
 
@@ -90,11 +90,14 @@ class Jobs:
         return self._transport.send(_calls.get_report(job_id))
 
     def artifacts(self, job_id: str) -> Sequence[Artifact]:
-        return self._transport.send(_calls.list_artifacts(job_id))
+        return self._transport.send(_calls.list_artifacts(job_id)).data
 
     def download(self, job_id: str, out: Path | str, prefix: str = "") -> Sequence[Path]:
         """Downloads the job's files, or those whose path begins with `prefix`, into `out`; resumed and verified."""
-        chosen = targets(self.artifacts(job_id), Path(out), prefix)
+        artifacts = self.artifacts(job_id)
+        if not artifacts:
+            raise no_files(self.get(job_id))
+        chosen = targets(artifacts, Path(out), prefix)
         for artifact, target in chosen:
             self._transport.download(job_id, artifact, target)
         return [target for _, target in chosen]

@@ -18,7 +18,7 @@ import httpx
 
 from narrow_client import _calls
 from narrow_client._calls import Call
-from narrow_client._errors import ApiError, ConnectionFailed, DigestMismatch, from_response
+from narrow_client._errors import ApiError, ConnectionFailed, DigestMismatch, NarrowClientError, from_response, not_narrow
 from narrow_client.models import Artifact, Event
 
 T = TypeVar("T")
@@ -28,12 +28,22 @@ RETRIED = (408, 429, 500, 502, 503, 504)
 TIMEOUT = httpx.Timeout(60, connect=5, read=300, write=300)
 STREAM_SILENCE = 45.0
 """The service pings every 15 s: a stream that is silent for longer is dead."""
+PATIENCE = 60.0
+"""Seconds without contact after which an event stream gives up: a restart of the service takes less."""
 
 
 def configure(url: str | None, api_key: str | None) -> dict[str, Any]:
     """Arguments of an httpx client, from arguments and environment (NARROW_URL, NARROW_API_KEY)."""
     url = url or os.environ.get("NARROW_URL") or "http://127.0.0.1:8000"
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL()
+    if parsed.scheme not in ("http", "https") or not parsed.host or (parsed.port or 1) > 65535:
+        raise NarrowClientError(f"{url!r} is not the URL of a service: NARROW_URL must look like http://127.0.0.1:8000.")
     key = api_key or os.environ.get("NARROW_API_KEY")
+    if key and not (key.isascii() and key.isprintable()):
+        raise NarrowClientError("The API key has characters other than printable ASCII: is NARROW_API_KEY right?")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     return {"base_url": url.rstrip("/"), "headers": headers, "timeout": TIMEOUT}
 
@@ -53,6 +63,10 @@ def pause(attempt: int, response: httpx.Response | None) -> float:
     return min(8.0, 0.25 * 2.0**attempt) * random.uniform(0.75, 1.25)  # noqa: S311
 
 
+def worth_retrying(error: httpx.TransportError | ApiError) -> bool:
+    return not isinstance(error, ApiError) or error.status in RETRIED
+
+
 def unreachable(error: httpx.TransportError, url: object) -> ConnectionFailed:
     reason = str(error) or type(error).__name__
     return ConnectionFailed(f"The service at {url} was not reached ({reason}): is it running, and is NARROW_URL right?")
@@ -64,9 +78,34 @@ class EventReader:
     def __init__(self, known: int) -> None:
         self.known, self.end = known, False
         self.name, self.data = "", [""][:0]
+        self.failures, self.lost = 0, 0.0
+
+    def request(self, job_id: str) -> dict[str, Any]:
+        """Arguments of httpx's `stream`."""
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(self.known)}
+        timeout = httpx.Timeout(STREAM_SILENCE, connect=5)
+        return {"method": "GET", "url": _calls.path_of("job", job_id, "events"), "headers": headers, "timeout": timeout}
+
+    def begin(self, response: httpx.Response) -> None:
+        """Looks at the head of an answer, of whose body an error's has been read."""
+        if response.status_code >= 400:
+            raise from_response(response)
+        if not response.headers.get("content-type", "").startswith("text/event-stream"):
+            raise not_narrow(response.request.url)
+        self.name, self.data = "", []
+
+    def again(self, error: httpx.TransportError | ApiError, url: object) -> float:
+        """Seconds before the next try. Raises what was wrong if no try helps, or there was no contact for too long."""
+        self.failures += 1
+        if self.failures == 1:
+            self.lost = time.monotonic()
+        if not worth_retrying(error) or time.monotonic() - self.lost >= PATIENCE:
+            raise error if isinstance(error, ApiError) else unreachable(error, url) from error
+        return pause(self.failures, None)
 
     def feed(self, line: str) -> Event | None:
         """Takes a line; returns an event that it completes and that is new."""
+        self.failures = 0
         if line:
             field, _, value = line.partition(":")
             value = value.removeprefix(" ")
@@ -153,27 +192,22 @@ class Transport:
         raise AssertionError("the last try returns or raises")
 
     def events(self, job_id: str, after: int) -> Iterator[Event]:
-        reader, failures = EventReader(after), 0
-        while not reader.end:
-            headers = {"Accept": "text/event-stream", "Last-Event-ID": str(reader.known)}
+        reader = EventReader(after)
+        while True:
             try:
-                with self.http.stream("GET", f"/jobs/{job_id}/events", headers=headers, timeout=STREAM_SILENCE) as response:
+                with self.http.stream(**reader.request(job_id)) as response:
                     if response.status_code >= 400:
                         response.read()
-                        if response.status_code not in RETRIED:
-                            raise from_response(response)
+                    reader.begin(response)
                     for line in response.iter_lines():
                         event = reader.feed(line)
                         if event is not None:
-                            failures = 0
                             yield event
                         if reader.end:
                             return
-            except httpx.TransportError as error:
-                if failures >= RETRIES:
-                    raise unreachable(error, self.http.base_url) from error
-            failures += 1
-            time.sleep(pause(failures, None))
+                raise httpx.ReadError("the event stream broke off")
+            except (httpx.TransportError, ApiError) as error:
+                time.sleep(reader.again(error, self.http.base_url))
 
     def download(self, job_id: str, artifact: Artifact, target: Path) -> None:
         part = Part(artifact, target)
@@ -183,7 +217,8 @@ class Transport:
         while True:
             try:
                 if not part.complete():
-                    with self.http.stream("GET", f"/jobs/{job_id}/artifacts/{artifact.path}", headers=part.headers()) as response:
+                    path = _calls.path_of("job", job_id, "artifacts", artifact.path)
+                    with self.http.stream("GET", path, headers=part.headers()) as response:
                         if response.status_code >= 400:
                             response.read()
                             raise from_response(response)
@@ -196,7 +231,7 @@ class Transport:
                 if wrong > 1:
                     raise DigestMismatch(f"{artifact.path} does not have the digest that the service announced, twice.")
             except (httpx.TransportError, ApiError) as error:
-                if isinstance(error, ApiError) and error.status not in RETRIED:
+                if not worth_retrying(error):
                     raise
                 failures += 1
                 if failures > RETRIES:
@@ -229,27 +264,22 @@ class AsyncTransport:
         raise AssertionError("the last try returns or raises")
 
     async def events(self, job_id: str, after: int) -> AsyncIterator[Event]:
-        reader, failures = EventReader(after), 0
-        while not reader.end:
-            headers = {"Accept": "text/event-stream", "Last-Event-ID": str(reader.known)}
+        reader = EventReader(after)
+        while True:
             try:
-                async with self.http.stream("GET", f"/jobs/{job_id}/events", headers=headers, timeout=STREAM_SILENCE) as response:
+                async with self.http.stream(**reader.request(job_id)) as response:
                     if response.status_code >= 400:
                         await response.aread()
-                        if response.status_code not in RETRIED:
-                            raise from_response(response)
+                    reader.begin(response)
                     async for line in response.aiter_lines():
                         event = reader.feed(line)
                         if event is not None:
-                            failures = 0
                             yield event
                         if reader.end:
                             return
-            except httpx.TransportError as error:
-                if failures >= RETRIES:
-                    raise unreachable(error, self.http.base_url) from error
-            failures += 1
-            await asyncio.sleep(pause(failures, None))
+                raise httpx.ReadError("the event stream broke off")
+            except (httpx.TransportError, ApiError) as error:
+                await asyncio.sleep(reader.again(error, self.http.base_url))
 
     async def download(self, job_id: str, artifact: Artifact, target: Path) -> None:
         part = Part(artifact, target)
@@ -259,7 +289,7 @@ class AsyncTransport:
         while True:
             try:
                 if not part.complete():
-                    path = f"/jobs/{job_id}/artifacts/{artifact.path}"
+                    path = _calls.path_of("job", job_id, "artifacts", artifact.path)
                     async with self.http.stream("GET", path, headers=part.headers()) as response:
                         if response.status_code >= 400:
                             await response.aread()
@@ -273,7 +303,7 @@ class AsyncTransport:
                 if wrong > 1:
                     raise DigestMismatch(f"{artifact.path} does not have the digest that the service announced, twice.")
             except (httpx.TransportError, ApiError) as error:
-                if isinstance(error, ApiError) and error.status not in RETRIED:
+                if not worth_retrying(error):
                     raise
                 failures += 1
                 if failures > RETRIES:

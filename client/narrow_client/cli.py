@@ -4,24 +4,38 @@ Exit status: 0 done, 1 the job failed or the service said no, 2 wrong usage, 130
 """
 
 import json
+import math
 import platform
+import re
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import click
+from pydantic import BaseModel
 from rich.console import Console
 
+from narrow_client._compress import check_data, check_model, upload_spec
 from narrow_client._compress import compress as run_compress
-from narrow_client._compress import dataset_id, model_id
 from narrow_client._errors import InvalidRequest, NarrowClientError
-from narrow_client._render import ProgressDisplay, jobs_table, plain, report_view
+from narrow_client._render import ProgressDisplay, jobs_table, plain, plan_view, report_view
 from narrow_client._sync import Narrow
-from narrow_client.models import Event
+from narrow_client.models import Event, Job, JobSpec, Prune, SkillId
 
-ROLES = ("keep", "forget", "watch")
+
+def words(model: type[BaseModel], field: str) -> tuple[str, ...]:
+    """The words that a field of the API takes: its Literal, wherever it sits inside of list and Optional."""
+    kind: Any = model.model_fields[field].annotation
+    while get_origin(kind) is not Literal:
+        kind = get_args(kind)[0]
+    return get_args(kind)
+
+
+ROLES = words(SkillId, "role")
+# Commands of the full installation. Their help is told here: loading them would cost a second.
+FULL = {"serve": "Start the service: the API and its workers.", "run": "Run a compression from a spec file."}
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 
 
@@ -39,23 +53,24 @@ class Group(click.Group):
             if entry.name == name:
                 command: click.Command = entry.load()
                 return command
+        if name in FULL and not ctx.resilient_parsing:
+            ctx.fail(f"'narrow {name}' comes with the full installation, and only the client is here: pip install narrow.")
         return None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        # The help of the others is told here: loading them would cost a second.
-        known = {"serve": "Start the service: the API and its workers.", "run": "Run a compression from a spec file."}
         rows = []
         for name in self.list_commands(ctx):
             own = super().get_command(ctx, name)
-            rows.append((name, own.get_short_help_str() if own else known.get(name, "")))
+            rows.append((name, own.get_short_help_str() if own else FULL.get(name, "")))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+        except KeyboardInterrupt as interrupt:
+            # What it says is what became of the job.
+            click.echo(": ".join(["interrupted", *(plain(str(said)) for said in interrupt.args)]), err=True)
             sys.exit(130)
         except NarrowClientError as error:
             click.echo(f"narrow: {plain(str(error))}", err=True)
@@ -74,8 +89,21 @@ def main() -> None:
     """
 
 
-def parse_skill(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[str, str]]:
-    found = {}
+def checked(check: Callable[[str], None]) -> Callable[[click.Context, click.Parameter, str], str]:
+    """An option that names something local or an id, checked before anything is uploaded."""
+
+    def callback(_: click.Context, __: click.Parameter, value: str) -> str:
+        try:
+            check(value)
+        except NarrowClientError as error:
+            raise click.BadParameter(str(error)) from error
+        return value
+
+    return callback
+
+
+def parse_skill(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+    found: dict[str, tuple[str, str]] = {}
     for value in values:
         name, equals, rest = value.partition("=")
         path, colon, role = rest.rpartition(":")
@@ -83,7 +111,9 @@ def parse_skill(_: click.Context, __: click.Parameter, values: tuple[str, ...]) 
             path, role = rest, "watch"
         if not equals or not name or not path:
             raise click.BadParameter(f"{value!r} does not look like NAME=FILE:ROLE with a role of {', '.join(ROLES)}.")
-        found[name] = (path, role)
+        if name in found:
+            raise click.BadParameter(f"{name!r} is named twice: give each skill a name of its own.")
+        found[name] = (checked(check_data)(ctx, parameter, path), role)
     return found
 
 
@@ -93,20 +123,31 @@ QUANTITIES = ("parameters", "bytes", "flops")
 def parse_budget(_: click.Context, __: click.Parameter, value: str) -> dict[str, float]:
     quantity, equals, amount = value.rpartition("=")
     try:
-        number = float(amount.replace("_", "").replace(",", ""))
+        # A comma counts between groups of three only: 0,5 is not 5.
+        grouped = re.fullmatch(r"[1-9]\d{0,2}(,\d{3})+", amount)
+        number = float(amount.replace(",", "") if grouped else amount)
     except ValueError:
         number = -1.0
-    if not number > 0 or (equals and quantity not in QUANTITIES):
+    if not (number > 0 and math.isfinite(number)) or (equals and quantity not in QUANTITIES):
         raise click.BadParameter(
             f"{value!r} is neither a share like 0.5 nor a number of parameters like 4000000, nor one of bytes or FLOPs like "
             "bytes=8000000 or flops=0.5."
+        )
+    if number > 1 and not number.is_integer():
+        raise click.BadParameter(
+            f"{value!r} is above 1, which makes it a count, and a count must be whole; a share is at most 1."
         )
     return {quantity or "parameters": number}
 
 
 @main.command()
-@click.option("--base", required=True, help="A model folder, or an id (mdl_...).")
-@click.option("--target", required=True, help="A file of the domain's text (.jsonl, .txt, also .gz), or an id (ds_...).")
+@click.option("--base", required=True, callback=checked(check_model), help="A model folder, or an id (mdl_...).")
+@click.option(
+    "--target",
+    required=True,
+    callback=checked(check_data),
+    help="A file of the domain's text (.jsonl, .txt, also .gz), or an id (ds_...).",
+)
 @click.option(
     "--budget",
     default="0.5",
@@ -122,15 +163,21 @@ def parse_budget(_: click.Context, __: click.Parameter, value: str) -> dict[str,
     metavar="NAME=FILE:ROLE",
     help="Also measure this; role keep, forget or watch.",
 )
-@click.option("--method", type=click.Choice(["prune"]), default="prune", show_default=True)
-@click.option("--unit", "units", multiple=True, help="Kind of unit to cut: neuron, head, kv_group, layer. Repeat for several.")
-@click.option("--importance", help="Score: reconstruction, fisher, attribution, activation, magnitude, random.")
+@click.option("--method", type=click.Choice(words(Prune, "kind")), default="prune", show_default=True)
+@click.option(
+    "--unit",
+    "units",
+    multiple=True,
+    type=click.Choice(words(Prune, "units")),
+    help="Kind of unit to cut. Repeat for several.",
+)
+@click.option("--importance", type=click.Choice(words(Prune, "importance")), help="How units are scored.")
 @click.option("--recover-tokens", type=click.IntRange(0), help="Tokens to train on after the cut.")
 @click.option("--column", default="text", show_default=True, help="Field of the text in JSON Lines.")
-@click.option("--export", "exports", multiple=True, type=click.Choice(["safetensors", "onnx"]), help="Formats; both by default.")
+@click.option("--export", "exports", multiple=True, type=click.Choice(words(JobSpec, "export")), help="Formats; both by default.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", default="narrow-out", show_default=True, type=click.Path(file_okay=False, path_type=Path))
-@click.option("--dry-run", is_flag=True, help="Only say what would come out.")
+@click.option("--dry-run", is_flag=True, help="Only say what would come out. Uploads what is local, but queues no job.")
 @JSON
 def compress(
     base: str,
@@ -156,15 +203,14 @@ def compress(
         chosen["importance"] = importance
     if recover_tokens is not None:
         chosen["recover"] = {"tokens": recover_tokens}
+    export = exports or words(JobSpec, "export")
     with Narrow() as client:
         if dry_run:
-            spec = {
-                "base": {"model": model_id(client, base)},
-                "target": {"dataset": dataset_id(client, target, column)},
-                "budget": budget,
-                "method": chosen,
-            }
-            click.echo(client.plan(spec).model_dump_json(indent=2))
+            plan = client.plan(upload_spec(client, base, target, budget, skills, chosen, export, column, seed))
+            if as_json:
+                click.echo(plan.model_dump_json(indent=2))
+            else:
+                Console().print(plan_view(plan))
             return
         result = run_compress(
             base,
@@ -173,7 +219,7 @@ def compress(
             out,
             skills=skills,
             method=chosen,
-            export=exports or ("safetensors", "onnx"),
+            export=export,
             column=column,
             seed=seed,
             client=client,
@@ -187,8 +233,8 @@ def compress(
 
 
 @main.command()
-@click.option("--status", help="Only jobs in this state.")
-@click.option("--limit", default=20, show_default=True)
+@click.option("--status", type=click.Choice(words(Job, "status")), help="Only jobs in this state.")
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
 @JSON
 def jobs(status: str | None, limit: int, as_json: bool) -> None:
     """List jobs, newest first."""
@@ -215,12 +261,15 @@ def watch(job: str, as_json: bool) -> None:
     """Follow a job until it is finished; exit status 1 unless it succeeds."""
     with Narrow() as client:
         client.jobs.get(job)
-        if as_json:
-            _each(client, job, lambda event: click.echo(event.model_dump_json()))
-        else:
-            with ProgressDisplay() as display:
-                _each(client, job, display)
-        found = client.jobs.wait(job)
+        try:
+            if as_json:
+                _each(client, job, lambda event: click.echo(event.model_dump_json()))
+            else:
+                with ProgressDisplay() as display:
+                    _each(client, job, display)
+            found = client.jobs.wait(job)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"the job {job} goes on; 'narrow cancel {job}' ends it") from None
     if found.status != "succeeded":
         _fail(found.error.message if found.error else f"the job is {found.status}")
 
@@ -254,7 +303,7 @@ def download(job: str, out: Path, only: str) -> None:
     """Download what a job made; a broken download goes on where it broke."""
     with Narrow() as client:
         for path in client.jobs.download(job, out, only):
-            click.echo(path)
+            click.echo(plain(str(path)))
 
 
 @main.command()

@@ -3,15 +3,20 @@
 import asyncio
 import contextlib
 import hashlib
+import io
 import json
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import narrow_client
 import pytest
+from narrow_client import _transport, models
+from narrow_client._render import ProgressDisplay
 from narrow_client._transport import EventReader
 from narrow_client.cli import main
+from rich.console import Console
 
 BODY = bytes(range(256)) * 400
 JOB = {
@@ -30,6 +35,13 @@ JOB = {
 
 def event(seq):
     return {"seq": seq, "time": "2026-01-01T00:00:00Z", "kind": "progress", "phase": "load", "message": "", "data": {"done": seq}}
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """A client that loses its patience in a quarter of a second, after many tries."""
+    monkeypatch.setattr(_transport, "PATIENCE", 0.25)
+    monkeypatch.setattr(_transport, "pause", lambda *_: 0.01)
 
 
 class Misbehaving(BaseHTTPRequestHandler):
@@ -56,7 +68,7 @@ class Misbehaving(BaseHTTPRequestHandler):
 def server(monkeypatch):
     found = ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving)
     found.asked, found.script = [], {}
-    threading.Thread(target=found.serve_forever, daemon=True).start()
+    threading.Thread(target=found.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv("NARROW_URL", f"http://127.0.0.1:{found.server_port}")
     yield found
     found.shutdown()
@@ -218,6 +230,105 @@ def test_events_survive_broken_streams_without_gap_or_repeat(server):
     assert [headers["Last-Event-ID"] for _, _, headers in server.asked] == ["0", "2", "2", "3", "3"]
 
 
+def drain(twin):
+    """The numbers of the job's events, by either client."""
+
+    async def run():
+        async with narrow_client.AsyncNarrow() as client:
+            return [e.seq async for e in client.jobs.events(JOB["id"])]
+
+    if twin == "async":
+        return asyncio.run(run())
+    with narrow_client.Narrow() as client:
+        return [e.seq for e in client.jobs.events(JOB["id"])]
+
+
+@pytest.mark.parametrize("twin", ["sync", "async"])
+def test_events_outlast_a_restart_but_not_an_end(server, impatient, twin):
+    away = [hang_up, problem(503, "x", "x"), sse()] * 3
+    server.script[EVENTS] = [sse(1), *away, sse(2, end=True)]
+    assert drain(twin) == [1, 2]
+    for forever, kind in ((hang_up, narrow_client.ConnectionFailed), (problem(500, "x", "Broken."), narrow_client.ServerError)):
+        server.asked.clear()
+        server.script[EVENTS] = [forever]
+        with pytest.raises(kind):
+            drain(twin)
+        assert len(server.asked) > _transport.RETRIES + 1
+
+
+@pytest.mark.parametrize("twin", ["sync", "async"])
+def test_what_is_no_event_stream_is_told_at_once(server, twin):
+    for wrong in (answer(b"<html>", content_type="text/html"), answer({"data": []}, content_type="application/json")):
+        server.script[EVENTS] = [wrong]
+        with pytest.raises(narrow_client.NarrowClientError, match="does not answer like a Narrow service"):
+            drain(twin)
+    with pytest.raises(narrow_client.NarrowClientError, match="cannot read"):
+        [*map(EventReader(0).feed, ("data: {}", ""))]
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"data": 1}', b"{}"])
+def test_answers_of_something_else_are_one_sentence(server, body):
+    for path in ("/jobs", f"/jobs/{JOB['id']}", FILES, "/readyz"):
+        server.script[path] = [answer(body)]
+    with narrow_client.Narrow() as client:
+        for ask in (lambda: list(client.jobs.list()), lambda: client.jobs.get(JOB["id"]), client.ready):
+            with pytest.raises(narrow_client.NarrowClientError, match="is NARROW_URL right"):
+                ask()
+        with pytest.raises(narrow_client.NarrowClientError, match="is NARROW_URL right"):
+            client.jobs.download(JOB["id"], "unused")
+
+
+@pytest.mark.parametrize("wrong", ["", "../models", "?x", "job_", "job_1/cancel", "mdl_0000000000000001", "job_1\n", "job_é"])
+def test_what_is_no_id_gets_into_no_url(server, wrong):
+    with narrow_client.Narrow() as client:
+        for ask in (client.jobs.get, client.jobs.cancel, client.jobs.delete, client.jobs.report, client.jobs.artifacts):
+            with pytest.raises(narrow_client.NarrowClientError, match="is not the id of a job"):
+                ask(wrong)
+        with pytest.raises(narrow_client.NarrowClientError, match="is not the id of a job"):
+            next(client.jobs.events(wrong))
+        with pytest.raises(narrow_client.NarrowClientError, match="is not the id of a model"):
+            client.models.delete("../jobs")
+    assert not server.asked
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "127.0.0.1", "http://", "ftp://x", "http://x:port", "http://x:99999", "http://[::"]
+)
+def test_a_url_that_is_none_is_one_sentence(monkeypatch, url):
+    monkeypatch.setenv("NARROW_URL", url)
+    for client in (narrow_client.Narrow, narrow_client.AsyncNarrow):
+        with pytest.raises(narrow_client.NarrowClientError, match="NARROW_URL must look like"):
+            client()
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "key\n"])
+def test_a_key_that_no_header_carries_is_one_sentence(monkeypatch, key):
+    monkeypatch.setenv("NARROW_API_KEY", key)
+    with pytest.raises(narrow_client.NarrowClientError, match="NARROW_API_KEY"):
+        narrow_client.Narrow()
+
+
+@pytest.mark.parametrize("status", ["running", "failed", "cancelled"])
+def test_a_download_of_nothing_says_why(server, tmp_path, status):
+    server.script[FILES] = [answer({"data": []})]
+    server.script[f"/jobs/{JOB['id']}"] = [answer({**JOB, "status": status})]
+    result = run_cli("download", JOB["id"], "--out", tmp_path)
+    assert (result.exit_code, f"no files since it is {status}" in result.stderr) == (1, True)
+
+    async def run():
+        async with narrow_client.AsyncNarrow() as client:
+            await client.jobs.download(JOB["id"], tmp_path)
+
+    with pytest.raises(narrow_client.NarrowClientError, match=f"since it is {status}"):
+        asyncio.run(run())
+
+
+def test_a_prefix_of_nothing_says_which_there_are(server, tmp_path):
+    server.script[FILES] = [artifacts()]
+    result = run_cli("download", JOB["id"], "--out", tmp_path, "--only", "onnx/")
+    assert (result.exit_code, "'onnx/'; there are model/" in result.stderr) == (1, True)
+
+
 def test_the_async_twin_does_the_same(server, tmp_path):
     server.script[EVENTS] = [sse(1), sse(2, end=True)]
     server.script[FILES] = [artifacts()]
@@ -259,19 +370,231 @@ def test_event_lines_are_read_however_they_are_cut():
 def run_cli(*arguments):
     from click.testing import CliRunner
 
-    return CliRunner().invoke(main, arguments, catch_exceptions=False)
+    return CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
 
 
-def test_the_command_line_says_what_is_wrong_and_how_it_ended(server):
+@pytest.fixture
+def local(tmp_path):
+    """A model folder and a file, as far as the client looks at them."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "text.txt").write_text("text")
+    return "--base", tmp_path / "base", "--target", tmp_path / "text.txt"
+
+
+def test_the_command_line_says_what_is_wrong_and_how_it_ended(server, monkeypatch):
     server.script["/jobs"] = [problem(422, "x", "The sentence.\x1b[31m")]
     result = run_cli("jobs")
     assert (result.exit_code, "The sentence." in result.stderr, "\x1b" in result.stderr) == (1, True, False)
-    assert run_cli("compress", "--base", "x").exit_code == 2
-    assert run_cli("compress", "--base", "x", "--target", "y", "--skill", "nonsense").exit_code == 2
-    assert run_cli("compress", "--base", "x", "--target", "y", "--budget", "-3").exit_code == 2
-    missing = run_cli("compress", "--base", "no-such-folder", "--target", "y")
-    assert (missing.exit_code, "no-such-folder" in missing.stderr) == (1, True)
     server.script["/jobs"] = [answer({"data": [JOB], "next_cursor": None})]
     assert json.loads(run_cli("jobs", "--json").stdout)[0]["id"] == JOB["id"]
     with contextlib.suppress(SystemExit):
         assert "serve" in run_cli("--help").stdout
+    monkeypatch.setattr("narrow_client.cli.entry_points", lambda group: [])
+    for name in ("run", "serve"):
+        result = run_cli(name, "spec.json")
+        assert (result.exit_code, "pip install narrow" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--skill", "nonsense"), "NAME=FILE:ROLE"),
+        (("--skill", "a=ds_1", "--skill", "a=ds_2"), "named twice"),
+        (("--skill", "a=no-such-file"), "no-such-file"),
+        (("--base", "no-such-folder"), "no-such-folder"),
+        (("--base", "mdl_../jobs"), "no model folder"),
+        (("--target", "no-such-file"), "no-such-file"),
+        (("--unit", "nonsense"), "kv_group"),
+        (("--importance", "nonsense"), "fisher"),
+        (("--export", "nonsense"), "onnx"),
+        *((("--budget", value), "neither a share") for value in ("-3", "0", "nan", "inf", "1e400", "0,5", "parts=1", "bytes=")),
+        (("--budget", "1.5"), "must be whole"),
+        (("--budget", "flops=1000.5"), "must be whole"),
+    ],
+)
+def test_wrong_usage_is_told_before_anything_is_sent(server, local, arguments, said):
+    result = run_cli("compress", *local, *arguments)
+    assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
+    assert not server.asked
+
+
+@pytest.mark.parametrize("arguments", [("--limit", "0"), ("--limit", "-1"), ("--status", "nonsense")])
+def test_wrong_usage_of_lists_is_told_too(server, arguments):
+    assert run_cli("jobs", *arguments).exit_code == 2
+    assert not server.asked
+
+
+@pytest.mark.parametrize(("text", "number"), [("0.5", 0.5), ("1", 1), ("4_000_000", 4e6), ("4,000,000", 4e6), ("4e6", 4e6)])
+def test_budgets_are_read_however_they_are_written(text, number):
+    from narrow_client.cli import parse_budget
+
+    assert parse_budget(None, None, f"bytes={text}") == {"bytes": number}
+
+
+MODEL = {"id": "mdl_0000000000000000", "name": "b", "family": "llama", "parameters": 1, "bytes": 1, "sha256": "", "units": []}
+MODEL |= {"config": {}, "created_at": "2026-01-01T00:00:00Z"}
+DATASET = {"id": "ds_0000000000000000", "name": "t", "column": "text", "documents": 1, "bytes": 1, "sha256": "", "preview": []}
+DATASET |= {"created_at": "2026-01-01T00:00:00Z"}
+SIZE = {
+    "parameters": 1000,
+    "bytes": 4000,
+    "flops_per_token": 2000,
+    "layers": 2,
+    "hidden": 8,
+    "width": 16,
+    "heads": 2,
+    "kv_heads": 1,
+}
+SIZE |= {"vocabulary": 64}
+PLAN = {"family": "llama", "before": SIZE, "after": {**SIZE, "parameters": 500}, "keep": {"neuron": 8}}
+PLAN |= {"memory_bytes": 2_500_000_000, "seconds": 90.0, "notices": ["Rounded.\x1b[31m"]}
+
+
+@pytest.fixture
+def uploads(server):
+    server.script |= {"/models": [answer(MODEL, 201)], "/datasets": [answer(DATASET, 201)], "/jobs": [answer(JOB, 201)]}
+    server.script[f"/jobs/{JOB['id']}"] = [answer(JOB)]
+    return server
+
+
+def test_compress_looks_for_every_file_before_it_uploads_one(server, local):
+    _, base, _, target = local
+    with narrow_client.Narrow() as client, pytest.raises(narrow_client.NarrowClientError, match="no-such-file"):
+        narrow_client.compress(base, target, skills={"a": ("no-such-file", "watch")}, client=client)
+    assert not server.asked
+
+
+def test_a_dry_run_is_a_table_of_the_whole_spec(uploads, local):
+    sent = {}
+
+    def plan(handler):
+        sent.update(json.loads(handler.body))
+        answer(PLAN)(handler)
+
+    uploads.script["/plans"] = [plan]
+    options = (*local, "--dry-run", "--skill", "a=ds_1:keep", "--export", "onnx", "--seed", "7", "--unit", "head")
+    result = run_cli("compress", *options)
+    for said in ("0.50", "8 neurons a layer", "2.5 GB", "1.5 minutes", "note: Rounded."):
+        assert said in result.stdout, result.stdout
+    assert "\x1b" not in result.stdout
+    assert sent["skills"] == [{"name": "a", "dataset": "ds_1", "role": "keep"}]
+    assert (sent["export"], sent["seed"], sent["method"]["units"]) == (["onnx"], 7, ["head"])
+    assert json.loads(run_cli("compress", *options, "--json").stdout)["after"]["parameters"] == 500
+    assert "/jobs" not in {path for _, path, _ in uploads.asked}
+
+
+def test_a_connection_lost_in_compress_says_how_to_get_back(uploads, local, impatient):
+    uploads.script[EVENTS] = [sse(1), hang_up]
+    result = run_cli("compress", *local)
+    assert result.exit_code == 1
+    first, last = result.stderr.splitlines()[0], result.stderr.splitlines()[-1]
+    assert f"job {JOB['id']}: 'narrow watch {JOB['id']}' follows it from anywhere" in first
+    for said in ("was not reached", "goes on", f"'narrow watch {JOB['id']}'", f"'narrow download {JOB['id']} --out"):
+        assert said in last
+
+
+def test_a_connection_lost_in_the_download_says_how_to_get_the_files(uploads, local, impatient):
+    uploads.script |= {EVENTS: [sse(1, end=True)], FILES: [problem(503, "x", "Busy.")]}
+    result = run_cli("compress", *local)
+    assert (result.exit_code, f"Busy. The job {JOB['id']} has succeeded: 'narrow download" in result.stderr) == (1, True)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("cancelled", "said"),
+    [
+        (answer({**JOB, "status": "cancelling"}), "was cancelled"),
+        (problem(409, "job_finished", "x"), "had ended already"),
+        (hang_up, "was not cancelled, so try 'narrow cancel"),
+    ],
+)
+def test_an_interrupt_says_what_becomes_of_the_job(uploads, local, impatient, monkeypatch, cancelled, said):
+    monkeypatch.setattr(ProgressDisplay, "__call__", interrupt)
+    uploads.script |= {EVENTS: [sse(1)], f"/jobs/{JOB['id']}/cancel": [cancelled]}
+    result = run_cli("compress", *local)
+    assert (result.exit_code, f"interrupted: the job {JOB['id']} {said}" in result.stderr) == (130, True), result.stderr
+    uploads.asked.clear()
+    result = run_cli("watch", JOB["id"])
+    assert (result.exit_code, f"interrupted: the job {JOB['id']} goes on" in result.stderr) == (130, True)
+    assert "POST" not in {method for method, _, _ in uploads.asked}
+
+
+def state(seq, status, message):
+    return models.Event(
+        seq=seq, time=NOON + timedelta(seconds=9), kind="state", phase="", message=message, data={"status": status}
+    )
+
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def test_a_failed_job_is_told_once(server):
+    failed = {**JOB, "status": "failed", "error": {"code": "x", "message": "The sentence."}}
+    server.script[f"/jobs/{JOB['id']}"] = [answer(failed)]
+
+    def stream(handler):
+        handler.send_response(200)
+        handler.send_header("content-type", "text/event-stream")
+        handler.send_header("connection", "close")
+        handler.end_headers()
+        data = state(1, "failed", "The sentence.").model_dump_json()
+        handler.wfile.write(f"id: 1\ndata: {data}\n\nevent: end\ndata: {{}}\n\n".encode())
+
+    server.script[EVENTS] = [stream]
+    result = run_cli("watch", JOB["id"])
+    assert (result.exit_code, result.stderr.count("The sentence.")) == (1, 1)
+
+
+def phase(kind, second, name="load", **data):
+    return models.Event(seq=1, time=NOON + timedelta(seconds=second), kind=kind, phase=name, message="[/]", data=data)
+
+
+def shown(*events, terminal):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    display = ProgressDisplay(console)
+    for item in events:
+        display(item)
+    if terminal:
+        console.print(display.bars.get_renderable())
+    return console.file.getvalue()
+
+
+def test_lines_carry_the_time_of_their_events():
+    text = shown(phase("finished", 5, seconds=5.0), state(2, "succeeded", "succeeded"), terminal=False)
+    stamps = [(NOON + timedelta(seconds=s)).astimezone().strftime("%H:%M:%S") for s in (5, 9)]
+    assert [line.split()[0] for line in text.splitlines()] == stamps
+
+
+def test_bars_tell_share_and_time_by_the_events():
+    text = shown(phase("started", 0), phase("finished", 90, seconds=83.0), terminal=True)
+    assert "100%" in text
+    assert "0:01:23" in text
+    text = shown(phase("started", 0), phase("progress", 4, done=3, total=4), state(2, "failed", "x"), terminal=True)
+    assert "75%" in text
+    assert "0:00:09" in text, "what was under way when the job ended does not run on"
+    ahead = models.Event(seq=1, time=datetime.now(UTC) + timedelta(hours=1), kind="started", phase="load", message="", data={})
+    assert "0:00:00" in shown(ahead, terminal=True)
+    again = shown(phase("started", 0), phase("started", 7), state(2, "failed", "x"), terminal=True)
+    assert again.count("read model") == 1
+    assert "0:00:02" in again
+
+
+def test_the_table_of_jobs_tells_budget_and_error(server):
+    error = {"code": "out_of_memory\x1b[31m", "message": "x"}
+    keep = {**JOB["spec"], "budget": {"keep": {"neuron": 0.25}}}
+    listed = [{**JOB, "status": "failed", "error": error}, {**JOB, "spec": {**JOB["spec"], "budget": {"bytes": 8e6}}}]
+    server.script["/jobs"] = [answer({"data": [*listed, {**JOB, "spec": keep}], "next_cursor": None})]
+    console = Console(file=io.StringIO(), width=90)
+    with narrow_client.Narrow() as client:
+        from narrow_client._render import jobs_table
+
+        console.print(jobs_table(list(client.jobs.list())))
+    text = console.file.getvalue()
+    assert text.count(JOB["id"]) == 3, "ids are never cut"
+    for said in (" 0.5 ", "bytes=8,000,000", "neuron=0.25", "out_of_memory"):
+        assert said in text
+    assert "\x1b" not in text
