@@ -51,7 +51,7 @@ def main() -> int:
     console, started = Console(), time.monotonic()
     server, url = serve()
     try:
-        console.print(f"The service runs at {url}. Compressing the model in demo/base to Python source, at half its size.\n")
+        console.print(f"The service runs at {url}\nCompressing the model in demo/base to Python source, at half its size.\n")
         with narrow_client.Narrow(url) as client:
             result = narrow_client.compress(
                 base=HERE / "base",
