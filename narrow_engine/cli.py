@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from narrow_engine.errors import Cancelled, NarrowError
 from narrow_engine.events import EventLog
-from narrow_engine.spec import CompressionSpec, explain
+from narrow_engine.spec import CompressionSpec, clear, sentence, wording
 
 if TYPE_CHECKING:
     from narrow_engine.events import Kind
@@ -73,8 +73,8 @@ def read_spec(path: Path) -> CompressionSpec:
     except ValidationError as error:
         # A misspelt option is also a missing one: the spelling is what helps.
         first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-        where = ".".join(str(part) for part in first["loc"])
-        raise NarrowError("bad_spec", f"{path.name}: {where + ': ' if where else ''}{explain(first)}.") from error
+        where = ".".join(clear(part) for part in first["loc"])
+        raise NarrowError("bad_spec", f"{path.name}: {sentence(where, wording(first))}") from error
     root = path.resolve().parent
 
     def absolute(item: Any) -> Any:

@@ -16,8 +16,8 @@ from narrow_engine.families import Dimensions, Family, dimensions, family_of, te
 from narrow_engine.report.model import Size
 from narrow_engine.spec import Options, Unit
 
-MULTIPLE = 8
-"""Neurons are kept in multiples of this where a budget leaves the choice: odd widths waste vector lanes."""
+WIDE, WIDE_MULTIPLE, MULTIPLE = 4096, 64, 8
+"""Neurons are kept in multiples where a budget leaves the choice, since odd widths waste vector lanes and tiles."""
 
 SECONDS_PER_FLOP = 1 / 100e9
 FIXED_SECONDS = 45.0
@@ -112,13 +112,14 @@ def solve(config: dict[str, Any], options: Options, bytes_per_parameter: int) ->
         size = size_of(config, shrink(dims, keep), bytes_per_parameter)
         return {"parameters": size.parameters, "bytes": size.bytes, "flops": size.flops_per_token}[quantity]
 
+    multiple = options.method.multiple or (WIDE_MULTIPLE if dims.width >= WIDE else MULTIPLE)
     total, word = cost({}), {"parameters": "parameters", "bytes": "bytes", "flops": "FLOPs a token"}[quantity]
     limit = int(asked * total) if asked <= 1 else int(asked)
-    candidates = [keep for keep in _candidates(family, dims, units) if cost(keep) <= limit]
+    candidates = [keep for keep in _candidates(family, dims, units, multiple) if cost(keep) <= limit]
     if "neuron" in units:
-        candidates = [_fill(dims, keep, limit, cost) for keep in candidates]
+        candidates = [_fill(dims, keep, limit, cost, multiple) for keep in candidates]
     if not candidates:
-        smallest = min(cost(keep) for keep in _candidates(family, dims, units))
+        smallest = min(cost(keep) for keep in _candidates(family, dims, units, multiple))
         raise NarrowError(
             "budget_too_small",
             f"Cutting {' and '.join(f'{u}s' for u in units)} can bring this model from {total:,} to {smallest:,} {word}, "
@@ -163,7 +164,7 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
     return Sizes(before, after, keep, memory, flops, FIXED_SECONDS + flops * SECONDS_PER_FLOP, notices)
 
 
-def _candidates(family: Family, dims: Dimensions, units: list[Unit]) -> Iterator[dict[Unit, int]]:
+def _candidates(family: Family, dims: Dimensions, units: list[Unit], multiple: int) -> Iterator[dict[Unit, int]]:
     """Every combination of the coarse kinds, with the fewest neurons; neurons are filled in afterwards."""
     per_group = dims.heads // dims.kv_heads
     layers = range(1, dims.layers + 1) if "layer" in units else [dims.layers]
@@ -172,16 +173,18 @@ def _candidates(family: Family, dims: Dimensions, units: list[Unit]) -> Iterator
     for layer, group, head in product(layers, groups, heads):
         if family.heads_divide_hidden and dims.hidden % (group * head):
             continue
-        keep: dict[Unit, int] = {"layer": layer, "kv_group": group, "head": group * head, "neuron": min(MULTIPLE, dims.width)}
+        keep: dict[Unit, int] = {"layer": layer, "kv_group": group, "head": group * head, "neuron": min(multiple, dims.width)}
         yield {unit: keep[unit] for unit in units}
 
 
-def _fill(dims: Dimensions, keep: dict[Unit, int], limit: int, cost: Callable[[dict[Unit, int]], int]) -> dict[Unit, int]:
+def _fill(
+    dims: Dimensions, keep: dict[Unit, int], limit: int, cost: Callable[[dict[Unit, int]], int], multiple: int
+) -> dict[Unit, int]:
     """`keep` with as many neurons as the limit allows, in whole multiples."""
     least = keep["neuron"]
     one = cost({**keep, "neuron": least + 1}) - cost(keep)
     neurons = min(dims.width, least + (limit - cost(keep)) // one)
-    return {**keep, "neuron": neurons if neurons == dims.width else max(least, neurons // MULTIPLE * MULTIPLE)}
+    return {**keep, "neuron": neurons if neurons == dims.width else max(least, neurons // multiple * multiple)}
 
 
 def _unevenness(dims: Dimensions, keep: dict[Unit, int]) -> float:
@@ -199,7 +202,7 @@ def _round_fractions(family: Family, dims: Dimensions, fractions: dict[Unit, flo
         return sum(abs(keep[unit] / counts[unit] - fraction) for unit, fraction in fractions.items())
 
     units = list(fractions)
-    keep = min(_candidates(family, dims, units), key=distance)
+    keep = min(_candidates(family, dims, units, 1), key=distance)
     if "neuron" in fractions:
         keep["neuron"] = max(1, round(fractions["neuron"] * dims.width))
     notices = [

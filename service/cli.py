@@ -1,9 +1,11 @@
 """`narrow serve`: the API and its workers on this machine, with nothing to configure."""
 
 import asyncio
+import errno
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,25 +16,34 @@ from types import FrameType
 
 import click
 import uvicorn
+from alembic.util import CommandError
+from pydantic import ValidationError
+from sqlalchemy.exc import SQLAlchemyError
 
+from narrow_engine.spec import wording
 from service.app import create_app
 from service.db.session import migrate
 from service.runners.local import die_with_parent
 from service.settings import Settings
 
+REQUEST_SECONDS = 10
+"""What open requests have to end when the service is asked to stop."""
+
+log = logging.getLogger("narrow.serve")
+
 
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option("--data", type=click.Path(file_okay=False, path_type=Path), help="Folder for everything; by default NARROW_DATA.")
-@click.option("--workers", default=1, show_default=True, help="Worker processes; 0 for the API alone.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(0), help="Worker processes; 0 for the API alone.")
 def serve(host: str, port: int, data: Path | None, workers: int) -> None:
     """Start the service: the API and its workers."""
     if data is not None:
         os.environ["NARROW_DATA"] = str(data)
-    settings = Settings()
-    settings.prepare()
-    migrate(settings)
+    settings = _settings()
+    listener = _listen(host, port)
+    _prepare(settings)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     # The form parser spools bodies here: on the data disk and under its limits, not in /tmp.
     tempfile.tempdir = str(settings.uploads)
@@ -40,22 +51,68 @@ def serve(host: str, port: int, data: Path | None, workers: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     supervisor = Supervisor(workers)
-    server = Server(settings, host, port)
+    server = Server(settings)
     try:
-        server.run()
+        server.run([listener])
     finally:
+        # While the jobs are put back a second signal still means at once.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: supervisor.hurry.set())
         supervisor.close(0 if server.force_exit else settings.drain_seconds + 5)
+
+
+def _settings() -> Settings:
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = f"NARROW_{'_'.join(str(part) for part in first['loc'])}".upper()
+        raise click.UsageError(f"{name}={str(first['input'])[:80]!r} {wording(first)}.") from error
+
+
+def _prepare(settings: Settings) -> None:
+    """Folders and tables."""
+    try:
+        settings.prepare()
+        with tempfile.TemporaryFile(dir=settings.uploads):
+            pass
+    except OSError as error:
+        detail = f"The data folder {settings.data} cannot be written ({error.strerror}): choose another with --data."
+        raise click.ClickException(detail) from error
+    try:
+        migrate(settings)
+    except (SQLAlchemyError, CommandError, ImportError, OSError) as error:
+        reason = str(getattr(error, "orig", error)).partition("\n")[0]
+        where = "NARROW_DATABASE_URL" if settings.database_url else settings.data / "narrow.db"
+        raise click.ClickException(f"The database ({where}) cannot be used: {reason}.") from error
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Made here and not by uvicorn, which tells what is wrong as a line of its log."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+        return socket.create_server(address[:2], family=family)
+    except (OSError, UnicodeError) as error:
+        number = getattr(error, "errno", None)
+        if number == errno.EADDRINUSE:
+            detail = f"Port {port} of {host} is taken: choose another with --port, or 0 for any that is free."
+        elif number in (errno.EACCES, errno.EPERM):
+            detail = f"Port {port} takes rights that you do not have: choose one above 1023 with --port."
+        else:
+            detail = f"This machine has no address {host[:80]!r}: choose another with --host, or leave it out for 127.0.0.1."
+        raise click.ClickException(detail) from error
 
 
 class Server(uvicorn.Server):
     """Says its URL when it is ready, and ends event streams as soon as it is asked to stop."""
 
-    def __init__(self, settings: Settings, host: str, port: int) -> None:
-        self.app = create_app(settings)
-        config = uvicorn.Config(self.app, host, port, log_level="warning", timeout_graceful_shutdown=10, server_header=False)
+    def __init__(self, settings: Settings) -> None:
+        self.app, self.drain_seconds = create_app(settings), settings.drain_seconds
+        config = uvicorn.Config(self.app, log_level="warning", timeout_graceful_shutdown=REQUEST_SECONDS, server_header=False)
         super().__init__(config)
 
-    async def startup(self, sockets: list | None = None) -> None:  # type: ignore[type-arg]
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.loop = asyncio.get_running_loop()
         if self.started:
@@ -64,17 +121,31 @@ class Server(uvicorn.Server):
             click.echo(f"Narrow is ready at http://{shown}:{port}")
             sys.stdout.flush()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        log.info(
+            "draining: requests have %g s to end, then running jobs %g s to write a checkpoint; a second signal stops at once",
+            REQUEST_SECONDS,
+            self.drain_seconds,
+        )
+        await super().shutdown(sockets)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
         # uvicorn waits for open connections before it tells the application, and a stream would never close by itself.
         self.loop.call_soon_threadsafe(self.app.state.drain.set)
         super().handle_exit(sig, frame)
 
 
 class Supervisor:
-    """Keeps a number of workers alive."""
+    """Keeps a number of workers alive.
+
+    The kernel kills a worker when the thread that started it ends (PR_SET_PDEATHSIG means the thread, not the process).
+    The thread that starts new ones therefore also ends them all, and lives until they are gone.
+    """
 
     def __init__(self, count: int) -> None:
-        self.closing = threading.Event()
+        self.closing, self.hurry = threading.Event(), threading.Event()
+        self.seconds = 0.0
         self.workers = [self._start() for _ in range(count)]
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
@@ -92,19 +163,20 @@ class Supervisor:
         while not self.closing.wait(1.0):
             for number, worker in enumerate(self.workers):
                 if worker.poll() is not None and not self.closing.is_set():
-                    logging.getLogger("narrow.serve").error("a worker ended with %s, another is started", worker.returncode)
+                    log.error("a worker ended with %s, another is started", worker.returncode)
                     self.workers[number] = self._start()
-
-    def close(self, seconds: float) -> None:
-        """Ends the workers: those that hold a job have `seconds` to put it back."""
-        self.closing.set()
-        self.thread.join()
         for worker in self.workers:
             worker.terminate()
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + self.seconds
+        while any(worker.poll() is None for worker in self.workers) and time.monotonic() < deadline:
+            if self.hurry.wait(0.05):
+                break
         for worker in self.workers:
-            try:
-                worker.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                worker.kill()
-                worker.wait()
+            worker.kill()
+            worker.wait()
+
+    def close(self, seconds: float) -> None:
+        """Ends the workers: those that hold a job have `seconds` to put it back, or until `hurry` is set."""
+        self.seconds = seconds
+        self.closing.set()
+        self.thread.join()

@@ -7,15 +7,17 @@ foresaw is logged with the request's id and told as a 500 that says nothing abou
 import errno
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
 from narrow_engine.errors import NarrowError
+from narrow_engine.spec import clear, sentence, wording
 from service.api.schemas import FieldError, Problem
 
 MEDIA_TYPE = "application/problem+json"
@@ -52,7 +54,7 @@ def not_found(kind: str, identifier: str) -> ApiError:
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that can answer with these problems, for the OpenAPI document."""
-    return {status: {"description": TITLES[status], "model": Problem} for status in (*statuses, 422, 500)}
+    return {status: {"description": TITLES[status], "model": Problem} for status in (*statuses, 422, 500, 503)}
 
 
 def install(app: FastAPI) -> None:
@@ -62,9 +64,16 @@ def install(app: FastAPI) -> None:
     async def identify(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         request.state.id = f"req_{secrets.token_hex(8)}"
         response = await call_next(request)
-        if response.status_code == 413 and not response.headers.get("content-type", "").startswith(MEDIA_TYPE):
-            # The limit of a route answers before any handler, in plain text.
-            return _answer(request, 413, "too_large", "What was sent is larger than the server takes: send less.")
+        # Two answers are made around the handlers, in plain text: a route's limit, and a range beyond the end of a file.
+        if response.headers.get("content-type", "").startswith("text/plain"):
+            if response.status_code == 413:
+                return _answer(request, 413, "too_large", "What was sent is larger than the server takes: send less.")
+            if response.status_code == 416:
+                size = response.headers.get("content-range", "").rpartition("/")[2]
+                detail = f"The range begins behind the end of the file: it has {size} bytes."
+                answer = _answer(request, 416, "range_not_satisfiable", detail)
+                answer.headers["Content-Range"] = f"bytes */{size}"
+                return answer
         response.headers["X-Request-Id"] = request.state.id
         return response
 
@@ -78,12 +87,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def validation_error(request: Request, error: RequestValidationError) -> Response:
-        errors = [
-            FieldError(pointer="/" + "/".join(str(part) for part in e["loc"][1:]), detail=str(e["msg"])[:300])
-            for e in error.errors()[:20]
-        ]
-        where = errors[0].pointer.strip("/").replace("/", ".") or "the body"
-        return _answer(request, 422, "invalid_request", f"{where}: {errors[0].detail}.", errors)
+        errors = [FieldError(pointer=_pointer(e), detail=_wording(e)) for e in error.errors()[:20]]
+        return _answer(request, 422, "invalid_request", _sentence(error.errors()[0]), errors)
 
     @app.exception_handler(HTTPException)
     def http_error(request: Request, error: HTTPException) -> Response:
@@ -95,6 +100,8 @@ def install(app: FastAPI) -> None:
             404: f"There is nothing at {request.url.path[:200]}.",
             405: f"{request.method} is not possible here.",
         }
+        if error.__cause__ is not None and error.status_code == 400:
+            sentences[400] = "The body cannot be read: send what the contract asks for, JSON in UTF-8 or a form with files."
         detail = sentences.get(error.status_code, str(error.detail)[:300])
         answer = _answer(request, error.status_code, title.lower().replace(" ", "_"), detail)
         answer.headers.update(error.headers or {})
@@ -106,10 +113,43 @@ def install(app: FastAPI) -> None:
             return _answer(request, 507, "disk_full", "The server's disk is full: nothing was kept of this request.")
         return unforeseen(request, error)
 
+    @app.exception_handler(OperationalError)
+    def database_error(request: Request, error: OperationalError) -> Response:
+        name = getattr(error.orig, "sqlite_errorname", "")
+        if name == "SQLITE_FULL":
+            return disk_error(request, OSError(errno.ENOSPC, "SQLite"))
+        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+            return _answer(request, 503, "database_busy", "The database is busy with another request: send it again.")
+        return unforeseen(request, error)
+
     @app.exception_handler(Exception)
     def unforeseen(request: Request, error: Exception) -> Response:
         log.error("%s %s %s", request.state.id, request.method, request.url.path, exc_info=error)
         return _answer(request, 500, "internal_error", "Something went wrong inside the server; it was logged under this id.")
+
+
+def _wording(error: Mapping[str, Any]) -> str:
+    kind = error["type"]
+    if kind == "json_invalid":
+        return f"the body is not valid JSON: {error['ctx']['error']} at character {error['loc'][-1]}"
+    if kind in ("model_attributes_type", "model_type", "dict_type"):
+        return "is not a JSON object; a body needs the header Content-Type: application/json"
+    return wording(error)
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    words = _wording(error)
+    where = ".".join(clear(part) for part in _location(error))
+    return sentence(where or ("The body" if words.startswith(("is ", "should ")) else ""), words)
+
+
+def _pointer(error: Mapping[str, Any]) -> str:
+    return "".join("/" + clear(part).replace("~", "~0").replace("/", "~1") for part in _location(error))
+
+
+def _location(error: Mapping[str, Any]) -> tuple[Any, ...]:
+    # The first part is "body", "query", ...; what follows it in an error of the JSON itself is a position.
+    return () if error["type"] == "json_invalid" else tuple(error["loc"][1:])
 
 
 def _answer(request: Request, status: int, code: str, detail: str, errors: list[FieldError] | None = None) -> JSONResponse:

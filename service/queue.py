@@ -109,7 +109,8 @@ def finish(session: Session, job_id: str, token: str, status: Status, error: dic
     """Ends a held job and stores `rows` (artifacts, model) in the same transaction. Raises LeaseLost."""
     job = _held(session, job_id, token)
     for row in rows:
-        session.add(row)
+        # A copy: the caller comes with the same rows again when the database has failed.
+        session.add(type(row)(**row.model_dump()))
         if row.__tablename__ == "model":
             job.result_model = row.id
     _finish(session, job, status, error)

@@ -13,15 +13,16 @@ class Settings(BaseSettings):
 
     data: Path = Field(Path("narrow-data"), description="Folder of database, uploads, runs and artifacts.")
     database_url: str = Field("", description="SQLAlchemy URL; by default SQLite in the data folder.")
-    max_model_bytes: int = Field(64 * 2**30, description="Largest upload of a model, all files together.")
-    max_dataset_bytes: int = Field(4 * 2**30, description="Largest upload of a dataset.")
-    max_body_bytes: int = Field(2**20, description="Largest body of every other request.")
-    min_free_bytes: int = Field(256 * 2**20, description="Uploads and new jobs are refused below this free space.")
-    lease_seconds: float = Field(20.0, description="A job whose worker has not been heard of for so long is taken over.")
-    poll_seconds: float = Field(0.5, description="How often workers look for jobs, and event streams for events.")
-    cancel_seconds: float = Field(1.5, description="Time that a cancelled job process has to end by itself.")
-    drain_seconds: float = Field(20.0, description="Time that a job process has to write a checkpoint when a worker stops.")
-    max_attempts: int = Field(3, description="Starts of a job whose process or worker dies, before it is failed.")
+    max_model_bytes: int = Field(64 * 2**30, gt=0, description="Largest upload of a model, all files together.")
+    max_dataset_bytes: int = Field(4 * 2**30, gt=0, description="Largest upload of a dataset.")
+    max_body_bytes: int = Field(2**20, gt=0, description="Largest body of every other request.")
+    min_free_bytes: int = Field(256 * 2**20, ge=0, description="Uploads and new jobs are refused below this free space.")
+    lease_seconds: float = Field(20.0, gt=0, description="A job whose worker has not been heard of for so long is taken over.")
+    poll_seconds: float = Field(0.5, gt=0, description="How often workers look for jobs, and event streams for events.")
+    cancel_seconds: float = Field(1.5, ge=0, description="Time that a cancelled job process has to end by itself.")
+    drain_seconds: float = Field(20.0, ge=0, description="Time that a job process has to write a checkpoint when a worker stops.")
+    max_attempts: int = Field(3, ge=1, description="Starts of a job whose process or worker dies, before it is failed.")
+    janitor_seconds: float = Field(300.0, gt=0, description="How often a worker without a job looks for what was left behind.")
 
     @property
     def database(self) -> str:

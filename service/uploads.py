@@ -8,24 +8,39 @@ import os
 import shutil
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastapi import UploadFile
+from pydantic import TypeAdapter, ValidationError
 from sqlmodel import Session
 
 from narrow_engine.documents import read_documents
 from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import accepted_name, inspect_model, refuse_name
+from narrow_engine.spec import Name
+from service.api.schemas import Dataset, Model, Page
 from service.db.tables import DatasetRow, ModelRow, new_id, now
 from service.problems import ApiError
 from service.settings import Settings
+from service.storage import doubt
 
 PREVIEW_DOCUMENTS, PREVIEW_CHARACTERS = 3, 300
+NAME_BYTES = 200
 _ENDINGS = (".jsonl", ".ndjson", ".txt", ".text", ".md")
+_NAME = TypeAdapter(Name)
 
 
-def store_model(session: Session, settings: Settings, files: list[UploadFile], name: str | None) -> ModelRow:
+def as_model(row: ModelRow) -> Model:
+    fields = {k: row.info[k] for k in ("family", "parameters", "bytes", "sha256", "units", "config")}
+    return Model(id=row.id, name=row.name, job=row.job_id, created_at=row.created_at, **fields)
+
+
+def as_dataset(row: DatasetRow) -> Dataset:
+    return Dataset.model_validate({**row.model_dump(), "column": row.text_column})
+
+
+def store_model(session: Session, settings: Settings, files: list[UploadFile], name: str | None) -> Model:
     """Keeps a model that was uploaded as its files. Raises NarrowError for what is wrong with it."""
     names = [_basename(file) for file in files]
     for given in names:
@@ -33,29 +48,35 @@ def store_model(session: Session, settings: Settings, files: list[UploadFile], n
             raise refuse_name(given)
     if len(set(names)) != len(names):
         raise NarrowError("unexpected_file", "Two of the files have the same name: send each once.")
-    with _folder(settings, "models", "mdl") as (identifier, folder):
+    with _folder(session, settings, "models", "mdl") as (identifier, folder):
         for file, given in zip(files, names, strict=True):
             _write(file, folder / given)
         info = inspect_model(folder)
-        row = ModelRow(
-            id=identifier,
-            name=_clean(name) or f"{info.family} model",
-            info=info.model_dump(mode="json"),
-            created_at=now(),
-        )
+        try:
+            row = ModelRow(
+                id=identifier,
+                name=_clean(name) or f"{info.family} model",
+                info=info.model_dump(mode="json"),
+                created_at=now(),
+            )
+            answer = as_model(row)
+            # What cannot be said must not be kept: every list that it is on could not be said either.
+            Page[Model](data=[answer]).model_dump_json()
+        except ValueError as error:
+            detail = "config.json holds half a surrogate pair or is nested too deep: save it with another program."
+            raise NarrowError("bad_config", detail) from error
         session.add(row)
-    session.commit()
-    return row
+    return answer
 
 
-def store_dataset(session: Session, settings: Settings, file: UploadFile, name: str | None, column: str) -> DatasetRow:
+def store_dataset(session: Session, settings: Settings, file: UploadFile, name: str | None, column: str) -> Dataset:
     """Keeps a dataset, read through once: every row is checked before a job can meet it."""
     given = _basename(file)
     plain = given.lower().removesuffix(".gz")
     ending = next((e for e in _ENDINGS if plain.endswith(e)), "")
     # Without an ending that is known the name stays, for the sentence that says so.
     stored = "data" + ending + (".gz" if given.lower().endswith(".gz") else "") if ending else given
-    with _folder(settings, "datasets", "ds") as (identifier, folder):
+    with _folder(session, settings, "datasets", "ds") as (identifier, folder):
         path = folder / stored
         sha256 = _write(file, path)
         documents, size = 0, 0
@@ -82,9 +103,20 @@ def store_dataset(session: Session, settings: Settings, file: UploadFile, name: 
             preview=preview,
             created_at=now(),
         )
+        answer = as_dataset(row)
         session.add(row)
+    return answer
+
+
+def forget(session: Session, settings: Settings, kind: str, row: ModelRow | DatasetRow) -> None:
+    """Removes a model or dataset: first its row, then its folder."""
+    folder = settings.data / kind / row.id
+    with suppress(OSError):  # a full disk must not keep anybody from making room
+        doubt(folder).touch()
+    session.delete(row)
     session.commit()
-    return row
+    shutil.rmtree(folder, ignore_errors=True)
+    doubt(folder).unlink(missing_ok=True)
 
 
 def require_space(settings: Settings) -> None:
@@ -94,18 +126,23 @@ def require_space(settings: Settings) -> None:
 
 
 @contextmanager
-def _folder(settings: Settings, kind: str, prefix: str) -> Iterator[tuple[str, Path]]:
-    """A temporary folder that gets its final name when the block ends well, and vanishes when it does not."""
+def _folder(session: Session, settings: Settings, kind: str, prefix: str) -> Iterator[tuple[str, Path]]:
+    """A temporary folder that gets its final name when the block ends well, and vanishes when it does not. Commits."""
     identifier = new_id(prefix)
     final = settings.data / kind / identifier
     temporary = final.with_name(f".{identifier}")
     temporary.mkdir()
     try:
         yield identifier, temporary
+        doubt(final).touch()
         temporary.rename(final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        doubt(final).unlink(missing_ok=True)
         raise
+    # If this fails the mark stays: nobody knows whether the row is there, and the janitor will look.
+    session.commit()
+    doubt(final).unlink(missing_ok=True)
 
 
 def _write(file: UploadFile, path: Path) -> str:
@@ -121,12 +158,24 @@ def _write(file: UploadFile, path: Path) -> str:
 
 def _basename(file: UploadFile) -> str:
     name = file.filename or ""
-    if not name or name != Path(name).name or "\\" in name or "\0" in name or name.startswith(".") or len(name) > 200:
+    if not name or name != Path(name).name or "\\" in name or "\0" in name or name.startswith("."):
         raise NarrowError("unexpected_file", f"{name[:80]!r} is not a plain file name.")
+    if len(name.encode()) > NAME_BYTES:
+        detail = f"The file name {name[:40]!r}... is longer than {NAME_BYTES} bytes in UTF-8: shorten it."
+        raise NarrowError("unexpected_file", detail)
     return name
 
 
 def _clean(name: str | None) -> str:
-    """A name as people may see it: one line without control characters, at most 100 characters, as a `Name` allows."""
-    kept = "".join(c if c.isalnum() or c in " .+-_" else " " for c in unicodedata.normalize("NFC", name or ""))
-    return " ".join(kept.split())[:100].strip().lstrip(" .+-")
+    """What is left of a name when everything that a `Name` does not allow is taken out; perhaps nothing."""
+    kept = "".join(c if _is_name(f"x{c}") else " " for c in unicodedata.normalize("NFC", name or ""))
+    return " ".join(kept.split()).lstrip(" .+-")[:100].rstrip()
+
+
+def _is_name(text: str) -> bool:
+    # By the engine's own pattern: what Python calls a letter or a digit is not what pydantic calls one.
+    try:
+        _NAME.validate_python(text)
+    except ValidationError:
+        return False
+    return True

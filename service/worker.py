@@ -7,6 +7,7 @@ lease runs out and another one goes on in the same run folder, where finished st
 import errno
 import json
 import logging
+import math
 import mimetypes
 import os
 import shutil
@@ -14,22 +15,37 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
+from sqlalchemy import Engine
+from sqlalchemy.exc import NoResultFound
 from sqlmodel import Session
 
 from narrow_engine.events import Event
 from narrow_engine.model_files import inspect_model
-from narrow_engine.spec import CompressionSpec, JobSpec
-from service import queue
-from service.db.session import connect, open_session
+from narrow_engine.spec import CompressionSpec, JobSpec, sentence, wording
+from service import janitor, queue
+from service.db.session import AWAY, connect, open_session, read_session
 from service.db.tables import ArtifactRow, DatasetRow, JobRow, ModelRow, now
 from service.runners import local
 from service.settings import Settings
-from service.storage import Storage
+from service.storage import Storage, doubt
 
 LOOK_SECONDS = 0.25
+PAUSE_SECONDS = 1.0
+"""Between two tries while the database fails."""
+
+FULL_BYTES = 2**20
+"""A disk with less than this left counts as full."""
+
+PATIENCE = 5
+"""Tries that are left to a worker that is to stop."""
+
+T = TypeVar("T")
 log = logging.getLogger("narrow.worker")
 
 
@@ -37,9 +53,18 @@ def work(settings: Settings, stop: threading.Event) -> None:
     """Runs jobs one after the other until `stop` is set."""
     settings.prepare()
     engine = connect(settings)
+    tidied = -math.inf
     while not stop.is_set():
-        with open_session(engine) as session:
-            job = queue.claim(session, settings.lease_seconds, settings.max_attempts)
+        try:
+            if time.monotonic() - tidied > settings.janitor_seconds:
+                tidied = time.monotonic()
+                janitor.tidy(engine, settings)
+            with open_session(engine) as session:
+                job = queue.claim(session, settings.lease_seconds, settings.max_attempts)
+        except (*AWAY, OSError) as error:
+            _complain(error)
+            stop.wait(PAUSE_SECONDS)
+            continue
         if job is None:
             stop.wait(settings.poll_seconds)
             continue
@@ -47,13 +72,21 @@ def work(settings: Settings, stop: threading.Event) -> None:
             _Execution(settings, engine, job, stop).run()
         except queue.LeaseLost:
             log.warning("%s was taken over by another worker", job.id)
+        except Exception:
+            # The lease runs out, and the job has another attempt or fails by their number.
+            log.exception("%s could not be carried on", job.id)
+            stop.wait(PAUSE_SECONDS)
     engine.dispose()
+
+
+def _complain(error: Exception) -> None:
+    log.error("trying again in %g s: %s", PAUSE_SECONDS, str(getattr(error, "orig", error)).partition("\n")[0])
 
 
 class _Execution:
     """One start of one job."""
 
-    def __init__(self, settings: Settings, engine: Any, job: JobRow, stop: threading.Event) -> None:
+    def __init__(self, settings: Settings, engine: Engine, job: JobRow, stop: threading.Event) -> None:
         assert job.lease_token is not None
         self.settings, self.engine, self.stop = settings, engine, stop
         self.job, self.id, self.token = job, job.id, job.lease_token
@@ -61,38 +94,49 @@ class _Execution:
         self.read = 0
 
     def run(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            process = local.start(self._write_spec(), self.folder.resolve())
+            self.folder.mkdir(parents=True, exist_ok=True)
+            process = local.start(self._patiently(self._write_spec), self.folder.resolve())
         except OSError as error:
             self._failed(
                 "disk_full" if error.errno == errno.ENOSPC else "not_started",
                 f"The job could not start: {error.strerror}.",
             )
             return
+        except (ValidationError, NoResultFound) as error:
+            log.error("%s: its spec cannot be built: %s", self.id, error)
+            self._failed("bad_spec", f"The job cannot be told to the engine: {_reason(error)} Make a new job.")
+            return
         try:
             status = self._follow(process)
         finally:
             # Also when the lease is lost or the worker itself fails: nothing runs on unobserved.
             local.end(process, 0)
-        self._ingest()
+        self._patiently(self._ingest)
         if status == "cancelling":
             self._finish("cancelled")
-        elif self.stop.is_set() and process.returncode != 0:
-            with open_session(self.engine) as session:
-                queue.release(session, self.id, self.token, counts=False)
+        elif process.returncode != 0 and (self.stop.is_set() or status == "away"):
+            self._release(counts=False)
         else:
             self._conclude(process.returncode)
 
     def _follow(self, process: subprocess.Popen[bytes]) -> str:
-        """Waits for the process, with an eye on cancellation and shutdown; returns the job's last status."""
-        status, beaten = "running", 0.0
+        """Waits for the process, with an eye on cancellation and shutdown; returns the job's last status, or "away"."""
+        status, beaten, held = "running", 0.0, time.monotonic()
         while process.poll() is None:
-            self._ingest()
-            if time.monotonic() - beaten > min(0.5, self.settings.lease_seconds / 4):
-                beaten = time.monotonic()
-                with open_session(self.engine) as session:
-                    status = queue.heartbeat(session, self.id, self.token, self.settings.lease_seconds)
+            try:
+                if time.monotonic() - beaten > min(0.5, self.settings.lease_seconds / 4):
+                    beaten = time.monotonic()
+                    with open_session(self.engine) as session:
+                        status = queue.heartbeat(session, self.id, self.token, self.settings.lease_seconds)
+                    held = beaten
+                self._ingest()
+            except AWAY as error:
+                _complain(error)
+                if time.monotonic() - held + PAUSE_SECONDS > self.settings.lease_seconds:
+                    # From now on another worker may have the job, and two must not run in one folder.
+                    return "away"
+                time.sleep(PAUSE_SECONDS)
             if status == "cancelling":
                 local.end(process, self.settings.cancel_seconds)
             elif self.stop.is_set():
@@ -100,6 +144,19 @@ class _Execution:
             else:
                 time.sleep(LOOK_SECONDS)
         return status
+
+    def _patiently(self, act: Callable[[], T]) -> T:
+        """Does something with the database, again and again while it is away: a job is too dear to be lost to that."""
+        left = PATIENCE
+        while True:
+            try:
+                return act()
+            except AWAY as error:
+                left -= self.stop.is_set()
+                if not left:
+                    raise
+                _complain(error)
+                time.sleep(PAUSE_SECONDS)
 
     def _ingest(self) -> None:
         """Whole new lines of events.jsonl, into the table."""
@@ -132,12 +189,14 @@ class _Execution:
         elif code == 1 and failure.exists():
             told = json.loads(failure.read_text())
             self._failed(told["code"], told["message"])
+        elif code > 0 and code != 130 and shutil.disk_usage(self.folder).free < FULL_BYTES:
+            # On a full disk the engine cannot even write down what was wrong.
+            self._failed("disk_full", "The disk was full while the job ran: free some space and start the job again.")
         elif code < 0 or code == 130:
             name = signal.Signals(-code).name if code < 0 else "SIGTERM"
             if self.job.attempt < self.settings.max_attempts:
                 log.warning("%s: the job process was ended by %s, it will be started again", self.id, name)
-                with open_session(self.engine) as session:
-                    queue.release(session, self.id, self.token, counts=True)
+                self._release(counts=True)
             else:
                 self._failed(
                     "process_killed",
@@ -153,21 +212,42 @@ class _Execution:
         """Stores the results, then ends the job in one transaction: a reader sees all of them or none."""
         storage = Storage(self.settings.data / "artifacts")
         result = self.folder / "result"
-        rows: list[Any] = []
-        for path in sorted(p for p in result.rglob("*") if p.is_file()):
-            name = path.relative_to(result).as_posix()
-            media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
-            rows.append(
-                ArtifactRow(
-                    job_id=self.id,
-                    path=name,
-                    bytes=path.stat().st_size,
-                    sha256=storage.put(path),
-                    media_type=media_type,
+        with storage.publishing(), self._beating():
+            files: list[ArtifactRow] = []
+            for path in sorted(p for p in result.rglob("*") if p.is_file()):
+                name = path.relative_to(result).as_posix()
+                media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
+                files.append(
+                    ArtifactRow(
+                        job_id=self.id,
+                        path=name,
+                        bytes=path.stat().st_size,
+                        sha256=storage.put(path),
+                        media_type=media_type,
+                    )
                 )
-            )
-        rows.append(self._keep_model(result / "model"))
-        self._finish("succeeded", rows=rows)
+            model = self._keep_model(result / "model")
+            self._finish("succeeded", rows=[*files, model])
+        for kept in (*(storage.path(f.sha256) for f in files), self.settings.data / "models" / model.id):
+            doubt(kept).unlink(missing_ok=True)
+
+    @contextmanager
+    def _beating(self) -> Iterator[None]:
+        """Keeps the lease while results are copied, which for a large model takes longer than it lasts."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(self.settings.lease_seconds / 4):
+                with suppress(queue.LeaseLost, *AWAY), open_session(self.engine) as session:
+                    queue.heartbeat(session, self.id, self.token, self.settings.lease_seconds)
+
+        thread = threading.Thread(target=beat)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
 
     def _keep_model(self, source: Path) -> ModelRow:
         # The id follows from the job's, so a publication that was interrupted is repeated in the same place.
@@ -176,18 +256,22 @@ class _Execution:
         temporary = target.with_name(f".{identifier}")
         for stale in (temporary, target):
             shutil.rmtree(stale, ignore_errors=True)
+        doubt(target).touch()
         shutil.copytree(source, temporary)
         temporary.rename(target)
-        with open_session(self.engine) as session:
-            name = f"{self._target_name(session)} from {session.get_one(ModelRow, self.job.spec['base']['model']).name}"
+        name = self._patiently(self._model_name)
         info = inspect_model(target).model_dump(mode="json")
         return ModelRow(id=identifier, name=name[:100], info=info, job_id=self.id, created_at=now())
+
+    def _model_name(self) -> str:
+        with read_session(self.engine) as session:
+            return f"{self._target_name(session)} from {session.get_one(ModelRow, self.job.spec['base']['model']).name}"
 
     def _write_spec(self) -> Path:
         """The engine's spec: the job's, with ids replaced by paths."""
         spec = JobSpec.model_validate(self.job.spec)
         data = self.settings.data.resolve()
-        with open_session(self.engine) as session:
+        with read_session(self.engine) as session:
 
             def dataset(identifier: str) -> dict[str, str]:
                 row = session.get_one(DatasetRow, identifier)
@@ -216,9 +300,26 @@ class _Execution:
         self._finish("failed", {"code": code, "message": message})
 
     def _finish(self, status: Any, error: dict[str, str] | None = None, rows: list[Any] | None = None) -> None:
-        with open_session(self.engine) as session:
-            queue.finish(session, self.id, self.token, status, error, rows or [])
-        shutil.rmtree(self.folder, ignore_errors=True)
+        def finish() -> None:
+            with open_session(self.engine) as session:
+                queue.finish(session, self.id, self.token, status, error, rows or [])
+
+        self._patiently(finish)
+        janitor.remove_run(self.settings, self.id)
+
+    def _release(self, counts: bool) -> None:
+        def release() -> None:
+            with open_session(self.engine) as session:
+                queue.release(session, self.id, self.token, counts)
+
+        self._patiently(release)
+
+
+def _reason(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return "a model or dataset that it names is gone."
+    first = error.errors()[0]
+    return sentence(".".join(str(part) for part in first["loc"]), wording(first))
 
 
 def main() -> None:

@@ -454,6 +454,18 @@ class Provenance(BaseModel):
     regularizer_tokens: Annotated[int, Field(title="Regularizer Tokens")]
 
 
+class Multiple(RootModel[int]):
+    root: Annotated[
+        int,
+        Field(
+            description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. By default 64 in MLPs of 4,096 neurons and more, else 8.",
+            ge=1,
+            le=1024,
+            title="Multiple",
+        ),
+    ]
+
+
 class LearningRate(RootModel[float]):
     root: Annotated[
         float,
@@ -660,6 +672,13 @@ class Prune(BaseModel):
         list[Literal["neuron", "head", "kv_group", "layer"]] | None,
         Field(max_length=4, min_length=1, title="Units"),
     ] = ["neuron"]
+    multiple: Annotated[
+        Multiple | None,
+        Field(
+            description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. By default 64 in MLPs of 4,096 neurons and more, else 8.",
+            title="Multiple",
+        ),
+    ] = None
     importance: Annotated[
         Literal["reconstruction", "fisher", "attribution", "activation", "magnitude", "random"] | None,
         Field(title="Importance"),

@@ -1,6 +1,7 @@
 """What a job made: its files, and the report among them. Resumable by `Range`, verifiable by `ETag` and `Repr-Digest`."""
 
 import base64
+import re
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
@@ -10,11 +11,13 @@ from sqlmodel import Session, col, select
 from narrow_engine.report.model import Report
 from service import queue
 from service.api.schemas import Artifact, Page
-from service.db.session import Db
+from service.db.session import ReadDb
 from service.db.tables import ArtifactRow
 from service.problems import ApiError, responses
 
 router = APIRouter(prefix="/jobs/{job_id}", tags=["artifacts"])
+
+_RANGE = re.compile(r"(?=.?[0-9])([0-9]{0,18})-([0-9]{0,18})")
 
 _BINARY = {
     "description": "The file.",
@@ -26,11 +29,11 @@ _BINARY = {
     "/report",
     response_model=Report,
     responses={
-        **responses(404, 409),
+        **responses(404, 409, 416),
         200: {"content": {"text/html": {"schema": {"type": "string"}}}, "description": "The report."},
     },
 )
-def get_report(job_id: str, request: Request, session: Db) -> Response:
+def get_report(job_id: str, request: Request, session: ReadDb) -> Response:
     """The report, as JSON or, by `Accept: text/html`, as a page."""
     path = "report.html" if "text/html" in request.headers.get("accept", "") else "report.json"
     row = _artifact(session, job_id, path)
@@ -39,11 +42,11 @@ def get_report(job_id: str, request: Request, session: Db) -> Response:
         "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
         "Vary": "Accept",
     }
-    return FileResponse(request.app.state.storage.path(row.sha256), media_type=media_type, headers=headers)
+    return _file(request, row, media_type, headers)
 
 
 @router.get("/artifacts", responses=responses(404))
-def list_artifacts(job_id: str, session: Db) -> Page[Artifact]:
+def list_artifacts(job_id: str, session: ReadDb) -> Page[Artifact]:
     """All files of a job; empty until it has succeeded."""
     queue.find(session, job_id)
     rows = session.exec(select(ArtifactRow).where(ArtifactRow.job_id == job_id).order_by(col(ArtifactRow.path)))
@@ -65,7 +68,7 @@ def download_artifact(
     job_id: str,
     path: str,
     request: Request,
-    session: Db,
+    session: ReadDb,
     if_none_match: Annotated[str | None, Header(max_length=500)] = None,
 ) -> Response:
     """One file. `ETag` is its SHA-256, `Repr-Digest` the same for checking a download that was resumed."""
@@ -80,8 +83,7 @@ def download_artifact(
     }
     if if_none_match and row.sha256 in if_none_match:
         return Response(status_code=304, headers=headers)
-    name = row.path.rsplit("/", 1)[-1]
-    return FileResponse(request.app.state.storage.path(row.sha256), media_type=row.media_type, headers=headers, filename=name)
+    return _file(request, row, row.media_type, headers, filename=row.path.rsplit("/", 1)[-1])
 
 
 def _artifact(session: Session, job_id: str, path: str) -> ArtifactRow:
@@ -92,3 +94,17 @@ def _artifact(session: Session, job_id: str, path: str) -> ArtifactRow:
     if job.status != "succeeded":
         raise ApiError(409, "job_not_succeeded", f"The job is {job.status}: files and report come when it has succeeded.")
     raise ApiError(404, "artifact_not_found", f"The job made no file {path[:200]!r}.")
+
+
+def _file(request: Request, row: ArtifactRow, media_type: str, headers: dict[str, str], filename: str | None = None) -> Response:
+    if not _understood(request.headers.get("range", "")):
+        # RFC 9110, 14.2: a range that cannot be read is as good as none. Starlette would answer 400.
+        request.scope["headers"] = [header for header in request.scope["headers"] if header[0] != b"range"]
+    path = request.app.state.storage.path(row.sha256)
+    return FileResponse(path, media_type=media_type, headers=headers, filename=filename)
+
+
+def _understood(header: str) -> bool:
+    ranges = re.fullmatch(r"bytes\s*=\s*(\S.*)", header, re.IGNORECASE)
+    parts = [_RANGE.fullmatch(part.strip()) for part in ranges[1].split(",")] if ranges else [None]
+    return all(part and (not part[1] or not part[2] or int(part[1]) <= int(part[2])) for part in parts)

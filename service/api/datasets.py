@@ -1,6 +1,5 @@
 """Datasets: the text of a domain, as JSON Lines or plain text."""
 
-import shutil
 from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Request, UploadFile
@@ -8,16 +7,12 @@ from sqlmodel import col, select
 
 from service.api.paging import Cursor, Limit, page
 from service.api.schemas import Dataset, Page
-from service.db.session import Db
+from service.db.session import Db, ReadDb
 from service.db.tables import TERMINAL, DatasetRow, JobRow
 from service.problems import ApiError, not_found, responses
-from service.uploads import require_space, store_dataset
+from service.uploads import as_dataset, forget, require_space, store_dataset
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
-
-
-def as_dataset(row: DatasetRow) -> Dataset:
-    return Dataset.model_validate({**row.model_dump(), "column": row.text_column})
 
 
 @router.post("", status_code=201, responses=responses(413, 507))
@@ -30,24 +25,24 @@ def upload_dataset(
 ) -> Dataset:
     """Upload a dataset. Every row is read before it is kept, and a bad one is named by its line."""
     require_space(request.app.state.settings)
-    return as_dataset(store_dataset(session, request.app.state.settings, file, name, column))
+    return store_dataset(session, request.app.state.settings, file, name, column)
 
 
 @router.get("", responses=responses())
-def list_datasets(session: Db, cursor: Cursor = None, limit: Limit = 20) -> Page[Dataset]:
+def list_datasets(session: ReadDb, cursor: Cursor = None, limit: Limit = 20) -> Page[Dataset]:
     """Datasets, newest first."""
     return page(session, select(DatasetRow), DatasetRow, cursor, limit, as_dataset)
 
 
 @router.get("/{dataset_id}", responses=responses(404))
-def get_dataset(dataset_id: str, session: Db) -> Dataset:
+def get_dataset(dataset_id: str, session: ReadDb) -> Dataset:
     row = session.get(DatasetRow, dataset_id)
     if row is None:
         raise not_found("dataset", dataset_id)
     return as_dataset(row)
 
 
-@router.delete("/{dataset_id}", status_code=204, responses=responses(404, 409))
+@router.delete("/{dataset_id}", status_code=204, responses=responses(404, 409, 507))
 def delete_dataset(dataset_id: str, request: Request, session: Db) -> None:
     row = session.get(DatasetRow, dataset_id)
     if row is None:
@@ -55,6 +50,4 @@ def delete_dataset(dataset_id: str, request: Request, session: Db) -> None:
     for job in session.exec(select(JobRow).where(col(JobRow.status).not_in(TERMINAL))):
         if dataset_id in [part["dataset"] for part in (job.spec["target"], *job.spec["skills"])]:
             raise ApiError(409, "dataset_in_use", f"The job {job.id} needs this dataset: cancel it or wait for it.")
-    session.delete(row)
-    session.commit()
-    shutil.rmtree(request.app.state.settings.data / "datasets" / dataset_id, ignore_errors=True)
+    forget(session, request.app.state.settings, "datasets", row)

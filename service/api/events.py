@@ -12,7 +12,7 @@ from sqlmodel import Session, col, select
 
 from service import queue
 from service.api.schemas import Event, Page
-from service.db.session import Db, open_session
+from service.db.session import ReadDb, read_session
 from service.db.tables import TERMINAL, EventRow, JobRow
 from service.problems import responses
 
@@ -36,7 +36,7 @@ PING_SECONDS = 15.0
 async def list_events(
     job_id: str,
     request: Request,
-    session: Db,
+    session: ReadDb,
     after: Annotated[int, Query(ge=0, le=2**53, description="Number of the last event that is known.")] = 0,
     limit: Annotated[int, Query(ge=1, le=BATCH)] = 100,
     last_event_id: Annotated[str | None, Header(max_length=20)] = None,
@@ -46,12 +46,17 @@ async def list_events(
     named `end` once the job is finished, or silently when the server stops: reconnect then."""
     await run_in_threadpool(queue.find, session, job_id)
     if "text/event-stream" in request.headers.get("accept", ""):
-        known = int(last_event_id) if last_event_id and last_event_id.isascii() and last_event_id.isdigit() else after
-        session.close()
+        known = _number(last_event_id, after)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(_stream(request, job_id, known), media_type="text/event-stream", headers=headers)
     rows = await run_in_threadpool(_after, session, job_id, after, limit + 1)
     return Page(data=rows[:limit], next_cursor=str(rows[limit - 1].seq) if len(rows) > limit else None)
+
+
+def _number(last_event_id: str | None, after: int) -> int:
+    """The number in a `Last-Event-ID`; what cannot be one of ours counts as none."""
+    known = int(last_event_id) if last_event_id and last_event_id.isascii() and last_event_id.isdigit() else after
+    return known if known <= 2**53 else after
 
 
 async def _stream(request: Request, job_id: str, known: int) -> AsyncIterator[bytes]:
@@ -78,7 +83,7 @@ async def _stream(request: Request, job_id: str, known: int) -> AsyncIterator[by
 
 
 def _poll(request: Request, job_id: str, known: int) -> tuple[list[Event], bool]:
-    with open_session(request.app.state.engine) as session:
+    with read_session(request.app.state.engine) as session:
         job = session.get(JobRow, job_id)
         # Status first: a job that is finished by now has all its events in the table.
         finished = job is None or job.status in TERMINAL

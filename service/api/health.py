@@ -8,7 +8,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.api.schemas import Health
-from service.db.session import open_session
+from service.db.session import read_session
 
 router = APIRouter(tags=["health"])
 
@@ -23,9 +23,9 @@ def healthz() -> Health:
 def readyz(request: Request, response: Response) -> Health:
     """Database, disk and the will to work."""
     state = request.app.state
-    checks = {"draining": "yes" if state.drain.is_set() else "ok"}
+    checks = {"accepting": "the service is stopping" if state.drain.is_set() else "ok"}
     try:
-        with open_session(state.engine) as session:
+        with read_session(state.engine) as session:
             session.execute(text("SELECT 1"))
         checks["database"] = "ok"
     except SQLAlchemyError as error:

@@ -1,6 +1,7 @@
 """Jobs: make one, look at it, end it."""
 
 import hashlib
+from contextlib import suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -10,12 +11,13 @@ from sqlmodel import Session, col, delete, select
 from narrow_engine.model_files import DTYPES
 from narrow_engine.sizing import solve
 from narrow_engine.spec import JobSpec
-from service import queue
+from service import janitor, queue
 from service.api.paging import Cursor, Limit, page
 from service.api.schemas import Job, JobError, Page, Progress, Status
-from service.db.session import Db
+from service.db.session import Db, ReadDb
 from service.db.tables import TERMINAL, ArtifactRow, DatasetRow, IdempotencyRow, JobRow, ModelRow, now
 from service.problems import ApiError, not_found, responses
+from service.storage import Storage, doubt
 from service.uploads import require_space
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -51,6 +53,7 @@ def create_job(
         if known.body_sha256 != body:
             raise ApiError(422, "idempotency_key_reused", "This Idempotency-Key came with another job before: use a new one.")
         job = queue.find(session, known.job_id)
+        session.commit()
     else:
         require_space(request.app.state.settings)
         check_spec(session, spec)
@@ -68,7 +71,7 @@ def create_job(
 
 @router.get("", responses=responses())
 def list_jobs(
-    session: Db, cursor: Cursor = None, limit: Limit = 20, status: Annotated[Status | None, Query()] = None
+    session: ReadDb, cursor: Cursor = None, limit: Limit = 20, status: Annotated[Status | None, Query()] = None
 ) -> Page[Job]:
     """Jobs, newest first."""
     statement = select(JobRow)
@@ -78,32 +81,37 @@ def list_jobs(
 
 
 @router.get("/{job_id}", responses=responses(404))
-def get_job(job_id: str, session: Db) -> Job:
+def get_job(job_id: str, session: ReadDb) -> Job:
     return as_job(queue.find(session, job_id))
 
 
-@router.post("/{job_id}/cancel", responses=responses(404, 409))
-def cancel_job(job_id: str, session: Db) -> Job:
+@router.post("/{job_id}/cancel", responses=responses(404, 409, 507))
+def cancel_job(job_id: str, request: Request, session: Db) -> Job:
     """Ask a job to end. A queued one is cancelled at once, a running one within seconds."""
     job = queue.cancel(session, job_id)
     session.commit()
+    if job.status == "cancelled":
+        # A job that was put back into the queue has a run folder that no worker will come for.
+        janitor.remove_run(request.app.state.settings, job.id)
     return as_job(job)
 
 
-@router.delete("/{job_id}", status_code=204, responses=responses(404, 409))
+@router.delete("/{job_id}", status_code=204, responses=responses(404, 409, 507))
 def delete_job(job_id: str, request: Request, session: Db) -> None:
     """Forget a finished job with its events and artifacts. The model that came out of it stays."""
     job = queue.find(session, job_id)
     if job.status not in TERMINAL:
         raise ApiError(409, "job_not_finished", f"The job is {job.status}: cancel it first.")
     digests = list(session.exec(select(ArtifactRow.sha256).where(ArtifactRow.job_id == job_id)))
+    storage: Storage = request.app.state.storage
+    for sha256 in set(digests):
+        with suppress(OSError):  # a full disk must not keep anybody from making room
+            doubt(storage.path(sha256)).touch()
     session.exec(delete(ArtifactRow).where(col(ArtifactRow.job_id) == job_id))
     session.delete(job)
-    session.flush()
-    used = set(session.exec(select(ArtifactRow.sha256).where(col(ArtifactRow.sha256).in_(digests))))
+    janitor.remove_run(request.app.state.settings, job.id)
     session.commit()
-    for sha256 in set(digests) - used:
-        request.app.state.storage.remove(sha256)
+    janitor.tidy_artifacts(session, storage, digests)
 
 
 def check_spec(session: Session, spec: JobSpec) -> ModelRow:
@@ -119,4 +127,17 @@ def check_spec(session: Session, spec: JobSpec) -> ModelRow:
         if reference is spec.target and data.name in names:
             raise ApiError(422, "invalid_request", f"A skill is called {data.name!r} like the target: give it another name.")
     solve(base.info["config"], spec, DTYPES[base.info["dtype"]])
+    _check_length(session.get_one(DatasetRow, spec.target.dataset), spec.block_tokens)
     return base
+
+
+def _check_length(data: DatasetRow, block_tokens: int) -> None:
+    # A token is at least a byte, and a document brings one more. The engine needs a block, room for its offset and a token
+    # to hold out; only it can count exactly.
+    most, needed = data.bytes + data.documents, 2 * block_tokens + 2
+    if most < needed:
+        detail = (
+            f"The target {data.name!r} holds {most} tokens at most, and a block takes {block_tokens}: bring at least "
+            f"{needed} tokens or lower block_tokens."
+        )
+        raise ApiError(422, "text_too_short", detail)

@@ -1,6 +1,5 @@
 """Models: base models that were uploaded, and the results of jobs, which can be cut again."""
 
-import shutil
 from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Request, UploadFile
@@ -8,17 +7,12 @@ from sqlmodel import col, select
 
 from service.api.paging import Cursor, Limit, page
 from service.api.schemas import Model, Page
-from service.db.session import Db
+from service.db.session import Db, ReadDb
 from service.db.tables import TERMINAL, JobRow, ModelRow
 from service.problems import ApiError, not_found, responses
-from service.uploads import require_space, store_model
+from service.uploads import as_model, forget, require_space, store_model
 
 router = APIRouter(prefix="/models", tags=["models"])
-
-
-def as_model(row: ModelRow) -> Model:
-    fields = {k: row.info[k] for k in ("family", "parameters", "bytes", "sha256", "units", "config")}
-    return Model(id=row.id, name=row.name, job=row.job_id, created_at=row.created_at, **fields)
 
 
 @router.post("", status_code=201, responses=responses(413, 507))
@@ -30,24 +24,24 @@ def upload_model(
 ) -> Model:
     """Upload a causal language model in the Hugging Face layout. It is checked against its config before it is kept."""
     require_space(request.app.state.settings)
-    return as_model(store_model(session, request.app.state.settings, files, name))
+    return store_model(session, request.app.state.settings, files, name)
 
 
 @router.get("", responses=responses())
-def list_models(session: Db, cursor: Cursor = None, limit: Limit = 20) -> Page[Model]:
+def list_models(session: ReadDb, cursor: Cursor = None, limit: Limit = 20) -> Page[Model]:
     """Models, newest first."""
     return page(session, select(ModelRow), ModelRow, cursor, limit, as_model)
 
 
 @router.get("/{model_id}", responses=responses(404))
-def get_model(model_id: str, session: Db) -> Model:
+def get_model(model_id: str, session: ReadDb) -> Model:
     row = session.get(ModelRow, model_id)
     if row is None:
         raise not_found("model", model_id)
     return as_model(row)
 
 
-@router.delete("/{model_id}", status_code=204, responses=responses(404, 409))
+@router.delete("/{model_id}", status_code=204, responses=responses(404, 409, 507))
 def delete_model(model_id: str, request: Request, session: Db) -> None:
     row = session.get(ModelRow, model_id)
     if row is None:
@@ -55,6 +49,4 @@ def delete_model(model_id: str, request: Request, session: Db) -> None:
     for job in session.exec(select(JobRow).where(col(JobRow.status).not_in(TERMINAL))):
         if job.spec["base"]["model"] == model_id:
             raise ApiError(409, "model_in_use", f"The job {job.id} needs this model: cancel it or wait for it.")
-    session.delete(row)
-    session.commit()
-    shutil.rmtree(request.app.state.settings.data / "models" / model_id, ignore_errors=True)
+    forget(session, request.app.state.settings, "models", row)

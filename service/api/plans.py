@@ -7,14 +7,14 @@ from narrow_engine.sizing import plan_sizes
 from narrow_engine.spec import JobSpec
 from service.api.jobs import check_spec
 from service.api.schemas import Plan
-from service.db.session import Db
+from service.db.session import ReadDb
 from service.problems import responses
 
 router = APIRouter(prefix="/plans", tags=["plans"])
 
 
 @router.post("", responses=responses(404, 413))
-def create_plan(spec: JobSpec, session: Db) -> Plan:
+def create_plan(spec: JobSpec, session: ReadDb) -> Plan:
     """The sizes before and after, what is kept, and estimates of memory and time."""
     base = check_spec(session, spec)
     sizes = plan_sizes(base.info["config"], spec, DTYPES[base.info["dtype"]], 1 + len(spec.skills))

@@ -9,29 +9,39 @@ from alembic import command
 from alembic.config import Config
 from fastapi import Depends, Request
 from sqlalchemy import Engine, event
+from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
 from sqlmodel import Session, create_engine
 
 from service.settings import Settings
+
+READERS = 16
+BUSY_MS = 10_000
+"""How long SQLite waits for another's lock: less than a lease, so that a worker can still act on its answer."""
+
+AWAY = (OperationalError, InterfaceError, TimeoutError)
+"""What a database raises that is locked, full or not there: the same statement may pass later."""
 
 
 def connect(settings: Settings) -> Engine:
     """An engine for the configured database. SQLite: write-ahead log, full durability, waits for locks."""
     url = settings.database
     if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True)
-    engine = create_engine(url, connect_args={"check_same_thread": False, "timeout": 30})
+        return create_engine(url, pool_pre_ping=True, pool_size=2 * READERS)
+    engine = create_engine(url, connect_args={"check_same_thread": False}, pool_size=2 * READERS)
 
     @event.listens_for(engine, "connect")
     def prepare(connection, _):  # type: ignore[no-untyped-def]
         # The driver's own transactions begin too late (at the first write); SQLAlchemy's BEGIN below replaces them.
         connection.isolation_level = None
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=30000"):
+        for pragma in (f"busy_timeout={BUSY_MS}", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
     def begin(connection):  # type: ignore[no-untyped-def]
-        # IMMEDIATE: a transaction that reads and then writes would otherwise fail when another wrote in between.
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        # IMMEDIATE: a transaction that reads and then writes would otherwise fail when another wrote in between. One that
+        # only reads takes no lock: it waits for nobody and nobody waits for it.
+        reads = connection.get_execution_options().get("reads")
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
     return engine
 
@@ -51,9 +61,23 @@ def open_session(engine: Engine) -> Session:
     return Session(engine, expire_on_commit=False)
 
 
+def read_session(engine: Engine) -> Session:
+    """A session that must not write: on SQLite it holds no lock, however long it is open."""
+    return open_session(engine.execution_options(reads=True))
+
+
 def _session(request: Request) -> Iterator[Session]:
     with open_session(request.app.state.engine) as session:
         yield session
 
 
-Db = Annotated[Session, Depends(_session)]
+def _read_session(request: Request) -> Iterator[Session]:
+    with read_session(request.app.state.engine) as session:
+        yield session
+
+
+# Both end before the response is sent: a client that reads slowly holds neither lock nor connection. A handler with `Db`
+# commits itself. Readers are counted: each keeps its connection until a thread is free to write its answer, and without a
+# limit all threads could be waiting for a connection meanwhile.
+Db = Annotated[Session, Depends(_session, scope="function")]
+ReadDb = Annotated[Session, Depends(_read_session, scope="function", max_concurrency=READERS)]

@@ -2,12 +2,22 @@
 
 import os
 import signal
+import socket
+import sqlite3
 import subprocess
+import sys
 import time
+from contextlib import closing, contextmanager, suppress
 
 import psutil
 import pytest
 from live import QUICK, SLOW, running, spec_of
+
+from service import janitor, queue
+from service.db.session import connect, open_session
+from service.db.tables import ArtifactRow, JobRow, ModelRow, new_id, now
+from service.settings import Settings
+from service.storage import Storage, doubt
 
 WORKERS, JOBS = "service.worker", "-m narrow_engine"
 
@@ -117,8 +127,226 @@ def test_a_full_disk_refuses_an_upload_and_keeps_what_was_there(tmp_path):
             assert (answer.status_code, answer.json()["code"]) == (507, "disk_full"), answer.text
             assert service.http.get(f"/datasets/{kept}").status_code == 200
             assert service.http.post("/datasets", files={"file": ("again.jsonl", row * 10)}).status_code == 201
+            engine, _ = database(disk / "data")
+            with open_session(engine) as session:
+                job_id = ended_job(session, "queued", finished_at=None)
+                session.commit()
+            with (disk / "rest").open("wb", buffering=0) as rest, suppress(OSError):
+                while True:
+                    rest.write(bytes(4096))
+            for answer in (service.http.post(f"/jobs/{job_id}/cancel"), service.http.delete(f"/datasets/{kept}")):
+                assert (answer.status_code, answer.json()["code"]) == (507, "disk_full"), answer.text
+            assert service.http.get("/readyz").status_code == 503
+            (disk / "rest").unlink()
+            assert service.http.delete(f"/datasets/{kept}").status_code == 204
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def database(data):
+    """Engine and settings of a service's folder, from outside."""
+    settings = Settings(data=data)
+    return connect(settings), settings
+
+
+def ended_job(session, status="succeeded", **changes):
+    spec = {"base": {"model": "mdl_x"}, "target": {"dataset": "ds_x"}, "skills": []}
+    job = JobRow(**{"id": new_id("job"), "status": status, "spec": spec, "created_at": now(), "finished_at": now(), **changes})
+    session.add(job)
+    session.flush()
+    return job.id
+
+
+@contextmanager
+def locked(data):
+    """Somebody who holds the database's write lock."""
+    with closing(sqlite3.connect(data / "narrow.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
+
+
+def test_a_slow_download_and_a_held_lock_keep_no_reader_waiting(tmp_path, python_file):
+    with running(tmp_path / "data", workers=0) as service:
+        large = tmp_path / "large"
+        with large.open("wb") as file:
+            file.truncate(64 * 2**20)
+        engine, settings = database(tmp_path / "data")
+        sha256 = Storage(settings.data / "artifacts").put(large)
+        with open_session(engine) as session:
+            job_id = ended_job(session)
+            row = ArtifactRow(job_id=job_id, path="large", bytes=64 * 2**20, sha256=sha256, media_type="text/plain")
+            session.add(row)
+            session.commit()
+        host, port = service.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(f"GET /jobs/{job_id}/artifacts/large HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            assert slow.recv(300).startswith(b"HTTP/1.1 200")
+            asked = time.monotonic()
+            with locked(settings.data):
+                assert service.http.get(f"/jobs/{job_id}/artifacts").status_code == 200
+            service.upload_dataset(python_file)
+            assert service.http.delete(f"/jobs/{job_id}").status_code == 204
+            assert time.monotonic() - asked < 5
+        assert not Storage(settings.data / "artifacts").path(sha256).exists()
+
+
+def test_many_readers_at_once_do_not_starve_each_other(tmp_path):
+    import concurrent.futures
+
+    with running(tmp_path / "data", workers=0) as service, concurrent.futures.ThreadPoolExecutor(120) as pool:
+        asked = time.monotonic()
+        answers = pool.map(lambda _: service.http.get("/models").status_code, range(360))
+        assert set(answers) == {200}
+        assert time.monotonic() - asked < 25
+
+
+def test_a_worker_outlives_a_database_that_is_locked(tmp_path, tiny_folder, python_file):
+    """The lock is held for longer than the lease: the job goes on, and no attempt is lost."""
+    with running(tmp_path / "data") as service:
+        method = {**QUICK, "recover": {"tokens": 20_000, "batch_tokens": 256}}
+        job_id = service.http.post("/jobs", json=spec_of(service, tiny_folder, python_file, method)).json()["id"]
+        service.wait(job_id, lambda j: j["phase"] == "recover")
+        worker = service.children(WORKERS)[0].pid
+        with locked(tmp_path / "data"):
+            busy = service.http.post(f"/jobs/{job_id}/cancel")
+            assert (busy.status_code, busy.json()["code"]) == (503, "database_busy")
+            time.sleep(4)
+        assert service.wait(job_id, lambda j: j["status"] == "succeeded")["attempt"] == 1
+        assert [w.pid for w in service.children(WORKERS)] == [worker]
+        numbered(service, job_id)
+
+
+def test_a_job_that_cannot_be_told_to_the_engine_fails_and_the_worker_lives(tmp_path, tiny_folder, python_file):
+    with running(tmp_path / "data") as service:
+        spec = spec_of(service, tiny_folder, python_file, QUICK)
+        worker = service.children(WORKERS)[0].pid
+        with closing(sqlite3.connect(tmp_path / "data" / "narrow.db", timeout=10)) as other, other:
+            other.execute("UPDATE dataset SET name = 'm²'")
+        job_id = service.http.post("/jobs", json=spec).json()["id"]
+        deadline = time.monotonic() + 30
+        while (job := service.job(job_id))["status"] != "failed" and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert (job["error"]["code"], job["attempt"]) == ("bad_spec", 1)
+        assert "target_name" in job["error"]["message"]
+        assert [w.pid for w in service.children(WORKERS)] == [worker]
+        assert not list((tmp_path / "data" / "runs").iterdir())
+
+
+def test_sigterm_drains_also_a_worker_that_replaced_a_killed_one(tmp_path, tiny_folder, python_file):
+    data = tmp_path / "data"
+    with running(data) as service:
+        first = service.children(WORKERS)[0]
+        first.kill()
+        deadline = time.monotonic() + 20
+        while not [w for w in service.children(WORKERS) if w.pid != first.pid] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        job_id = service.http.post("/jobs", json=spec_of(service, tiny_folder, python_file, SLOW)).json()["id"]
+        service.wait(job_id, lambda j: j["phase"] == "recover" and j["progress"])
+        assert service.stop() == 0
+    log = (tmp_path / "data.log").read_text()
+    assert log.count("draining") == 1
+    with running(data, workers=0) as service:
+        job = service.job(job_id)
+        assert (job["status"], job["attempt"]) == ("queued", 0), "a drain is no failed attempt"
+        assert (data / "runs" / job_id).is_dir()
+        assert service.http.post(f"/jobs/{job_id}/cancel").json()["status"] == "cancelled"
+        assert not (data / "runs" / job_id).exists()
+
+
+@pytest.fixture
+def idle(tmp_path):
+    """A database with its folders and nobody at work."""
+    from service.db.session import migrate
+
+    settings = Settings(data=tmp_path / "data")
+    settings.prepare()
+    migrate(settings)
+    return connect(settings), settings
+
+
+def test_the_janitor_removes_what_was_left_and_nothing_else(idle):
+    engine, settings = idle
+    storage = Storage(settings.data / "artifacts")
+    with open_session(engine) as session:
+        kept = ended_job(session, "queued", finished_at=None)
+        expired = {"attempt": 3, "lease_token": "x", "lease_until": now(), "finished_at": None}
+        gone = [
+            ended_job(session, "failed"),
+            ended_job(session, "running", **expired),
+            ended_job(session, "cancelling", **expired),
+        ]
+        session.add(ModelRow(id="mdl_known", name="x", info={}, created_at=now()))
+        session.commit()
+        queue.claim(session, 1, 3), queue.claim(session, 1, 3), queue.claim(session, 1, 3)
+    for name in (kept, *gone):
+        (settings.data / "runs" / name).mkdir()
+    models = settings.data / "models"
+    for name in ("mdl_known", "mdl_lost", "mdl_unmarked", ".mdl_upload"):
+        (models / name).mkdir()
+    for name in ("mdl_known", "mdl_lost"):
+        doubt(models / name).touch()
+    sha256 = storage.put(settings.data / "narrow.db")
+    (storage.path(sha256).parent / ".tmp-torn").touch()
+    with storage.publishing():
+        janitor.tidy(engine, settings)
+        assert storage.path(sha256).exists(), "somebody publishes"
+    assert [f.name for f in (settings.data / "runs").iterdir()] == [kept]
+    assert (models / ".mdl_upload").exists(), "an upload that may be running"
+    assert (models / "mdl_lost").exists(), "an upload that may be running"
+    janitor.tidy(engine, settings, stale_seconds=0)
+    assert sorted(f.name for f in models.iterdir()) == ["mdl_known", "mdl_unmarked"]
+    assert [p for p in storage.root.rglob("*") if p.is_file()] == [storage.root / ".lock"]
+
+
+def test_a_file_that_two_jobs_share_outlives_one_of_them(idle, tmp_path):
+    """Also when the second is just being published: its file was found, its row is not there yet."""
+    engine, settings = idle
+    storage = Storage(settings.data / "artifacts")
+    file = tmp_path / "file"
+    file.write_text("the same")
+    sha256 = storage.put(file)
+    with open_session(engine) as session, storage.publishing():
+        assert storage.put(file) == sha256
+        janitor.tidy_artifacts(session, storage, [sha256])  # what deleting the first does
+        job_id = ended_job(session)
+        session.add(ArtifactRow(job_id=job_id, path="a", bytes=8, sha256=sha256, media_type="text/plain"))
+        session.commit()
+    with open_session(engine) as session:
+        janitor.tidy_artifacts(session, storage, [sha256])
+        assert storage.path(sha256).exists()
+        session.delete(session.get(JobRow, job_id))
+        session.commit()
+        janitor.tidy_artifacts(session, storage, [sha256])
+    assert not storage.path(sha256).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "code", "words"),
+    [
+        (["--port", "{taken}"], {}, 1, "is taken: choose another with --port"),
+        (["--host", "no.such.host.invalid"], {}, 1, "has no address 'no.such.host.invalid'"),
+        (["--port", "70000"], {}, 2, "--port"),
+        (["--data", "/proc/nothing/data"], {}, 1, "cannot be written"),
+        (["--port", "0"], {"NARROW_LEASE_SECONDS": "abc"}, 2, "NARROW_LEASE_SECONDS='abc' should be a valid number"),
+        (["--port", "0"], {"NARROW_DATABASE_URL": "nonsense://"}, 1, "NARROW_DATABASE_URL"),
+    ],
+)
+def test_a_service_that_cannot_start_says_why(tmp_path, arguments, settings, code, words):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        arguments = [a.format(taken=taken.getsockname()[1]) for a in arguments]
+        found = subprocess.run(
+            [sys.executable, "-m", "narrow_client.cli", "serve", *arguments],
+            env={**os.environ, "NARROW_DATA": str(tmp_path / "data"), **settings},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert found.returncode == code, found.stderr
+    assert words in found.stderr
+    assert "Traceback" not in found.stderr
+    assert found.stdout == ""
 
 
 @pytest.mark.slow

@@ -11,7 +11,10 @@ import time
 import httpx
 import pytest
 from live import QUICK, SLOW, spec_of
+from pydantic import TypeAdapter
 from tiny import write_jsonl
+
+from narrow_engine.spec import Name
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 
@@ -76,7 +79,12 @@ def test_downloads_are_resumable_and_verifiable(service, done):
     assert service.http.get(url, headers={"range": "bytes=1000-", "if-range": '"other"'}).status_code == 200
     assert service.http.get(url, headers={"if-none-match": etag}).status_code == 304
     assert service.http.head(url).headers["content-length"] == str(len(whole.content))
-    assert service.http.get(url, headers={"range": "bytes=99999999-"}).status_code == 416
+    beyond = service.http.get(url, headers={"range": "bytes=99999999-"})
+    problem(beyond, 416, "range_not_satisfiable", str(len(whole.content)))
+    assert beyond.headers["content-range"] == f"bytes */{len(whole.content)}"
+    for ignored in ("bytes=5-2", "bytes=a-b", "bytes=", "bytes", "lines=1-2", "bytes=1-" + "9" * 5000):
+        assert service.http.get(url, headers={"range": ignored}).status_code == 200, ignored
+    assert len(service.http.get(url, headers={"range": "bytes=-10"}).content) == 10
     for path in ("../spec.json", "nothing", "model/..%2f..%2fnarrow.db"):
         answer = service.http.get(f"/jobs/{done['id']}/artifacts/{path}")
         assert answer.status_code == 404, path
@@ -108,6 +116,7 @@ def test_events_are_numbered_and_a_broken_stream_resumes(service, done):
     rest, ended = stream(service, done["id"], last=5)
     assert first + rest == [e["seq"] for e in events]
     assert ended
+    assert stream(service, done["id"], last="9" * 20)[0] == [e["seq"] for e in events], "not a number of ours"
 
 
 def test_a_retry_with_the_same_key_makes_no_second_job(service, done):
@@ -141,7 +150,11 @@ def test_cancel_is_quick_and_the_queue_goes_on(service, tiny_folder, python_file
 
 
 def test_a_job_that_cannot_be_done_fails_with_its_sentence(service, tiny_folder, tmp_path):
-    spec = spec_of(service, tiny_folder, write_jsonl(tmp_path / "short.jsonl", ["too short", "by far"]), QUICK)
+    spec = spec_of(service, tiny_folder, write_jsonl(tmp_path / "tiny.jsonl", ["too short", "by far"]), QUICK)
+    for path in ("/plans", "/jobs"):
+        problem(service.http.post(path, json=spec), 422, "text_too_short", "130 tokens or lower block_tokens")
+    # Enough bytes, but too few tokens: only the engine can know.
+    spec["target"] = {"dataset": service.upload_dataset(write_jsonl(tmp_path / "short.jsonl", ["def self" * 17]))}
     job_id = service.http.post("/jobs", json=spec).json()["id"]
     deadline = time.monotonic() + 60
     while (job := service.job(job_id))["status"] not in TERMINAL and time.monotonic() < deadline:
@@ -188,7 +201,10 @@ def test_bad_models_are_refused_and_leave_nothing(service, tiny_folder, tmp_path
     problem(send(**{"config.json": json.dumps({**config, "hidden_size": 10**12}).encode()}), 422, "bad_config")
     problem(send(**{"tokenizer.json": None}), 422, "missing_file", "tokenizer.json")
     problem(send(**{"..__config.json": b"{}"}), 422, "unexpected_file")
-    problem(service.http.post("/models", data={"name": "x"}), 422, "invalid_request")
+    problem(send(**{"config.json": json.dumps({**config, "x": "\ud800"}).encode()}), 422, "bad_config")
+    deep = json.dumps(config)[:-1] + ', "x": ' + "[" * 500 + "]" * 500 + "}"
+    problem(send(**{"config.json": deep.encode()}), 422, "bad_config")
+    problem(service.http.post("/models", data={"name": "x"}), 422, "invalid_request", "files is missing.")
     assert len(service.http.get("/models", params={"limit": 100}).json()["data"]) == before
     assert service.http.get("/readyz").status_code == 200
 
@@ -210,6 +226,9 @@ def test_bad_datasets_are_refused_by_line(service):
     assert made.status_code == 201
     assert made.json()["documents"] == 1
     assert "<" not in made.json()["name"]
+    problem(send(good, name="字" * 150 + ".x"), 422, "unexpected_file", "200 bytes")
+    for given in ("½ m²①.jsonl", "²①.jsonl", "-_ x" + "é" * 90 + ".jsonl"):
+        TypeAdapter(Name).validate_python(send(good, name=given).json()["name"])
     assert service.http.delete(f"/datasets/{made.json()['id']}").status_code == 204
 
 
@@ -229,8 +248,9 @@ def test_bad_requests_are_problems(service, done):
         problem(service.http.post("/jobs", json=body), status, code)
         problem(service.http.post("/plans", json=body), status, code)
     json_type = {"content-type": "application/json"}
-    problem(service.http.post("/jobs", content=b"{broken", headers=json_type), 422, "invalid_request")
-    problem(service.http.post("/jobs", content=b"\xff", headers=json_type), 400, "bad_request")
+    said = problem(service.http.post("/jobs", content=b"{broken", headers=json_type), 422, "invalid_request", "not valid JSON: ")
+    assert said["errors"][0]["pointer"] == ""
+    problem(service.http.post("/jobs", content=b"\xff", headers=json_type), 400, "bad_request", "JSON in UTF-8")
     problem(service.http.post("/jobs", content=b" " * 3_000_000, headers=json_type), 413, "too_large")
     problem(service.http.get("/jobs/nothing"), 404, "job_not_found")
     problem(service.http.get("/jobs", params={"limit": 0}), 422, "invalid_request")
@@ -240,9 +260,36 @@ def test_bad_requests_are_problems(service, done):
     assert service.http.get("/jobs").status_code == 200
 
 
+def test_what_is_wrong_with_a_field_is_told_in_words(service, done):
+    spec = done["spec"]
+    cases = [
+        (
+            {**spec, "method": {"recover": {"token": 1}}},
+            "/method/recover/token",
+            "there is no option 'token' here: is it misspelt?",
+        ),
+        ({**spec, "budget": {"parameters": 1.5}}, "/budget", "'parameters' above 1 is a count"),
+        ({k: v for k, v in spec.items() if k != "target"}, "/target", "is missing"),
+        ({**spec, "base": {"model": "llama"}}, "/base/model", "is not an id like mdl_01h4"),
+        ({**spec, "seed": -1}, "/seed", "should be greater than or equal to 0"),
+        ({**spec, "skills": [{**spec["target"], "name": "-"}]}, "/skills/0/name", "is not a name"),
+        ({**spec, "a/b": 1}, "/a~1b", "there is no option 'a/b' here"),
+    ]
+    for body, pointer, words in cases:
+        told = problem(service.http.post("/plans", json=body), 422, "invalid_request", words)
+        assert told["errors"][0]["pointer"] == pointer
+        assert told["errors"][0]["detail"].startswith(words)
+        assert told["detail"].startswith(pointer[1:].replace("/", ".").replace("~1", "/"))
+        assert told["detail"][-2:] not in ("..", "?.")
+    half = json.dumps({**spec, "\ud800": 1})
+    problem(service.http.post("/plans", content=half, headers={"content-type": "application/json"}), 422, "invalid_request")
+    problem(service.http.post("/plans", content=b"{}"), 422, "invalid_request", "The body is not a JSON object")
+
+
 def test_health(service):
     assert service.http.get("/healthz").json() == {"status": "ok", "checks": {}}
-    assert service.http.get("/readyz").json()["checks"]["database"] == "ok"
+    checks = service.http.get("/readyz").json()["checks"]
+    assert checks == {"accepting": "ok", "database": "ok", "disk": "ok"}
     assert re.fullmatch(r"req_[0-9a-f]{16}", service.http.get("/healthz").headers["x-request-id"])
 
 

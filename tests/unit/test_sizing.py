@@ -57,7 +57,8 @@ def test_a_budget_is_never_exceeded_and_hardly_wasted(family, quantity, share, w
         return {"parameters": size.parameters, "bytes": size.bytes, "flops": size.flops_per_token}[quantity]
 
     asked = int(share * cost({})) if data.draw(st.booleans()) else share
-    options = Options.model_validate({"budget": {quantity: asked}, "method": {"units": units}})
+    multiple = data.draw(st.sampled_from([None, 1, 16]))
+    options = Options.model_validate({"budget": {quantity: asked}, "method": {"units": units, "multiple": multiple}})
     try:
         keep, _ = solve(config, options, 2)
     except NarrowError:
@@ -65,8 +66,15 @@ def test_a_budget_is_never_exceeded_and_hardly_wasted(family, quantity, share, w
     assert set(keep) == set(units)
     assert cost(keep) <= share * cost({})
     if units == ["neuron"] and keep["neuron"] < width:
-        more = {"neuron": keep["neuron"] + 8}
+        assert keep["neuron"] % (multiple or 8) == 0 or keep["neuron"] == width
+        more = {"neuron": keep["neuron"] + (multiple or 8)}
         assert cost(more) > int(share * cost({})) or more["neuron"] > width
+
+
+def test_wide_models_keep_neurons_in_whole_tiles():
+    config = tiny_config("llama", intermediate_size=11_008, hidden_size=64).to_dict()
+    options = Options.model_validate({"budget": {"parameters": 0.5}})
+    assert solve(config, options, 2)[0]["neuron"] % 64 == 0
 
 
 def test_the_dry_run_says_what_the_cut_makes():
