@@ -139,7 +139,7 @@ def test_another_spec_in_the_same_folder_runs_what_it_changes(spec, tmp_path):
     assert finish(start(spec(), out))[0] == 0
     method = {**OPTIONS["method"], "recover": {"tokens": 0}}
     assert finish(start(spec(method=method), out))[0] == 0
-    runs = [(e.phase, e.data["reused"]) for e in read_events(out / "events.jsonl") if e.kind == "finished"][11:]
+    runs = [(e.phase, e.data["reused"]) for e in read_events(out / "events.jsonl") if e.kind == "finished"][10:]
     assert dict(runs)["reconstruct"] is True
     assert dict(runs)["recover"] is False
     report = Report.model_validate_json((out / "result" / "report.json").read_text())

@@ -1,0 +1,158 @@
+"""What a training step costs here, against the stock way and against the machine's limit.
+
+    python bench/training.py [--threads 2] [--vocabularies 8192 131072]
+
+Losses: forward and backward of one loss on 4,096 positions of hidden size 256, each in a process of its own, so that its peak
+memory is its own. `stock` holds all the logits: transformers' ForCausalLMLoss, and torch's kl_div for distillation.
+Steps: base-s with three quarters of its neurons cut, a batch of 4,096 tokens. `stock` is the paper's way: the base at its full
+size with masked weights, transformers' loss, AdamW, in the same precision.
+The limit is that of a square matrix product in the precision that training chose on this machine.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the engine sets it
+
+import torch
+import torch.nn.functional as F
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from narrow_engine import corpus, models, train
+from narrow_engine.losses import Head, objective
+from narrow_engine.plan import make_plan
+from narrow_engine.slice import mask_model, slice_model
+
+BASE = Path(__file__).resolve().parent.parent / "demo" / "base"
+HIDDEN, POSITIONS, LENGTH, ROWS, ROUNDS, WARM = 256, 4096, 512, 8, 3, 1
+
+
+def median(run) -> float:
+    """Seconds of a call, the median of some."""
+    taken = []
+    for _ in range(WARM + ROUNDS):
+        started = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - started)
+    return sorted(taken[WARM:])[ROUNDS // 2]
+
+
+def one_loss(kind: str, vocabulary: int) -> None:
+    """Prints seconds and peak bytes of one loss, over those of a process that has its inputs and gradients."""
+    torch.manual_seed(0)
+    hidden = torch.randn(POSITIONS, HIDDEN, requires_grad=True)
+    weight = (torch.randn(vocabulary, HIDDEN) * 0.05).requires_grad_(True)
+    base_hidden, base_weight = torch.randn(POSITIONS, HIDDEN), torch.randn(vocabulary, HIDDEN) * 0.05
+    targets = torch.randint(vocabulary, (POSITIONS,))
+    hidden.grad, weight.grad = torch.zeros_like(hidden), torch.zeros_like(weight)
+
+    def compute() -> torch.Tensor:
+        if kind == "narrow next_token":
+            return objective(hidden, Head(weight), targets).total
+        if kind == "narrow mixed":
+            return objective(hidden, Head(weight), targets, (base_hidden, Head(base_weight)), 0.5).total
+        logits = hidden @ weight.T
+        loss = ForCausalLMLoss(logits, labels=None, shift_labels=targets, vocab_size=vocabulary)
+        if kind == "stock mixed":
+            with torch.no_grad():
+                wanted = (base_hidden @ base_weight.T).log_softmax(-1)
+            kl = F.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="batchmean")
+            loss = 0.5 * loss + 0.5 * kl
+        return loss
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = median(lambda: compute().backward())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps({"loss": kind, "vocabulary": vocabulary, "seconds": seconds, "bytes": peak * 1024}))
+
+
+def steps(limit: float) -> list[dict]:
+    """A step of recovery, ours and the paper's way, on the embedded model."""
+    base = models.load_model(BASE)
+    config = models.config_dict(base)
+    plan = make_plan(config, {"neuron": torch.rand(6, 1024)}, {"neuron": 256})
+    small, masked = slice_model(base, plan), mask_model(base, plan)
+    tokens = torch.randint(8192, (20_000,)).numpy().astype("uint32")
+    batch = corpus.Blocks(tokens, LENGTH, 0).batch(0, ROWS)
+    low = train.training_dtype(torch.device("cpu"))
+
+    def ours(model, objective_name: str, optimizer: str):
+        settings = train.Settings(1, ROWS * LENGTH, objective_name, 1.0, optimizer)
+        optimizers = train._optimizers(model, settings)
+        share = train.SHARE[objective_name]
+
+        def step() -> None:
+            train._step(model, batch, base if share else None, share, 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for each in optimizers:
+                each.step()
+                each.zero_grad(set_to_none=True)
+
+        return step
+
+    stock_optimizer = torch.optim.AdamW(masked.parameters(), lr=5e-5)
+
+    def stock() -> None:
+        with torch.autocast("cpu", low, enabled=low != torch.float32):
+            logits = masked(input_ids=batch[:, :-1]).logits
+        ForCausalLMLoss(logits, labels=None, shift_labels=batch[:, 1:].contiguous(), vocab_size=8192).backward()
+        torch.nn.utils.clip_grad_norm_(masked.parameters(), 1.0)
+        stock_optimizer.step()
+        stock_optimizer.zero_grad(set_to_none=True)
+
+    for model in (small, masked):
+        model.train()
+    whole, cut = (sum(p.numel() for p in m.parameters()) for m in (base, small))
+    # Six FLOPs a parameter and token for forward and backward, two for the base's forward; attention over the past is little.
+    arms = {
+        "stock: masked base, next token, AdamW": (stock, 6 * whole),
+        "narrow: next token, AdamW": (ours(small, "next_token", "adamw"), 6 * cut),
+        "narrow: next token, Muon": (ours(small, "next_token", "muon"), 6 * cut),
+        "narrow: mixed, Muon (the default)": (ours(small, "mixed", "muon"), 6 * cut + 2 * whole),
+    }
+    return [
+        {"step": name, "seconds": taken, "of_limit": flops * ROWS * LENGTH / taken / limit}
+        for name, (run, flops) in arms.items()
+        for taken in [median(run)]
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=[8192, 131_072])
+    parser.add_argument("--loss", nargs=2, metavar=("KIND", "VOCABULARY"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.loss:
+        one_loss(options.loss[0], int(options.loss[1]))
+        return
+    rows = []
+    print("| loss, 4,096 positions | vocabulary | ms | memory above inputs, MiB |\n|---|---|---|---|")
+    for vocabulary in options.vocabularies:
+        for kind in ("stock next_token", "narrow next_token", "stock mixed", "narrow mixed"):
+            command = [sys.executable, __file__, "--threads", str(options.threads), "--loss", kind, str(vocabulary)]
+            row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            rows.append(row)
+            print(f"| {kind} | {vocabulary:,} | {row['seconds'] * 1e3:.0f} | {row['bytes'] / 2**20:.0f} |", flush=True)
+    dtype = train.training_dtype(torch.device("cpu"))
+    a = torch.randn(2048, 2048).to(dtype)
+    limit = 2 * 2048**3 / median(lambda: a @ a)
+    print(f"\n{options.threads} threads, {dtype}: {limit / 1e9:.0f} GFLOP/s\n")
+    print("| step of 4,096 tokens | ms | of the limit |\n|---|---|---|")
+    for row in steps(limit):
+        rows.append(row)
+        print(f"| {row['step']} | {row['seconds'] * 1e3:.0f} | {row['of_limit']:.0%} |", flush=True)
+    out = Path(__file__).resolve().parent / "out" / "training.json"
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps({"threads": options.threads, "dtype": str(dtype), "limit": limit, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
