@@ -29,7 +29,8 @@ test: check            ## the fast tests
 test-all: check        ## all tests
 	$(BIN)/python -m pytest
 
-bench: setup           ## the figures of the README; hours on two cores
+bench: setup           ## the figures of the README; more than an hour
+	$(BIN)/python bench/training.py
 	$(BIN)/python bench/quality.py
 
 openapi: setup         ## export the contract and regenerate the client's models
