@@ -44,7 +44,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def run(spec: Path, out: Path, quiet: bool) -> None:
     """Run a compression from a spec file, without a server."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.UsageError(f"{out} cannot be made: {error.strerror}.") from error
     failure = out / "failure.json"
     try:
         wanted = read_spec(spec)
@@ -130,12 +133,12 @@ def _run(spec: CompressionSpec, out: Path, quiet: bool) -> None:
         from narrow_engine.report.page import summary, verdict
 
         report = Report.model_validate_json((result / "report.json").read_bytes())
-        click.echo("\n".join([verdict(report), *summary(report), f"The model, the ONNX file and report.html are in {result}."]))
+        click.echo("\n".join([verdict(report), *summary(report), f"All that came out is in {result}; begin with report.html."]))
 
 
 def _line(kind: "Kind", phase: str, message: str, data: dict[str, Any]) -> str:
     """What a person is told of an event; empty for what would only be noise."""
-    name = phase.replace("_", " ")
+    name = phase.replace("_", " ") or "run"
     if kind == "notice":
         return f"{name}: note: {message}"
     if kind == "finished" and data["seconds"] >= SHORT_SECONDS:

@@ -58,6 +58,13 @@ def run(spec: CompressionSpec, folder: Path, sink: Sink, stop: threading.Event |
     (folder / "stages").mkdir(parents=True, exist_ok=True)
     line = _with_keys(spec)
     done = list(takewhile(lambda step: _reuse(context, *step), line))
+    if len(done) < len(line) and (folder / "result").exists():
+        sink(
+            "notice",
+            "",
+            "The results in this folder came of another spec or other data: they are replaced.",
+            {"code": "replaced"},
+        )
     for stage in LINE:
         if stage not in [step[0] for step in done]:
             # What other inputs made is no result of this run.

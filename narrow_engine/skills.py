@@ -97,7 +97,7 @@ def retention(base: Measured, other: Measured, seed: int) -> Interval:
 def note(role: str, kept: Interval, documents: int) -> str:
     """What a reader of a row should keep in mind, as a sentence; empty if nothing."""
     if documents < FEW_DOCUMENTS:
-        return f"Only {documents} documents: too few for the interval to mean much."
+        return f"Only {documents} document{'s' if documents > 1 else ''}: too few for the interval to mean much."
     if role == "keep" and kept.high < 0.5:
         return "Over twice the base's perplexity: of little use. Raise the budget or train longer (method.recover.tokens)."
     if role == "keep" and kept.low > 1:

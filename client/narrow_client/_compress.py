@@ -7,6 +7,7 @@ from typing import Any
 
 from narrow_client import _calls
 from narrow_client._errors import Conflict, ConnectionFailed, JobCancelled, JobFailed, NarrowClientError, ServerError
+from narrow_client._files import check_out
 from narrow_client._render import ProgressDisplay
 from narrow_client._sync import Narrow
 from narrow_client.models import Event, Job, Report
@@ -52,6 +53,7 @@ def compress(
     client = client or Narrow()
     out = Path(out)
     try:
+        check_out(out)
         spec = upload_spec(client, base, target, budget, skills, method, export, column, seed, options)
         job = client.jobs.create(spec)
         fetch = f"'narrow download {job.id} --out {out}' fetches what came out"
@@ -73,6 +75,8 @@ def compress(
         except (ConnectionFailed, ServerError) as error:
             error.args = (f"{error} The job {job.id} has succeeded: {fetch}.",)
             raise
+        except OSError as error:
+            raise NarrowClientError(f"{out} cannot be written: {error}. The job {job.id} has succeeded: {fetch}.") from error
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"the job {job.id} has succeeded: {fetch}") from None
         return Result(

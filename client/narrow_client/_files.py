@@ -1,5 +1,6 @@
 """Small facts that both clients need: when a job is over, and where its files go."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -11,6 +12,13 @@ TERMINAL = ("succeeded", "failed", "cancelled")
 
 def is_terminal(job: Job) -> bool:
     return job.status in TERMINAL
+
+
+def check_out(out: Path) -> None:
+    """Before a job that may take hours: whether its results can be written at all."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise NarrowClientError(f"Nothing can be written to {out}: {there} is not a folder that you may write to.")
 
 
 def no_files(job: Job) -> NarrowClientError:

@@ -234,7 +234,7 @@ def jobs_table(jobs: list[Job]) -> Table:
     for column in ("status", "phase", "budget", "created"):
         table.add_column(column, overflow="fold")
     for job in jobs:
-        created = job.created_at.astimezone().strftime("%Y-%m-%d %H:%M")
+        created = job.created_at.astimezone().strftime("%d %b %H:%M")
         status = f"{job.status}: {job.error.code}" if job.error else job.status
         row = (job.id, status, job.phase, _budget(job.spec.budget), created)
         table.add_row(*(Text(plain(cell)) for cell in row))

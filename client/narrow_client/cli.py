@@ -3,6 +3,7 @@
 Exit status: 0 done, 1 the job failed or the service said no, 2 wrong usage, 130 interrupted.
 """
 
+import errno
 import json
 import math
 import platform
@@ -72,6 +73,11 @@ class Group(click.Group):
             # What it says is what became of the job.
             click.echo(": ".join(["interrupted", *(plain(str(said)) for said in interrupt.args)]), err=True)
             sys.exit(130)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # `narrow jobs | head`: click ends quietly
+                raise
+            click.echo(f"narrow: {plain(str(error))}", err=True)
+            sys.exit(1)
         except NarrowClientError as error:
             click.echo(f"narrow: {plain(str(error))}", err=True)
             if isinstance(error, InvalidRequest):

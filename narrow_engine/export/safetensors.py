@@ -41,6 +41,9 @@ def save_model(model: PreTrainedModel, source: Path, out: Path, dtype: torch.dty
     rounded = copy.deepcopy(model).to(dtype)
     rounded.config.use_cache = True
     rounded.save_pretrained(out)
+    for path in out.glob("*.safetensors"):
+        # They are made for their owner alone; a service may well run as somebody else.
+        path.chmod((out / "config.json").stat().st_mode)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)

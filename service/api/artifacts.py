@@ -81,7 +81,7 @@ def download_artifact(
         "X-Content-Type-Options": "nosniff",
         "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'",
     }
-    if if_none_match and row.sha256 in if_none_match:
+    if if_none_match and (row.sha256 in if_none_match or if_none_match.strip() == "*"):
         return Response(status_code=304, headers=headers)
     return _file(request, row, row.media_type, headers, filename=row.path.rsplit("/", 1)[-1])
 

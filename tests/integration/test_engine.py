@@ -178,6 +178,11 @@ def test_a_wrong_spec_is_wrong_usage(spec, tmp_path, change, words):
     assert (status, "Traceback" in told, words in told) == (2, False, True), told
 
 
+def test_a_folder_that_cannot_be_made_is_wrong_usage(spec, tmp_path):
+    status, told = finish(start(spec(), "/proc/narrow/run"))
+    assert (status, "Traceback" in told, "cannot be made" in told) == (2, False, True), told
+
+
 def test_names_of_skills_may_be_anything(spec, tmp_path, german_file):
     """They once were file names: 'training' took the place of the training text."""
     names = ["training", "字" * 100]

@@ -465,6 +465,13 @@ def test_compress_looks_for_every_file_before_it_uploads_one(server, local):
     assert not server.asked
 
 
+def test_compress_looks_whether_its_results_can_be_written_before_it_sends_anything(server, local, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run_cli("compress", *local, "--out", str(tmp_path / "file" / "below"))
+    assert (result.exit_code, "Nothing can be written to" in result.stderr) == (1, True), result.output
+    assert not server.asked
+
+
 def test_a_dry_run_is_a_table_of_the_whole_spec(uploads, local):
     sent = {}
 

@@ -37,6 +37,7 @@ def test_a_fresh_process_computes_the_same_and_a_changed_weight_is_caught(tmp_pa
     assert (folder / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
     weights = load_file(folder / "model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {(folder / "config.json").stat().st_mode & 0o777}
     weights["model.layers.1.self_attn.q_proj.bias"] += 0.5
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(NarrowError) as raised:
