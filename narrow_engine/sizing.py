@@ -14,10 +14,17 @@ from typing import Any
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import Dimensions, Family, dimensions, family_of, tensor_shapes
 from narrow_engine.report.model import Size
-from narrow_engine.spec import Options, Unit
+from narrow_engine.spec import Options, Quantity, Unit
 
 WIDE, WIDE_MULTIPLE, MULTIPLE = 4096, 64, 8
 """Neurons are kept in multiples where a budget leaves the choice, since odd widths waste vector lanes and tiles."""
+
+MEASURES: dict[Quantity, tuple[str, str]] = {
+    "parameters": ("parameters", "parameters"),
+    "bytes": ("bytes", "bytes"),
+    "flops": ("flops_per_token", "FLOPs a token"),
+}
+"""What a budget can limit: the field of `Size` and its name in a sentence."""
 
 SECONDS_PER_FLOP = 1 / 100e9
 FIXED_SECONDS = 45.0
@@ -107,13 +114,13 @@ def solve(config: dict[str, Any], options: Options, bytes_per_parameter: int) ->
     amount = options.budget.amount()
     assert amount is not None
     quantity, asked = amount
+    field, word = MEASURES[quantity]
 
     def cost(keep: dict[Unit, int]) -> int:
-        size = size_of(config, shrink(dims, keep), bytes_per_parameter)
-        return {"parameters": size.parameters, "bytes": size.bytes, "flops": size.flops_per_token}[quantity]
+        return int(getattr(size_of(config, shrink(dims, keep), bytes_per_parameter), field))
 
     multiple = options.method.multiple or (WIDE_MULTIPLE if dims.width >= WIDE else MULTIPLE)
-    total, word = cost({}), {"parameters": "parameters", "bytes": "bytes", "flops": "FLOPs a token"}[quantity]
+    total = cost({})
     limit = int(asked * total) if asked <= 1 else int(asked)
     candidates = [keep for keep in _candidates(family, dims, units, multiple) if cost(keep) <= limit]
     if "neuron" in units:

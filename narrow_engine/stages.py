@@ -384,6 +384,11 @@ def _training(run: Run) -> corpus.Documents:
     return corpus.load(run.out("load"), "training")
 
 
+def _held_out(run: Run) -> corpus.Documents:
+    """What the target is measured on."""
+    return corpus.load(run.out("load"), _skills(run)[run.spec.target_name].file)
+
+
 def _training_blocks(run: Run, order: int) -> corpus.Blocks:
     """The target's training text; each user of it goes through it in an order of its own."""
     return corpus.Blocks(_training(run).tokens, run.spec.block_tokens, run.spec.seed + order)
@@ -400,8 +405,8 @@ def _probe(run: Run) -> torch.Tensor:
 
 
 def _validator(run: Run) -> Callable[[PreTrainedModel], float]:
-    held_out, length = corpus.load(run.out("load"), _skills(run)[run.spec.target_name].file), run.spec.block_tokens
-    documents = corpus.sample(held_out, VALIDATION_TOKENS, length, run.spec.seed)
+    length = run.spec.block_tokens
+    documents = corpus.sample(_held_out(run), VALIDATION_TOKENS, length, run.spec.seed)
     return lambda model: skills.loss_of(model.eval(), documents, length)
 
 
@@ -455,7 +460,7 @@ def _curve(run: Run, stage: str) -> list[CurvePoint]:
 def _samples(run: Run) -> list[Sample]:
     """The beginning of held-out text, continued greedily by both models."""
     tokenizer, start = _tokenizer(run.spec.base.path, ModelInfo.model_validate(_info(run)["model"]))
-    documents = corpus.load(run.out("load"), _skills(run)[run.spec.target_name].file)
+    documents = _held_out(run)
     found = []
     # What was measured are stretches; those that begin where their document does read best.
     for index in sorted(range(len(documents)), key=lambda i: documents[i][0] != start)[:SAMPLES]:

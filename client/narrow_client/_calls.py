@@ -20,7 +20,6 @@ from narrow_client.models import (
     Model,
     PageArtifact,
     PageDataset,
-    PageEvent,
     PageJob,
     PageModel,
     Plan,
@@ -89,10 +88,6 @@ def cancel_job(job_id: str) -> Call[Job]:
 
 def delete_job(job_id: str) -> Call[None]:
     return Call("DELETE", path_of("job", job_id), _nothing, safe=False)
-
-
-def list_events(job_id: str, after: int) -> Call[PageEvent]:
-    return Call("GET", path_of("job", job_id, "events"), _as(PageEvent), params={"after": after, "limit": 500})
 
 
 def get_report(job_id: str) -> Call[Report]:

@@ -23,7 +23,7 @@ from narrow_client._compress import compress as run_compress
 from narrow_client._errors import InvalidRequest, NarrowClientError
 from narrow_client._render import ProgressDisplay, jobs_table, plain, plan_view, report_view
 from narrow_client._sync import Narrow
-from narrow_client.models import Event, Job, JobSpec, Prune, SkillId
+from narrow_client.models import Budget, Event, Job, JobSpec, Prune, SkillId
 
 
 def words(model: type[BaseModel], field: str) -> tuple[str, ...]:
@@ -123,7 +123,7 @@ def parse_skill(ctx: click.Context, parameter: click.Parameter, values: tuple[st
     return found
 
 
-QUANTITIES = ("parameters", "bytes", "flops")
+QUANTITIES = tuple(name for name in Budget.model_fields if name != "keep")
 
 
 def parse_budget(_: click.Context, __: click.Parameter, value: str) -> dict[str, float]:
