@@ -39,6 +39,15 @@ class Tensor:
     axes: tuple[Axis, ...]
     when: str = ""
 
+    @property
+    def module(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether this is the weight of a norm: a vector that is no bias."""
+        return len(self.axes) == 1 and not self.name.endswith(".bias")
+
 
 @dataclass(frozen=True)
 class Family:
@@ -54,7 +63,7 @@ class Family:
     """Reads the heads, writes the residual stream."""
     mlp_out: str = "mlp.down_proj"
     """Reads the neurons, writes the residual stream."""
-    units: tuple[Unit, ...] = ("neuron", "head", "kv_group", "layer")
+    units: tuple[Unit, ...] = ("neuron", "head", "kv_group", "layer", "residual")
     hidden_key: str = "hidden_size"
     width_key: str = "intermediate_size"
     layers_key: str = "num_hidden_layers"
@@ -68,6 +77,10 @@ class Family:
     """Whether stock transformers refuses a number of heads that does not divide the hidden size."""
     writes_normed: bool = False
     """Whether what attention and MLP write is normalised before it is added to the stream."""
+    norm_offset: int = 0
+    """What a norm adds to its weight: Gemma's norms multiply by 1 + w."""
+    embeddings_scaled: bool = False
+    """Whether embeddings are multiplied by the square root of the hidden size."""
     write_scale_key: str = ""
     """Config key of the factor on what attention and MLP write, where there is one."""
     softcap_key: str = ""
@@ -80,6 +93,19 @@ class Family:
     """What transformers takes for keys that config.json leaves out, other than false and one key/value head a query head."""
     on_disk: tuple[tuple[str, str], ...] = ()
     """In-memory name and saved name, where transformers renames."""
+
+    @property
+    def readers(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The modules of a layer that read the normalised stream: the attention's, and the MLP's."""
+        writing = (self.attention_out, self.mlp_out)
+        reading = [t for t in self.layer_tensors if len(t.axes) == 2 and "hidden" in t.axes and t.module not in writing]
+        mlp = tuple(t.module for t in reading if "width" in t.axes or "gate_up" in t.axes)
+        return tuple(t.module for t in reading if t.module not in mlp), mlp
+
+    @property
+    def qk_normed(self) -> bool:
+        """Whether queries and keys are normalised."""
+        return any(t.is_norm and t.axes != ("hidden",) for t in self.layer_tensors)
 
 
 def _linear(name: str, out: Axis, into: Axis, bias: str | None = None) -> tuple[Tensor, ...]:
@@ -139,6 +165,8 @@ _IN, _POST, _PRE_MLP, _POST_MLP = (
 _LLAMA_NORMS = _norms(_IN, _POST)
 _LLAMA_OUTER = _outer(*_norms("model.norm"))
 _NO_HEADS: tuple[Unit, ...] = ("neuron", "layer")
+_LAYER_NORM: tuple[Unit, ...] = ("neuron", "head", "kv_group", "layer")
+"""LayerNorm subtracts the mean over all hidden dimensions, the silenced ones too: no slice of it is equal to that."""
 
 _ALL = (
     Family(
@@ -204,6 +232,7 @@ _ALL = (
         "nemotron",
         (*_attention("attention_bias", "attention_bias"), *_plain_mlp("mlp_bias"), *_norms(_IN, _POST, bias=True)),
         _outer(*_norms("model.norm", bias=True)),
+        units=_LAYER_NORM,
     ),
     Family(
         "starcoder2",
@@ -215,6 +244,7 @@ _ALL = (
         _outer(*_norms("model.norm", bias=True)),
         mlp_out="mlp.c_proj",
         defaults={"num_key_value_heads": 2, "use_bias": True, "tie_word_embeddings": True},
+        units=_LAYER_NORM,
     ),
     Family(
         "stablelm",
@@ -224,7 +254,7 @@ _ALL = (
         units=_NO_HEADS,
         defaults={"num_key_value_heads": 32},
     ),
-    Family("olmo", (*_attention("attention_bias", "attention_bias"), *_gated_mlp()), _outer()),
+    Family("olmo", (*_attention("attention_bias", "attention_bias"), *_gated_mlp()), _outer(), units=_LAYER_NORM),
     Family(
         "olmo2",
         (
@@ -235,7 +265,7 @@ _ALL = (
         ),
         _LLAMA_OUTER,
         writes_normed=True,
-        units=_NO_HEADS,
+        units=(*_NO_HEADS, "residual"),
     ),
     Family(
         "exaone4",
@@ -249,6 +279,7 @@ _ALL = (
         (*_attention("attention_bias", "attention_bias"), *_gated_mlp(), *_norms(_IN)),
         _LLAMA_OUTER,
         logit_scale=("logit_scale", 1),
+        units=_LAYER_NORM,
         defaults={"tie_word_embeddings": True},
     ),
     Family(
@@ -256,6 +287,7 @@ _ALL = (
         (*_attention("attention_bias", "attention_bias"), *_gated_mlp(), *_norms(_IN)),
         _LLAMA_OUTER,
         logit_scale=("logit_scale", 1),
+        units=_LAYER_NORM,
         defaults={"tie_word_embeddings": True},
     ),
     Family("phi3", (*_attention(None, None, fused=True), *_fused_mlp(), *_LLAMA_NORMS), _LLAMA_OUTER),
@@ -281,12 +313,16 @@ _ALL = (
         "gemma",
         (*_attention("attention_bias", "attention_bias"), *_gated_mlp(), *_LLAMA_NORMS),
         _LLAMA_OUTER,
+        norm_offset=1,
+        embeddings_scaled=True,
         defaults={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
     ),
     Family(
         "gemma2",
         (*_attention("attention_bias", "attention_bias"), *_gated_mlp(), *_LLAMA_NORMS, *_norms(_PRE_MLP, _POST_MLP)),
         _LLAMA_OUTER,
+        norm_offset=1,
+        embeddings_scaled=True,
         heads_divide_hidden=True,
         softcap_key="final_logit_softcapping",
         writes_normed=True,
@@ -302,6 +338,8 @@ _ALL = (
             *_norms(_PRE_MLP, _POST_MLP),
         ),
         _LLAMA_OUTER,
+        norm_offset=1,
+        embeddings_scaled=True,
         softcap_key="final_logit_softcapping",
         writes_normed=True,
         defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},

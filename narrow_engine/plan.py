@@ -12,13 +12,15 @@ from narrow_engine.sizing import shrink, unit_counts
 from narrow_engine.spec import Unit
 
 Scores = dict[Unit, Tensor]
-"""Larger is more important: neuron [layers, width], head [layers, heads], kv_group [layers, kv_heads], layer [layers]."""
+"""Larger is more important: neuron [layers, width], head [layers, heads], kv_group [layers, kv_heads], layer [layers],
+residual [hidden]."""
 
 
 class Plan(BaseModel):
-    """Kept units. `layers` holds old layer numbers; the other lists have one entry for each *kept* layer, ascending."""
+    """Kept units, ascending. `layers` and `residual` hold numbers in the base, the others a list for each *kept* layer."""
 
     layers: list[int]
+    residual: list[int]
     neurons: list[list[int]]
     kv_groups: list[list[int]]
     heads: list[list[int]]
@@ -43,24 +45,26 @@ def make_plan(config: dict[str, Any], scores: Scores, keep: dict[Unit, int]) -> 
         groups = _best(scores["kv_group"][layer], small.kv_heads) if "kv_group" in keep else list(range(dims.kv_heads))
         kv_groups.append(groups)
         heads.append([head for group in groups for head in _heads(dims, group, scores, layer, per_group)])
-    return Plan(layers=layers, neurons=neurons, kv_groups=kv_groups, heads=heads)
+    residual = _best(scores["residual"], small.hidden) if "residual" in keep else list(range(dims.hidden))
+    return Plan(layers=layers, residual=residual, neurons=neurons, kv_groups=kv_groups, heads=heads)
+
+
+def whole_plan(config: dict[str, Any]) -> Plan:
+    """The plan that cuts nothing: slicing by it copies the model."""
+    return make_plan(config, {}, {})
 
 
 def cuts(config: dict[str, Any], plan: Plan, units: list[Unit]) -> list[Cut]:
     """What the plan keeps of each kind, for the report."""
-    kept: dict[Unit, list[int]] = {
-        "neuron": [len(row) for row in plan.neurons],
-        "head": [len(row) for row in plan.heads],
-        "kv_group": [len(row) for row in plan.kv_groups],
-        "layer": plan.layers,
-    }
+    whole: dict[Unit, list[int]] = {"layer": plan.layers, "residual": plan.residual}
+    by_layer: dict[Unit, list[list[int]]] = {"neuron": plan.neurons, "head": plan.heads, "kv_group": plan.kv_groups}
     counts = unit_counts(dimensions(config))
     return [
         Cut(
             unit=unit,
-            kept=len(plan.layers) if unit == "layer" else kept[unit][0],
+            kept=len(whole[unit] if unit in whole else by_layer[unit][0]),
             of=counts[unit],
-            per_layer=kept[unit],
+            per_layer=plan.layers if unit == "layer" else [len(row) for row in by_layer.get(unit, [])],
         )
         for unit in units
     ]

@@ -6,7 +6,7 @@ transformers, vLLM and ONNX tools read one width from the config.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -14,10 +14,13 @@ from typing import Any
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import Dimensions, Family, dimensions, family_of, tensor_shapes
 from narrow_engine.report.model import Size
-from narrow_engine.spec import Options, Quantity, Unit
+from narrow_engine.spec import PLURAL, Options, Quantity, Unit
 
 WIDE, WIDE_MULTIPLE, MULTIPLE = 4096, 64, 8
 """Neurons are kept in multiples where a budget leaves the choice, since odd widths waste vector lanes and tiles."""
+
+STEPS = 48
+"""Numbers of one kind of unit that are tried, at most: combinations of the kinds multiply."""
 
 MEASURES: dict[Quantity, tuple[str, str]] = {
     "parameters": ("parameters", "parameters"),
@@ -69,8 +72,14 @@ def size_of(config: dict[str, Any], dims: Dimensions, bytes_per_parameter: int) 
 
 
 def unit_counts(dims: Dimensions) -> dict[Unit, int]:
-    """How many units of each kind there are: in a layer, or layers in the model."""
-    return {"neuron": dims.width, "head": dims.heads, "kv_group": dims.kv_heads, "layer": dims.layers}
+    """How many units of each kind there are: in a layer, or in the model for layers and hidden dimensions."""
+    return {
+        "neuron": dims.width,
+        "head": dims.heads,
+        "kv_group": dims.kv_heads,
+        "layer": dims.layers,
+        "residual": dims.hidden,
+    }
 
 
 def shrink(dims: Dimensions, keep: dict[Unit, int]) -> Dimensions:
@@ -79,6 +88,7 @@ def shrink(dims: Dimensions, keep: dict[Unit, int]) -> Dimensions:
     heads = keep.get("head", kv_heads * (dims.heads // dims.kv_heads))
     return replace(
         dims,
+        hidden=keep.get("residual", dims.hidden),
         width=keep.get("neuron", dims.width),
         layers=keep.get("layer", dims.layers),
         heads=heads,
@@ -129,7 +139,7 @@ def solve(config: dict[str, Any], options: Options, bytes_per_parameter: int) ->
         smallest = min(cost(keep) for keep in _candidates(family, dims, units, multiple))
         raise NarrowError(
             "budget_too_small",
-            f"Cutting {' and '.join(f'{u}s' for u in units)} can bring this model from {total:,} to {smallest:,} {word}, "
+            f"Cutting {' and '.join(PLURAL[u] for u in units)} can bring this model from {total:,} to {smallest:,} {word}, "
             f"not to {limit:,}: raise the budget{_more_units(family, dims, units)}.",
         )
     best = min(candidates, key=lambda keep: _unevenness(dims, keep) - cost(keep) / total)
@@ -171,17 +181,30 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
     return Sizes(before, after, keep, memory, flops, FIXED_SECONDS + flops * SECONDS_PER_FLOP, notices)
 
 
-def _candidates(family: Family, dims: Dimensions, units: list[Unit], multiple: int) -> Iterator[dict[Unit, int]]:
-    """Every combination of the coarse kinds, with the fewest neurons; neurons are filled in afterwards."""
+def _candidates(
+    family: Family, dims: Dimensions, units: list[Unit], multiple: int, residual: Sequence[int] = ()
+) -> Iterator[dict[Unit, int]]:
+    """Every combination of the coarse kinds, with the fewest neurons; neurons are filled in afterwards.
+
+    `residual` are the numbers of hidden dimensions to try, by default multiples.
+    """
     per_group = dims.heads // dims.kv_heads
-    layers = range(1, dims.layers + 1) if "layer" in units else [dims.layers]
-    groups = range(1, dims.kv_heads + 1) if "kv_group" in units else [dims.kv_heads]
-    heads = range(1, per_group + 1) if "head" in units else [per_group]
-    for layer, group, head in product(layers, groups, heads):
-        if family.heads_divide_hidden and dims.hidden % (group * head):
+    layers = _steps(dims.layers, 1) if "layer" in units else [dims.layers]
+    groups = _steps(dims.kv_heads, 1) if "kv_group" in units else [dims.kv_heads]
+    heads = _steps(per_group, 1) if "head" in units else [per_group]
+    residual = residual or (_steps(dims.hidden, multiple) if "residual" in units else [dims.hidden])
+    for layer, group, head, hidden in product(layers, groups, heads, residual):
+        if family.heads_divide_hidden and hidden % (group * head):
             continue
-        keep: dict[Unit, int] = {"layer": layer, "kv_group": group, "head": group * head, "neuron": min(multiple, dims.width)}
+        keep: dict[Unit, int] = {"layer": layer, "kv_group": group, "head": group * head, "residual": hidden}
+        keep["neuron"] = min(multiple, dims.width)
         yield {unit: keep[unit] for unit in units}
+
+
+def _steps(count: int, multiple: int) -> list[int]:
+    """What may be kept of `count` units: whole multiples and all; of very many, every second, third, ... multiple."""
+    whole = range(multiple, count, multiple)
+    return [*whole[:: -(-len(whole) // STEPS) or 1], count]
 
 
 def _fill(
@@ -209,11 +232,14 @@ def _round_fractions(family: Family, dims: Dimensions, fractions: dict[Unit, flo
         return sum(abs(keep[unit] / counts[unit] - fraction) for unit, fraction in fractions.items())
 
     units = list(fractions)
-    keep = min(_candidates(family, dims, units, 1), key=distance)
+    # Where heads must divide the hidden size, the nearest size that any number of heads divides is not far.
+    hidden = round(fractions.get("residual", 1) * dims.hidden)
+    near = range(max(1, hidden - dims.heads), min(dims.hidden, hidden + dims.heads) + 1)
+    keep = min(_candidates(family, dims, units, 1, near if "residual" in fractions else ()), key=distance)
     if "neuron" in fractions:
         keep["neuron"] = max(1, round(fractions["neuron"] * dims.width))
     notices = [
-        f"{fraction:.3g} of {counts[unit]} {unit}s is {fraction * counts[unit]:.1f}; {keep[unit]} are kept."
+        f"{fraction:.3g} of {counts[unit]} {PLURAL[unit]} is {fraction * counts[unit]:.1f}; {keep[unit]} are kept."
         for unit, fraction in fractions.items()
         if not math.isclose(fraction * counts[unit], keep[unit])
     ]

@@ -5,6 +5,7 @@ transformers model with an ordinary config: it loads anywhere and knows nothing 
 """
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -12,9 +13,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from narrow_engine.families import PARTS, Axis, Dimensions, Family, dimensions, present
+from narrow_engine.families import Tensor as Parameter
 from narrow_engine.models import config_dict, family, head, hidden_states, layers, output_weight
 from narrow_engine.plan import Plan
 from narrow_engine.report.model import Parity
+
+EPSILON = "rms_norm_eps"
+"""Config key of the ε of every norm, in the families that can lose hidden dimensions."""
+QK = ("self_attn.q_proj", "self_attn.k_proj")
 
 
 def slice_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
@@ -27,15 +33,11 @@ def slice_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     ).to(device=model.device, dtype=model.dtype)
     old, new = model.state_dict(), dict(small.state_dict())
     for tensor in present(table.outer_tensors, table, config):
-        new[tensor.name] = old[tensor.name]
+        new[tensor.name] = slice_tensor(old[tensor.name], tensor, table, plan, dims)
     for position, layer in enumerate(plan.layers):
         for tensor in present(table.layer_tensors, table, config):
             value = old[f"{table.layers}.{layer}.{tensor.name}"]
-            for number, axis in enumerate(tensor.axes):
-                rows = _kept(axis, plan, position, dims)
-                if rows is not None:
-                    value = value.index_select(number, torch.tensor(rows, device=value.device))
-            new[f"{table.layers}.{position}.{tensor.name}"] = value
+            new[f"{table.layers}.{position}.{tensor.name}"] = slice_tensor(value, tensor, table, plan, dims, position)
     small.load_state_dict(new)
     small.tie_weights()
     small.config.use_cache = model.config.use_cache
@@ -44,10 +46,42 @@ def slice_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     return small.eval()
 
 
+def slice_tensor(value: Tensor, tensor: Parameter, table: Family, plan: Plan, dims: Dimensions, position: int = 0) -> Tensor:
+    """What is left of one of the model's tensors, or of one of the layer that the plan keeps at `position`."""
+    for number, axis in enumerate(tensor.axes):
+        rows = _kept(axis, plan, position, dims)
+        if rows is not None:
+            value = value.index_select(number, torch.tensor(rows, device=value.device))
+    if len(plan.residual) == dims.hidden:
+        return value
+    offset = table.norm_offset if tensor.is_norm else 0
+    return (value + offset) * _fold(tensor, table, plan, dims) - offset
+
+
+def _fold(tensor: Parameter, table: Family, plan: Plan, dims: Dimensions) -> float:
+    """The factor that makes up for what the removal of hidden dimensions changes beside the dimensions themselves.
+
+    RMSNorm divides by the root mean square over all D dimensions, of which the silenced ones add nothing. Over the D' that
+    are kept the mean is D/D' times as large, so the weights take √(D/D') and ε, one for all norms of the model, D/D'. The
+    norms of queries and keys lost no dimension, but share that ε: their inputs take √(D/D') too, and the norm takes it out
+    again. Gemma multiplies embeddings by √D, which takes the same factor back; where the embedding is the head as well,
+    that is the factor of the last norm already.
+    """
+    factor = math.sqrt(dims.hidden / len(plan.residual))
+    last_norm = tensor.axes == ("hidden",) and tensor in table.outer_tensors
+    if tensor.is_norm and "hidden" in tensor.axes:
+        return 1.0 if last_norm and table.embeddings_scaled and dims.tied else factor
+    if table.qk_normed and tensor.module in QK:
+        return factor
+    if table.embeddings_scaled and tensor.axes[0] == "vocab" and (dims.tied or tensor.module != table.head):
+        return factor
+    return 1.0
+
+
 def mask_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """The base with everything outside the plan silenced and nothing removed: what slicing must be equal to.
 
-    A neuron or head is silenced where it is read, a layer where it writes to the residual stream.
+    A neuron or head is silenced where it is read, a layer and a hidden dimension where the residual stream is written.
     """
     masked = copy.deepcopy(model)
     table, dims = family(model), dimensions(config_dict(model))
@@ -63,6 +97,17 @@ def mask_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
                 silent = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
                 silent[_kept(axis, plan, plan.layers.index(number), dims)] = False
                 weight[:, silent] = 0
+    gone = torch.ones(dims.hidden, dtype=torch.bool, device=model.device)
+    gone[plan.residual] = False
+    with torch.no_grad():
+        embedding = masked.get_input_embeddings().weight
+        embedding[:, gone] = 0
+        for layer in layers(masked):
+            for name, _ in readers:
+                output_weight(layer, table, name)[gone] = 0
+                for key, parameter in layer.get_submodule(name).named_parameters():
+                    if key == "bias":
+                        parameter[gone] = 0
     return masked
 
 
@@ -90,6 +135,8 @@ def _kept(axis: Axis, plan: Plan, position: int, dims: Dimensions) -> list[int] 
         return _expand(plan.heads[position], 3 * dims.head_dim)
     if axis == "kv":
         return _expand(plan.kv_groups[position], dims.head_dim)
+    if axis == "hidden":
+        return plan.residual
     return None
 
 
@@ -103,6 +150,9 @@ def _sliced_config(table: Family, config: dict[str, Any], plan: Plan, dims: Dime
         table.width_key: len(plan.neurons[0]),
         table.heads_key: len(plan.heads[0]),
     }
+    if len(plan.residual) < dims.hidden:
+        changes[table.hidden_key] = len(plan.residual)
+        changes[EPSILON] = config[EPSILON] * dims.hidden / len(plan.residual)
     if table.kv_heads_key:
         changes[table.kv_heads_key] = len(plan.kv_groups[0])
     if table.head_dim_key:

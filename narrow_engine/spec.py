@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-Unit = Literal["neuron", "head", "kv_group", "layer"]
+Unit = Literal["neuron", "head", "kv_group", "layer", "residual"]
 Criterion = Literal["reconstruction", "fisher", "attribution", "activation", "magnitude", "random"]
 Objective = Literal["next_token", "distill", "mixed"]
 Role = Literal["keep", "forget", "watch"]
@@ -23,6 +23,14 @@ Quantity = Literal["parameters", "bytes", "flops"]
 
 UNITS: tuple[Unit, ...] = get_args(Unit)
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
+PLURAL: dict[Unit, str] = {
+    "neuron": "neurons",
+    "head": "query heads",
+    "kv_group": "KV groups",
+    "layer": "layers",
+    "residual": "hidden dimensions",
+}
+"""The units in a sentence."""
 
 T = TypeVar("T")
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\w][\w .+-]*$")]

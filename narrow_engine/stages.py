@@ -24,7 +24,7 @@ from narrow_engine.export import safetensors as safetensors_export
 from narrow_engine.families import dimensions
 from narrow_engine.model_files import DTYPES, ModelInfo, inspect_model
 from narrow_engine.models import config_dict, device, greedy, load_model
-from narrow_engine.plan import Plan, cuts, make_plan
+from narrow_engine.plan import Plan, cuts, make_plan, whole_plan
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.report.card import render_card
 from narrow_engine.report.model import CurvePoint, File, Parity, Provenance, Report, Sample, Skill, Speed
@@ -101,6 +101,10 @@ def score(run: Run, out: Path) -> None:
         run.progress("score"),
     )
     scores = importance.CRITERIA[method.importance](model, found, run.spec.seed)
+    if "residual" in method.units:
+        scores["residual"] = importance.residual.score(
+            model, _calibration(run), method.calibration_tokens, method.importance, run.spec.seed, run.progress("score")
+        )
     save_file({unit: value.double().cpu().contiguous() for unit, value in scores.items()}, out / "scores.safetensors")
 
 
@@ -109,7 +113,7 @@ def sparsify(run: Run, out: Path) -> None:
     lasso = run.spec.method.regularizer
     assert lasso is not None
     keep = _info(run)["keep"]
-    model = slice_model(base(run), _whole(run))
+    model = slice_model(base(run), whole_plan(config_dict(base(run))))
     settings = train.Settings(lasso.tokens, run.spec.method.recover.batch_tokens, "next_token", learning_rate=lasso.learning_rate)
     blocks = _training_blocks(run, 1)
     scores = load_file(run.out("score") / "scores.safetensors")["neuron"].sqrt().to(model.device)
@@ -414,18 +418,6 @@ def _plan(run: Run) -> Plan:
     return Plan.read(run.out("plan") / "plan.json")
 
 
-def _whole(run: Run) -> Plan:
-    """The plan that cuts nothing: slicing by it copies the base."""
-    dims = dimensions(config_dict(base(run)))
-    layers = range(dims.layers)
-    return Plan(
-        layers=list(layers),
-        neurons=[list(range(dims.width)) for _ in layers],
-        heads=[list(range(dims.heads)) for _ in layers],
-        kv_groups=[list(range(dims.kv_heads)) for _ in layers],
-    )
-
-
 def _source(run: Run) -> PreTrainedModel:
     """What is sliced: the base, or what group lasso made of it."""
     return base(run) if run.spec.method.regularizer is None else _model(run, "sparsify")
@@ -439,7 +431,7 @@ def _model(run: Run, stage: str) -> PreTrainedModel:
 
 
 def _copy(run: Run, stage: str) -> PreTrainedModel:
-    model = slice_model(base(run), _whole(run) if stage == "sparsify" else _plan(run))
+    model = slice_model(base(run), whole_plan(config_dict(base(run))) if stage == "sparsify" else _plan(run))
     model.load_state_dict(load_file(run.out(stage) / "weights.safetensors"), strict=False)
     model.tie_weights()
     return model

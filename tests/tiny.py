@@ -56,6 +56,7 @@ def tiny_config(family: str, **changes):
         "head_dim": 8,
         "max_position_embeddings": 1024,
         "initializer_range": 0.25,
+        "rms_norm_eps": 0.01,  # large enough to show where a cut forgets it
         "attention_bias": True,
         "mlp_bias": True,
         "bos_token_id": 0,

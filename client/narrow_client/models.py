@@ -135,7 +135,7 @@ class Budget(BaseModel):
         ),
     ] = None
     keep: Annotated[
-        dict[Literal["neuron", "head", "kv_group", "layer"], KeepAdditionalProperty] | None,
+        dict[Literal["neuron", "head", "kv_group", "layer", "residual"], KeepAdditionalProperty] | None,
         Field(
             description="The fraction of each kind of unit to keep, for those who want a shape rather than a size.",
             examples=[{"neuron": 0.25}],
@@ -170,13 +170,15 @@ class Cut(BaseModel):
     What was kept of one kind of unit.
     """
 
-    unit: Annotated[Literal["neuron", "head", "kv_group", "layer"], Field(title="Unit")]
+    unit: Annotated[
+        Literal["neuron", "head", "kv_group", "layer", "residual"], Field(title="Unit")
+    ]
     kept: Annotated[int, Field(title="Kept")]
     of: Annotated[int, Field(title="Of")]
     per_layer: Annotated[
         list[int],
         Field(
-            description="Kept units of each layer; for `layer` the kept layers' old indices.",
+            description="Kept units of each layer; for `layer` the kept layers' old indices; empty for units of the whole model.",
             title="Per Layer",
         ),
     ]
@@ -330,7 +332,7 @@ class Model(BaseModel):
     bytes: Annotated[int, Field(title="Bytes")]
     sha256: Annotated[str, Field(title="Sha256")]
     units: Annotated[
-        list[Literal["neuron", "head", "kv_group", "layer"]],
+        list[Literal["neuron", "head", "kv_group", "layer", "residual"]],
         Field(description="Kinds of unit that can be cut from it.", title="Units"),
     ]
     config: Annotated[dict[str, Any], Field(title="Config")]
@@ -640,7 +642,7 @@ class Plan(BaseModel):
     before: Size
     after: Size
     keep: Annotated[
-        dict[Literal["neuron", "head", "kv_group", "layer"], int],
+        dict[Literal["neuron", "head", "kv_group", "layer", "residual"], int],
         Field(
             description="Units kept in each layer; for `layer`, layers kept.",
             title="Keep",
@@ -669,8 +671,8 @@ class Prune(BaseModel):
     )
     kind: Annotated[Literal["prune"], Field(title="Kind")] = "prune"
     units: Annotated[
-        list[Literal["neuron", "head", "kv_group", "layer"]] | None,
-        Field(max_length=4, min_length=1, title="Units"),
+        list[Literal["neuron", "head", "kv_group", "layer", "residual"]] | None,
+        Field(max_length=5, min_length=1, title="Units"),
     ] = ["neuron"]
     multiple: Annotated[
         Multiple | None,

@@ -1,13 +1,14 @@
 """Importance criteria: one file each, all with the same `score(model, statistics, seed) -> Scores`.
 
-To add one: a file with `score`, an entry in CRITERIA (and one in `spec.Criterion`), and whether it needs gradients.
+Hidden dimensions belong to no layer: `residual` scores them, by every criterion. To add a criterion: a file with `score`,
+an entry in CRITERIA (and one in `spec.Criterion`), whether it needs gradients, and what it means in `residual`.
 """
 
 from collections.abc import Callable
 
 from transformers import PreTrainedModel
 
-from narrow_engine.importance import activation, attribution, fisher, magnitude, random, reconstruction
+from narrow_engine.importance import activation, attribution, fisher, magnitude, random, reconstruction, residual
 from narrow_engine.importance.statistics import LayerStatistics, collect
 from narrow_engine.plan import Scores
 from narrow_engine.spec import Criterion
@@ -22,4 +23,4 @@ CRITERIA: dict[Criterion, Callable[[PreTrainedModel, list[LayerStatistics], int]
 }
 NEEDS_GRADIENTS: set[Criterion] = {"fisher", "attribution"}
 
-__all__ = ["CRITERIA", "NEEDS_GRADIENTS", "LayerStatistics", "collect"]
+__all__ = ["CRITERIA", "NEEDS_GRADIENTS", "LayerStatistics", "collect", "residual"]

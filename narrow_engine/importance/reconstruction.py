@@ -27,9 +27,9 @@ def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Sc
     for layer, statistics in zip(layers(model), found, strict=True):
         mlp = output_weight(layer, table, table.mlp_out)
         attention = output_weight(layer, table, table.attention_out)
-        neurons.append(eliminate(mlp, statistics.mlp.gram, 1))
-        heads.append(eliminate(attention, statistics.attention.gram, dims.head_dim))
-        groups.append(eliminate(attention, statistics.attention.gram, dims.head_dim * dims.heads // dims.kv_heads))
+        neurons.append(eliminate([mlp], [statistics.mlp.gram], 1))
+        heads.append(eliminate([attention], [statistics.attention.gram], dims.head_dim))
+        groups.append(eliminate([attention], [statistics.attention.gram], dims.head_dim * dims.heads // dims.kv_heads))
     return {
         "neuron": torch.stack(neurons),
         "head": torch.stack(heads),
@@ -39,28 +39,30 @@ def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Sc
 
 
 @torch.no_grad()
-def eliminate(weight: Tensor, gram: Tensor, size: int) -> Tensor:
-    """Scores of the blocks of `size` inputs of a projection: weight [outputs, inputs], gram [inputs, inputs].
+def eliminate(weights: list[Tensor], grams: list[Tensor], size: int) -> Tensor:
+    """Scores of the blocks of `size` inputs that projections share: weights [outputs, inputs], a gram [inputs, inputs] for each.
 
     Returns [inputs ÷ size] float64, rising in the order in which the blocks go. Of many blocks, the cheapest STEPth part
-    goes at once, so the cost is STEPS updates of G⁻¹ whatever the width.
+    goes at once, so the cost is STEPS updates of each G⁻¹ whatever the width.
     """
-    count, w = gram.shape[0] // size, weight.detach().double().clone()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram)))
-    scores = torch.zeros(count, dtype=torch.float64, device=weight.device)
-    alive = torch.arange(count, device=weight.device)
+    count, device = grams[0].shape[0] // size, grams[0].device
+    w = [weight.detach().double() for weight in weights]
+    inverse = [torch.cholesky_inverse(torch.linalg.cholesky(damped(gram))) for gram in grams]
+    scores = torch.zeros(count, dtype=torch.float64, device=device)
+    alive = torch.arange(count, device=device)
     spent = 0.0
     at_once = max(1, count // STEPS)
     while len(alive):
-        errors = _errors(w, inverse, size)
+        errors = torch.stack([_errors(*place, size) for place in zip(w, inverse, strict=True)]).sum(0)
         order = errors.argsort(stable=True)
         going, staying = order[:at_once], order[at_once:].sort().values
         spent += max(float(errors[going].sum()), 0.0)
         scores[alive[going]] = spent
         gone, left = _expand(going, size), _expand(staying, size)
-        solved = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, left])
-        w = w[:, left] - w[:, gone] @ solved
-        inverse = inverse[left][:, left] - inverse[left][:, gone] @ solved
+        for number, old in enumerate(inverse):
+            solved = torch.linalg.solve(old[gone][:, gone], old[gone][:, left])
+            w[number] = w[number][:, left] - w[number][:, gone] @ solved
+            inverse[number] = old[left][:, left] - old[left][:, gone] @ solved
         alive = alive[staying]
     return scores
 

@@ -1,6 +1,7 @@
 """The model card: README.md of the result, for whoever finds the folder without its report."""
 
 from narrow_engine.report.model import Report
+from narrow_engine.spec import PLURAL
 
 _TEMPLATE = """---
 library_name: transformers
@@ -81,13 +82,17 @@ def render_card(report: Report) -> str:
         rows=rows,
         onnx=_ONNX if "onnx" in report.parity else "",
         base=report.provenance.base_sha256,
-        units=" and ".join(f"{unit.replace('_', ' ')}s" for unit in method["units"]).capitalize(),
+        units=_capital(" and ".join(PLURAL[unit] for unit in method["units"])),
         importance=method["importance"],
         refit="least-squares refit" if method["refit"] else "no refit",
         tokens=report.provenance.recovery_tokens,
         objective=method["recover"]["objective"].replace("_", " "),
         seed=report.provenance.seed,
     )
+
+
+def _capital(words: str) -> str:
+    return words[:1].upper() + words[1:]
 
 
 def _plain(name: str) -> str:

@@ -65,7 +65,9 @@ class Cut(BaseModel):
     unit: Unit
     kept: int
     of: int
-    per_layer: list[int] = Field(description="Kept units of each layer; for `layer` the kept layers' old indices.")
+    per_layer: list[int] = Field(
+        description="Kept units of each layer; for `layer` the kept layers' old indices; empty for units of the whole model."
+    )
 
 
 class Parity(BaseModel):

@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from narrow_engine.report.model import Cut, Report, Skill
+from narrow_engine.spec import PLURAL
 
 COLOURS = {"#010203": "currentColor", "#010204": "var(--soft)", "#010205": "var(--line)", "#010206": "var(--accent)"}
 COLOURS |= {"#010207": "var(--warn)", "#010208": "var(--third)"}
@@ -23,7 +24,6 @@ INK, SOFT, LINE, ACCENT, WARN, THIRD = COLOURS
 
 STAGES = ("load", "measure_base", "score", "sparsify", "plan", "slice", "reconstruct", "recover", "measure", "export")
 RUNTIMES = {"torch": "torch", "onnxruntime": "ONNX Runtime"}
-UNITS = {"neuron": "neurons", "head": "query heads", "kv_group": "KV groups", "layer": "layers"}
 STILL_THERE = 0.5
 """Retention above which a skill to forget is not called forgotten."""
 NAME_CHARACTERS = 30
@@ -53,7 +53,7 @@ def render_page(report: Report) -> str:
         report=report,
         row=row,
         runtimes=RUNTIMES,
-        units=UNITS,
+        units=PLURAL,
         verdict=verdict(report),
         summary=" ".join(summary(report)),
         share=report.after.parameters / report.before.parameters,
@@ -206,10 +206,10 @@ def _cuts(axes: Any, report: Report) -> None:
         axes.bar([layer + shift for layer in everywhere], [1.0] * len(everywhere), width=0.86 * thick, color=LINE)
         axes.bar(
             [layer + shift for layer in layers],
-            [kept / cut.of for kept in cut.per_layer],
+            [kept / cut.of for kept in cut.per_layer or [cut.kept] * len(layers)],
             width=0.86 * thick,
             color=(ACCENT, WARN, THIRD)[number % 3],
-            label=UNITS[cut.unit],
+            label=PLURAL[cut.unit],
         )
     axes.grid(visible=False)
     axes.set_xlabel("layer of the base")

@@ -70,12 +70,13 @@ def weights(out):
 
 
 def test_a_whole_run_with_every_part(spec, tmp_path):
-    method = {**OPTIONS["method"], "units": ["neuron", "layer"], "regularizer": {"tokens": 2560}}
+    method = {**OPTIONS["method"], "units": ["neuron", "layer", "residual"], "regularizer": {"tokens": 2560}}
     code, told = finish(start(spec(export=["safetensors", "onnx"], method=method, budget={"parameters": 0.7}), tmp_path / "run"))
     assert code == 0, told
     result = tmp_path / "run" / "result"
     report = Report.model_validate_json((result / "report.json").read_text())
     assert report.after.parameters <= 0.7 * report.before.parameters
+    assert {cut.unit: cut.kept < cut.of for cut in report.cuts} == {"neuron": True, "layer": False, "residual": True}
     assert set(report.skills) == {"python", "german"}
     assert report.skills["german"].role == "forget"
     assert report.parity["slice"].relative_error < 1e-5

@@ -7,9 +7,11 @@ from tiny import FAMILIES, tiny_model
 
 from narrow_engine import importance
 from narrow_engine.corpus import Blocks
+from narrow_engine.families import FAMILIES as TABLE
 from narrow_engine.families import dimensions
 from narrow_engine.importance.reconstruction import eliminate
-from narrow_engine.models import config_dict, family, hidden_states, layers
+from narrow_engine.losses import objective
+from narrow_engine.models import config_dict, family, head, hidden_states, layers
 from narrow_engine.plan import make_plan
 from narrow_engine.reconstruct import refit
 from narrow_engine.slice import slice_model
@@ -93,7 +95,7 @@ def test_elimination_drops_copies_first_and_loses_nothing_by_them():
     inputs = torch.randn(500, 6, dtype=torch.float64)
     inputs = torch.cat([inputs, inputs[:, :3] * 2], 1)
     weight = torch.randn(4, 9)
-    scores = eliminate(weight, inputs.T @ inputs, 1)
+    scores = eliminate([weight], [inputs.T @ inputs], 1)
     first = set(scores.argsort()[:3].tolist())
     assert len({index % 6 for index in first}) == 3
     assert first <= {0, 1, 2, 6, 7, 8}, "of each pair of copies one goes first"
@@ -105,7 +107,7 @@ def test_a_score_is_the_error_of_the_best_refit_without_all_that_went_before(siz
     """Each block's score against least squares, computed the plain way, of leaving out it and all cheaper ones."""
     torch.manual_seed(1)
     inputs, weight = torch.randn(300, 8, dtype=torch.float64), torch.randn(5, 8)
-    scores = eliminate(weight, inputs.T @ inputs, size)
+    scores = eliminate([weight], [inputs.T @ inputs], size)
     wanted = inputs @ weight.double().T
     gone: list[int] = []
     for block in scores.argsort().tolist():
@@ -122,26 +124,81 @@ def without(inputs, wanted, gone, size):
     return (inputs[:, rest] @ torch.linalg.lstsq(inputs[:, rest], wanted).solution - wanted).square().sum().item()
 
 
-def stream_error(base, cut):
+def logits_error(base, cut):
     batch = Blocks(TOKENS, 32, 3).batch(0, 8)[:, :-1]
     with torch.no_grad():
-        return (hidden_states(base, batch) - hidden_states(cut, batch)).square().mean().item()
+        return (base(batch).logits - cut(batch).logits).square().mean().item()
 
 
-@pytest.mark.parametrize("keep", [{"neuron": 24}, {"head": 2}, {"neuron": 30, "head": 2, "layer": 2}, {"layer": 2}])
+WITH_RESIDUAL = [name for name in FAMILIES if "residual" in TABLE[name].units]
+
+
+def residual(model, criterion, tokens=256):
+    return importance.residual.score(model, Blocks(TOKENS, 32, 0), tokens, criterion, 0, lambda *_: None)
+
+
+@pytest.mark.parametrize("criterion", list(importance.CRITERIA))
+@pytest.mark.parametrize("name", WITH_RESIDUAL)
+def test_every_criterion_scores_hidden_dimensions(name, criterion):
+    scores = residual(tiny_model(name), criterion)
+    assert scores.shape == (32,)
+    assert torch.isfinite(scores).all()
+    assert (scores >= 0).all()
+    assert scores.unique().numel() > 16, "scores must tell dimensions apart"
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "olmo2"])
+def test_scores_of_hidden_dimensions_are_gradients_of_gates_on_what_is_read(name):
+    model, batch = tiny_model(name), Blocks(TOKENS, 32, 0).batch(0, 8)
+    gate = torch.ones(*batch[:, :-1].shape, 32, requires_grad=True)
+    hooks = [
+        layer.get_submodule(module).register_forward_pre_hook(lambda _, args: (args[0] * gate,))
+        for layer in layers(model)
+        for module in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    ]
+    stream = hidden_states(model, batch[:, :-1]) * gate
+    loss = objective(stream.flatten(0, 1), head(model), batch[:, 1:].flatten()).total * batch[:, 1:].numel()
+    (found,) = torch.autograd.grad(loss, gate)
+    for hook in hooks:
+        hook.remove()
+    found = found.flatten(0, 1).double()
+    assert torch.allclose(residual(model, "attribution"), found.sum(0).abs(), rtol=1e-3, atol=1e-3)
+    assert torch.allclose(residual(model, "fisher"), found.square().sum(0), rtol=1e-3, atol=1e-5)
+
+
+def test_hidden_dimensions_that_copy_others_go_first_and_are_made_up_for():
+    model = tiny_model("llama", initializer_range=0.15, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 28:] = model.model.embed_tokens.weight[:, :4]
+        for layer in layers(model):
+            for part in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                part.weight[28:] = part.weight[:4]
+                part.bias[28:] = part.bias[:4]
+    scores = residual(model, "reconstruction", 2048)
+    assert {index % 28 for index in scores.argsort()[:4].tolist()} == {0, 1, 2, 3}
+    plan = make_plan(config_dict(model), {"residual": scores}, {"residual": 28})
+    cut = slice_model(model, plan)
+    before = logits_error(model, cut)
+    refit(model, cut, plan, Blocks(TOKENS, 32, 0), 2048, lambda *_: None)
+    assert logits_error(model, cut) < 1e-3 * before
+
+
+@pytest.mark.parametrize(
+    "keep", [{"neuron": 24}, {"head": 2}, {"neuron": 30, "head": 2, "layer": 2}, {"layer": 2}, {"residual": 24}]
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_refit_brings_the_cut_model_nearer_to_the_base(name, keep):
     model = tiny_model(name, initializer_range=0.15)
     if set(keep) - set(family(model).units):
-        pytest.skip(f"{name} cannot lose heads")
-    scores = importance.CRITERIA["fisher"](model, collected(model), 0)
+        pytest.skip(f"{name} cannot lose all of them")
+    scores = importance.CRITERIA["fisher"](model, collected(model), 0) | {"residual": residual(model, "fisher")}
     plan = make_plan(config_dict(model), scores, keep)
     cut = slice_model(model, plan)
-    before = stream_error(model, cut)
+    before = logits_error(model, cut)
     refit(model, cut, plan, Blocks(TOKENS, 32, 0), 2048, lambda *_: None)
     # A linear solve cannot reach past a norm: where layers alone are dropped from such families there is nothing to refit.
     bound = 0.95 if "layer" not in keep or len(keep) > 1 else 1.0001 if family(model).writes_normed else 1.0
-    assert stream_error(model, cut) < bound * before
+    assert logits_error(model, cut) < bound * before
 
 
 def test_refit_restores_what_is_redundant():
@@ -155,6 +212,6 @@ def test_refit_restores_what_is_redundant():
     scores = importance.CRITERIA["reconstruction"](model, collected(model, 2048), 0)
     plan = make_plan(config_dict(model), scores, {"neuron": 24})
     cut = slice_model(model, plan)
-    before = stream_error(model, cut)
+    before = logits_error(model, cut)
     refit(model, cut, plan, Blocks(TOKENS, 32, 0), 2048, lambda *_: None)
-    assert stream_error(model, cut) < 1e-3 * before
+    assert logits_error(model, cut) < 1e-3 * before

@@ -15,7 +15,7 @@ from narrow_engine.sizing import parameters, solve, unit_counts
 from narrow_engine.slice import compare, mask_model, slice_model
 from narrow_engine.spec import Options
 
-UNITS = ("neuron", "head", "kv_group", "layer")
+UNITS = ("neuron", "head", "kv_group", "layer", "residual")
 
 
 def scores_for(dims, seed):
@@ -25,6 +25,7 @@ def scores_for(dims, seed):
         "head": (dims.layers, dims.heads),
         "kv_group": (dims.layers, dims.kv_heads),
         "layer": (dims.layers,),
+        "residual": (dims.hidden,),
     }
     return {unit: torch.rand(shape, generator=generator) for unit, shape in shapes.items()}
 
@@ -48,7 +49,7 @@ def test_each_unit_of_each_family_is_sliced_exactly(family, unit):
     model = tiny_model(family)
     if unit not in TABLE[family].units:
         pytest.skip(f"{family} cannot lose a {unit} in stock transformers")
-    small, _, ids = check(model, {unit: {"neuron": 21, "head": 2, "kv_group": 1, "layer": 2}[unit]}, 1)
+    small, _, ids = check(model, {unit: {"neuron": 21, "head": 2, "kv_group": 1, "layer": 2, "residual": 20}[unit]}, 1)
     assert compare(model, small, ids).relative_error > 1e-2, "the cut must change something, or the test proves nothing"
 
 
@@ -76,7 +77,7 @@ def test_any_mix_of_units_and_shapes_is_exact(data):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_sliced_model_loads_in_stock_transformers_and_generates(family, tmp_path):
-    keep = {"neuron": 16, "head": 2, "kv_group": 2, "layer": 2}
+    keep = {"neuron": 16, "head": 2, "kv_group": 2, "layer": 2, "residual": 24}
     small, _, ids = check(tiny_model(family), {u: n for u, n in keep.items() if u in TABLE[family].units}, 3)
     small.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
