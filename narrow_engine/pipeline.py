@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from narrow_engine import stages
+from narrow_engine.allocate import leaves_a_choice
 from narrow_engine.events import Sink
 from narrow_engine.model_files import inspect_model
 from narrow_engine.report.model import Notice
@@ -34,10 +35,16 @@ class Stage(NamedTuple):
     wanted: Callable[[CompressionSpec], bool] = lambda spec: True
 
 
+def _allocation_options(spec: CompressionSpec) -> Any:
+    trials = [spec.method.refit, spec.method.recover] if leaves_a_choice(spec) else []
+    return [spec.budget, spec.method.units, spec.method.multiple, *trials]
+
+
 LINE = (
-    Stage("load", stages.load, lambda s: [s.block_tokens, s.skill_tokens, s.seed, s.budget, s.method.units, s.target_name]),
+    Stage("load", stages.load, lambda s: [s.block_tokens, s.skill_tokens, s.seed, s.target_name]),
     Stage("measure_base", stages.measure_base),
-    Stage("score", stages.score, lambda s: [s.method.importance, s.method.calibration_tokens]),
+    Stage("score", stages.score, lambda s: [s.method.importance, s.method.calibration_tokens, "residual" in s.method.units]),
+    Stage("allocate", stages.allocate, _allocation_options),
     Stage("sparsify", stages.sparsify, lambda s: s.method.regularizer, wanted=lambda s: s.method.regularizer is not None),
     Stage("plan", stages.plan),
     Stage("slice", stages.cut),

@@ -34,13 +34,17 @@ FIXED_SECONDS = 45.0
 """What two laptop-class cores reach in training, and what imports, export and checks take whatever the size."""
 
 
+Keep = dict[Unit, int]
+"""How many units of each kind are kept: in every layer, or in the model."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """A dry run."""
 
     before: Size
     after: Size
-    keep: dict[Unit, int]
+    keep: Keep
     memory_bytes: int
     flops: float
     seconds: float
@@ -71,7 +75,7 @@ def size_of(config: dict[str, Any], dims: Dimensions, bytes_per_parameter: int) 
     )
 
 
-def unit_counts(dims: Dimensions) -> dict[Unit, int]:
+def unit_counts(dims: Dimensions) -> Keep:
     """How many units of each kind there are: in a layer, or in the model for layers and hidden dimensions."""
     return {
         "neuron": dims.width,
@@ -82,7 +86,7 @@ def unit_counts(dims: Dimensions) -> dict[Unit, int]:
     }
 
 
-def shrink(dims: Dimensions, keep: dict[Unit, int]) -> Dimensions:
+def shrink(dims: Dimensions, keep: Keep) -> Dimensions:
     """The lengths once `keep` units of each kind are left. Kinds that are not named stay whole."""
     kv_heads = keep.get("kv_group", dims.kv_heads)
     heads = keep.get("head", kv_heads * (dims.heads // dims.kv_heads))
@@ -96,12 +100,17 @@ def shrink(dims: Dimensions, keep: dict[Unit, int]) -> Dimensions:
     )
 
 
-def solve(config: dict[str, Any], options: Options, bytes_per_parameter: int) -> tuple[dict[Unit, int], list[str]]:
+def solve(
+    config: dict[str, Any],
+    options: Options,
+    bytes_per_parameter: int,
+    loss: Callable[[Keep], float] | None = None,
+) -> tuple[Keep, list[str]]:
     """How many units of each kind to keep, and what had to be rounded.
 
     With `budget.keep`, each fraction is rounded to whole units (heads: the same number in each KV group). With an amount
-    of parameters, bytes or FLOPs, all kinds keep about the same fraction: the coarse kinds (layers, KV groups, heads) are
-    rounded to it and neurons fill what the budget leaves. The result never exceeds the budget.
+    of parameters, bytes or FLOPs, the shape with the least `loss` that does not exceed it; without `loss`, which takes
+    measuring, the one whose kinds keep most nearly the same fraction. With a budget that only measuring can meet, all.
     Raises NarrowError (block_too_long, unit_not_supported, budget_too_small).
     """
     family, dims = family_of(config), dimensions(config)
@@ -118,34 +127,61 @@ def solve(config: dict[str, Any], options: Options, bytes_per_parameter: int) ->
                 f"Units of kind {unit!r} cannot be cut from a {family.model_type} model so that stock transformers loads the "
                 f"result exactly: it takes {', '.join(family.units)}.",
             )
-    if options.budget.keep is not None:
-        return _round_fractions(family, dims, {unit: options.budget.keep[unit] for unit in units})
+    budget = options.budget
+    if budget.keep is not None:
+        return round_fractions(config, {unit: budget.keep[unit] for unit in units})
+    amount = budget.amount()
+    if amount is None:
+        return whole(dims, units), ["How much can be cut is measured by the job: shown is the base, which is the most it can be."]
 
-    amount = options.budget.amount()
-    assert amount is not None
-    quantity, asked = amount
-    field, word = MEASURES[quantity]
-
-    def cost(keep: dict[Unit, int]) -> int:
-        return int(getattr(size_of(config, shrink(dims, keep), bytes_per_parameter), field))
-
-    multiple = options.method.multiple or (WIDE_MULTIPLE if dims.width >= WIDE else MULTIPLE)
-    total = cost({})
-    limit = int(asked * total) if asked <= 1 else int(asked)
-    candidates = [keep for keep in _candidates(family, dims, units, multiple) if cost(keep) <= limit]
-    if "neuron" in units:
-        candidates = [_fill(dims, keep, limit, cost, multiple) for keep in candidates]
-    if not candidates:
-        smallest = min(cost(keep) for keep in _candidates(family, dims, units, multiple))
+    cost, limit = cost_and_limit(config, *amount, bytes_per_parameter)
+    total, word = cost({}), MEASURES[amount[0]][1]
+    found = shapes(config, options, cost, limit)
+    if not found:
+        smallest = min(cost(keep) for keep in shapes(config, options, lambda keep: 0, 0, fill=False))
         raise NarrowError(
             "budget_too_small",
             f"Cutting {' and '.join(PLURAL[u] for u in units)} can bring this model from {total:,} to {smallest:,} {word}, "
             f"not to {limit:,}: raise the budget{_more_units(family, dims, units)}.",
         )
-    best = min(candidates, key=lambda keep: _unevenness(dims, keep) - cost(keep) / total)
+    best = min(found, key=loss or (lambda keep: _unevenness(dims, keep) - cost(keep) / total))
+    notices = [f"{limit:,} {word} were asked for; whole units make it {cost(best):,}."]
     if limit >= total:
         return best, [f"{limit:,} {word} were asked for and the base has {total:,}: nothing is cut."]
-    return best, [f"{limit:,} {word} were asked for; whole units make it {cost(best):,}."]
+    if len(units) > 1 and loss is None:
+        notices.append("How much is cut of which kind is measured by the job: shown is about the same share of each.")
+    return best, notices
+
+
+def cost_and_limit(
+    config: dict[str, Any], quantity: Quantity, asked: float, bytes_per_parameter: int
+) -> tuple[Callable[[Keep], int], int]:
+    """What a shape costs in a quantity, and how much it may."""
+    dims, field = dimensions(config), MEASURES[quantity][0]
+
+    def cost(keep: Keep) -> int:
+        return int(getattr(size_of(config, shrink(dims, keep), bytes_per_parameter), field))
+
+    return cost, int(asked * cost({})) if asked <= 1 else int(asked)
+
+
+def whole(dims: Dimensions, units: list[Unit]) -> Keep:
+    """All units of these kinds."""
+    counts = unit_counts(dims)
+    return {unit: counts[unit] for unit in units}
+
+
+def shapes(
+    config: dict[str, Any], options: Options, cost: Callable[[Keep], float], limit: float, fill: bool = True
+) -> list[Keep]:
+    """The shapes that cost no more than `limit`: for every combination of the coarse kinds, the most neurons that fit.
+
+    `cost` must be linear in the neurons. Without `fill`, the fewest neurons.
+    """
+    family, dims, units = family_of(config), dimensions(config), options.method.units
+    multiple = options.method.multiple or (WIDE_MULTIPLE if dims.width >= WIDE else MULTIPLE)
+    found = [keep for keep in _candidates(family, dims, units, multiple) if cost(keep) <= limit]
+    return [_fill(dims, keep, limit, cost, multiple) for keep in found] if fill and "neuron" in units else found
 
 
 def _more_units(family: Family, dims: Dimensions, units: list[Unit]) -> str:
@@ -183,7 +219,7 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
 
 def _candidates(
     family: Family, dims: Dimensions, units: list[Unit], multiple: int, residual: Sequence[int] = ()
-) -> Iterator[dict[Unit, int]]:
+) -> Iterator[Keep]:
     """Every combination of the coarse kinds, with the fewest neurons; neurons are filled in afterwards.
 
     `residual` are the numbers of hidden dimensions to try, by default multiples.
@@ -196,7 +232,7 @@ def _candidates(
     for layer, group, head, hidden in product(layers, groups, heads, residual):
         if family.heads_divide_hidden and hidden % (group * head):
             continue
-        keep: dict[Unit, int] = {"layer": layer, "kv_group": group, "head": group * head, "residual": hidden}
+        keep: Keep = {"layer": layer, "kv_group": group, "head": group * head, "residual": hidden}
         keep["neuron"] = min(multiple, dims.width)
         yield {unit: keep[unit] for unit in units}
 
@@ -207,28 +243,27 @@ def _steps(count: int, multiple: int) -> list[int]:
     return [*whole[:: -(-len(whole) // STEPS) or 1], count]
 
 
-def _fill(
-    dims: Dimensions, keep: dict[Unit, int], limit: int, cost: Callable[[dict[Unit, int]], int], multiple: int
-) -> dict[Unit, int]:
+def _fill(dims: Dimensions, keep: Keep, limit: float, cost: Callable[[Keep], float], multiple: int) -> Keep:
     """`keep` with as many neurons as the limit allows, in whole multiples."""
     least = keep["neuron"]
     one = cost({**keep, "neuron": least + 1}) - cost(keep)
-    neurons = min(dims.width, least + (limit - cost(keep)) // one)
+    neurons = min(dims.width, least + int((limit - cost(keep)) / one)) if one > 0 else dims.width
     return {**keep, "neuron": neurons if neurons == dims.width else max(least, neurons // multiple * multiple)}
 
 
-def _unevenness(dims: Dimensions, keep: dict[Unit, int]) -> float:
+def _unevenness(dims: Dimensions, keep: Keep) -> float:
     """How far apart the kept fractions of the kinds are, as the spread of their logarithms."""
     counts = unit_counts(dims)
     logs = [math.log(kept / counts[unit]) for unit, kept in keep.items()]
     return max(logs) - min(logs)
 
 
-def _round_fractions(family: Family, dims: Dimensions, fractions: dict[Unit, float]) -> tuple[dict[Unit, int], list[str]]:
-    """The whole numbers of units nearest to the fractions, among those that stock transformers takes."""
+def round_fractions(config: dict[str, Any], fractions: dict[Unit, float]) -> tuple[Keep, list[str]]:
+    """The whole numbers of units nearest to the fractions, among those that stock transformers takes, and what was rounded."""
+    family, dims = family_of(config), dimensions(config)
     counts = unit_counts(dims)
 
-    def distance(keep: dict[Unit, int]) -> float:
+    def distance(keep: Keep) -> float:
         return sum(abs(keep[unit] / counts[unit] - fraction) for unit, fraction in fractions.items())
 
     units = list(fractions)

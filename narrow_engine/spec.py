@@ -63,6 +63,17 @@ class Budget(Model):
         description="FLOPs of one token's forward pass: a fraction of the base's up to 1, a count above 1.",
         examples=[0.5],
     )
+    latency: Amount | None = Field(
+        None,
+        description="Time of one generated token, measured on the machine that runs the job (torch, float32, batch 1): "
+        "a fraction of the base's up to 1, milliseconds above 1.",
+        examples=[0.5, 20],
+    )
+    retention: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="The smallest model that keeps this much of the target skill already after an eighth of the recovery.",
+        examples=[0.95],
+    )
     keep: dict[Unit, Annotated[float, Field(gt=0, le=1)]] | None = Field(
         None,
         min_length=1,
@@ -74,14 +85,14 @@ class Budget(Model):
     def _exactly_one(self) -> Self:
         given = self.model_dump(exclude_none=True)
         if len(given) != 1:
-            raise ValueError("a budget takes exactly one of 'parameters', 'bytes', 'flops' and 'keep'")
+            raise ValueError(f"a budget takes exactly one of {', '.join(map(repr, type(self).model_fields))}")
         for name, amount in given.items():
-            if name != "keep" and amount > 1 and amount != int(amount):
+            if name in QUANTITIES and amount > 1 and amount != int(amount):
                 raise ValueError(f"{name!r} above 1 is a count and must be a whole number; up to 1 it is a fraction")
         return self
 
     def amount(self) -> tuple[Quantity, float] | None:
-        """What is limited and to how much; None where the budget is a shape."""
+        """What is limited and to how much; None where the budget is a shape, or is met by measuring."""
         for quantity in QUANTITIES:
             value = getattr(self, quantity)
             if value is not None:
@@ -156,6 +167,8 @@ class Options(Model):
     def _consistent(self) -> Self:
         if self.budget.keep is not None and set(self.budget.keep) != set(self.method.units):
             raise ValueError("'budget.keep' must name the same kinds of unit as 'method.units'")
+        if self.budget.retention is not None and self.method.regularizer is not None:
+            raise ValueError("a budget of retention tries many sizes and group_lasso trains for one: leave one of them out")
         return self
 
 

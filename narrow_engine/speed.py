@@ -54,6 +54,19 @@ def measure_speed(base: PreTrainedModel, narrow: PreTrainedModel, onnx_folders: 
     return found
 
 
+def token_seconds(models: list[PreTrainedModel], check: Callable[[], None]) -> list[float]:
+    """Seconds of one decoded token of each model, timed in turn: medians. `check` is called between runs and may raise."""
+    times: list[list[float]] = [[] for _ in models]
+    runners = [_torch(model) for model in models]
+    for number in range(ROUNDS + 1):
+        for runner, found in zip(runners, times, strict=True):
+            check()
+            taken = runner()[1] / DECODE
+            if number:  # the first round warms up
+                found.append(taken)
+    return [statistics.median(found) for found in times]
+
+
 def _torch(model: PreTrainedModel) -> Callable[[], tuple[float, float]]:
     ids = torch.arange(1, PREFILL + 1, device=model.device)[None] % model.config.vocab_size
 

@@ -18,16 +18,18 @@ from transformers import PreTrainedModel
 
 from narrow_engine import corpus, importance, skills, speed, train
 from narrow_engine import reconstruct as least_squares
+from narrow_engine.allocate import allocate as choose_shape
+from narrow_engine.allocate import leaves_a_choice, open_workshop
 from narrow_engine.errors import NarrowError
 from narrow_engine.export import onnx as onnx_export
 from narrow_engine.export import safetensors as safetensors_export
 from narrow_engine.families import dimensions
 from narrow_engine.model_files import DTYPES, ModelInfo, inspect_model
 from narrow_engine.models import config_dict, device, greedy, load_model
-from narrow_engine.plan import Plan, cuts, make_plan, whole_plan
+from narrow_engine.plan import Plan, Scores, cuts, make_plan, whole_plan
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.report.card import render_card
-from narrow_engine.report.model import CurvePoint, File, Parity, Provenance, Report, Sample, Skill, Speed
+from narrow_engine.report.model import Allocation, CurvePoint, File, Parity, Provenance, Report, Sample, Skill, Speed
 from narrow_engine.report.page import render_page
 from narrow_engine.run import Run, write_json
 from narrow_engine.sizing import size_of, solve
@@ -49,9 +51,7 @@ def load(run: Run, out: Path) -> None:
     """Checks the base and the budget, and turns every dataset into tokens."""
     spec = run.spec
     info = inspect_model(spec.base.path)
-    keep, rounded = solve(info.config, spec, DTYPES[info.dtype])
-    for sentence in rounded:
-        run.emit("notice", "load", sentence, {"code": "rounded"})
+    solve(info.config, spec, DTYPES[info.dtype])
     run.models["base"] = load_model(spec.base.path)
     tokenizer, start = _tokenizer(spec.base.path, info)
 
@@ -68,7 +68,7 @@ def load(run: Run, out: Path) -> None:
         documents = held_out if name == spec.target_name else tokenize(skill.data)
         corpus.save(corpus.sample(documents, spec.skill_tokens, spec.block_tokens, spec.seed), out, skill.file)
     data = {d.path.name: dataset_sha256(d.path) for d in (spec.target, *spec.skills)}
-    write_json(out / "info.json", {"model": info.model_dump(), "keep": keep, "data": data})
+    write_json(out / "info.json", {"model": info.model_dump(), "data": data})
 
 
 def measure_base(run: Run, out: Path) -> None:
@@ -108,15 +108,30 @@ def score(run: Run, out: Path) -> None:
     save_file({unit: value.double().cpu().contiguous() for unit, value in scores.items()}, out / "scores.safetensors")
 
 
+def allocate(run: Run, out: Path) -> None:
+    """How many units of each kind stay: by arithmetic, or by trials where the budget leaves a choice."""
+    size = DTYPES[_info(run)["model"]["dtype"]]
+    if leaves_a_choice(run.spec):
+        results = run.work("allocate") / "trials.json"
+        shop = open_workshop(run.spec, size, base(run), _scores(run), _training(run), results, run.progress("allocate"))
+        found, told = choose_shape(shop)
+    else:
+        keep, told = solve(_info(run)["model"]["config"], run.spec, size)
+        found = Allocation(keep=keep)
+    for sentence in told:
+        run.emit("notice", "allocate", sentence, {"code": "rounded"})
+    (out / "allocation.json").write_text(found.model_dump_json())
+
+
 def sparsify(run: Run, out: Path) -> None:
     """Group lasso: the base trained until the neurons to cut are exactly zero."""
     lasso = run.spec.method.regularizer
     assert lasso is not None
-    keep = _info(run)["keep"]
+    keep = _allocation(run).keep
     model = slice_model(base(run), whole_plan(config_dict(base(run))))
     settings = train.Settings(lasso.tokens, run.spec.method.recover.batch_tokens, "next_token", learning_rate=lasso.learning_rate)
     blocks = _training_blocks(run, 1)
-    scores = load_file(run.out("score") / "scores.safetensors")["neuron"].sqrt().to(model.device)
+    scores = _scores(run)["neuron"].sqrt().to(model.device)
     groups = GroupLasso(model, scores, 1 - keep["neuron"] / scores.shape[1], train.shape(settings, blocks)[1])
     curve = train.train(
         model,
@@ -137,11 +152,11 @@ def sparsify(run: Run, out: Path) -> None:
 
 def plan(run: Run, out: Path) -> None:
     """Which units stay. After group lasso, the living neurons do."""
-    scores = load_file(run.out("score") / "scores.safetensors")
+    scores = _scores(run)
     norms = run.out("sparsify") / "norms.safetensors"
     if norms.exists():
-        scores |= load_file(norms)
-    made = make_plan(_info(run)["model"]["config"], scores, _info(run)["keep"])  # type: ignore[arg-type]
+        scores["neuron"] = load_file(norms)["neuron"]
+    made = make_plan(_info(run)["model"]["config"], scores, _allocation(run).keep)
     (out / "plan.json").write_text(made.model_dump_json())
 
 
@@ -298,6 +313,7 @@ def report(run: Run, out: Path) -> None:
         after=size_of(small, dimensions(small), DTYPES[info.dtype]),
         speed=[Speed.model_validate(s) for s in json.loads((run.out("export") / "speed.json").read_text())],
         skills=json.loads((run.out("measure") / "skills.json").read_text()),
+        allocation=_allocation(run),
         cuts=cuts(info.config, _plan(run), options.units),
         parity=parity,
         curve=[point for stage in ("sparsify", "recover") for point in _curve(run, stage)],
@@ -363,6 +379,14 @@ def _tokenizer(folder: Path, info: ModelInfo) -> tuple[Tokenizer, int | None]:
 
 def _info(run: Run) -> dict[str, Any]:
     return json.loads((run.out("load") / "info.json").read_text())  # type: ignore[no-any-return]
+
+
+def _scores(run: Run) -> Scores:
+    return load_file(run.out("score") / "scores.safetensors")  # type: ignore[return-value]
+
+
+def _allocation(run: Run) -> Allocation:
+    return Allocation.model_validate_json((run.out("allocate") / "allocation.json").read_bytes())
 
 
 def _dtype(run: Run) -> torch.dtype:

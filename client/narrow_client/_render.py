@@ -17,6 +17,7 @@ WORDS = {
     "load": "read model and data",
     "measure_base": "measure the base",
     "score": "score units",
+    "allocate": "choose the shape",
     "sparsify": "group lasso",
     "plan": "plan the cut",
     "slice": "slice",
@@ -245,5 +246,5 @@ def _budget(budget: Budget) -> str:
     """As `--budget` takes it: 0.5, 4,000,000, bytes=8,000,000; and neuron=0.25 for a shape."""
     asked = budget.model_dump(exclude_none=True)
     sizes = {**asked.pop("keep", {}), **asked}.items()
-    words = [f"{name}={value:,.0f}" if value > 1 else f"{name}={value:g}" for name, value in sizes]
+    words = [f"{name}={value:,.15g}" for name, value in sizes]
     return ", ".join(words).removeprefix("parameters=")

@@ -136,10 +136,12 @@ def parse_budget(_: click.Context, __: click.Parameter, value: str) -> dict[str,
         number = -1.0
     if not (number > 0 and math.isfinite(number)) or (equals and quantity not in QUANTITIES):
         raise click.BadParameter(
-            f"{value!r} is neither a share like 0.5 nor a number of parameters like 4000000, nor one of bytes or FLOPs like "
-            "bytes=8000000 or flops=0.5."
+            f"{value!r} is neither a share like 0.5 nor a number of parameters like 4000000, nor another quantity like "
+            f"bytes=8000000 or flops=0.5 (there are {', '.join(QUANTITIES)})."
         )
-    if number > 1 and not number.is_integer():
+    if quantity == "retention" and number > 1:
+        raise click.BadParameter(f"{value!r} is above 1: retention is a share of the target skill, such as 0.95.")
+    if number > 1 and quantity != "latency" and not number.is_integer():
         raise click.BadParameter(
             f"{value!r} is above 1, which makes it a count, and a count must be whole; a share is at most 1."
         )

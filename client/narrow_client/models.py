@@ -97,6 +97,32 @@ class Flops(RootModel[float]):
     ]
 
 
+class Latency(RootModel[float]):
+    root: Annotated[
+        float,
+        Field(
+            description="Time of one generated token, measured on the machine that runs the job (torch, float32, batch 1): a fraction of the base's up to 1, milliseconds above 1.",
+            examples=[0.5, 20],
+            gt=0.0,
+            le=1e+16,
+            title="Latency",
+        ),
+    ]
+
+
+class Retention(RootModel[float]):
+    root: Annotated[
+        float,
+        Field(
+            description="The smallest model that keeps this much of the target skill already after an eighth of the recovery.",
+            examples=[0.95],
+            gt=0.0,
+            le=1.0,
+            title="Retention",
+        ),
+    ]
+
+
 KeepAdditionalProperty = TypeAliasType(
     "KeepAdditionalProperty", Annotated[float, Field(gt=0.0, le=1.0)]
 )
@@ -132,6 +158,22 @@ class Budget(BaseModel):
             description="FLOPs of one token's forward pass: a fraction of the base's up to 1, a count above 1.",
             examples=[0.5],
             title="Flops",
+        ),
+    ] = None
+    latency: Annotated[
+        Latency | None,
+        Field(
+            description="Time of one generated token, measured on the machine that runs the job (torch, float32, batch 1): a fraction of the base's up to 1, milliseconds above 1.",
+            examples=[0.5, 20],
+            title="Latency",
+        ),
+    ] = None
+    retention: Annotated[
+        Retention | None,
+        Field(
+            description="The smallest model that keeps this much of the target skill already after an eighth of the recovery.",
+            examples=[0.95],
+            title="Retention",
         ),
     ] = None
     keep: Annotated[
@@ -633,6 +675,72 @@ class Speed(BaseModel):
     decode_narrow: Annotated[float, Field(title="Decode Narrow")]
 
 
+class Trial(BaseModel):
+    """
+    A shape that was tried before one was chosen. Losses are of training text set apart, in nats above the base's.
+    """
+
+    keep: Annotated[
+        dict[Literal["neuron", "head", "kv_group", "layer", "residual"], int],
+        Field(title="Keep"),
+    ]
+    parameters: Annotated[int, Field(title="Parameters")]
+    refitted: Annotated[
+        float, Field(description="After cut and refit.", title="Refitted")
+    ]
+    recovered: Annotated[
+        float | None,
+        Field(
+            description="After a short recovery, where there was one.",
+            title="Recovered",
+        ),
+    ] = None
+    latency: Annotated[
+        float | None,
+        Field(
+            description="Milliseconds of one generated token, where that was measured.",
+            title="Latency",
+        ),
+    ] = None
+
+
+class Allocation(BaseModel):
+    """
+    How the shape was chosen.
+    """
+
+    keep: Annotated[
+        dict[Literal["neuron", "head", "kv_group", "layer", "residual"], int],
+        Field(
+            description="Units kept of each kind: in every layer, or in the model.",
+            title="Keep",
+        ),
+    ]
+    sensitivity: Annotated[
+        dict[Literal["neuron", "head", "kv_group", "layer", "residual"], list[Trial]] | None,
+        Field(
+            description="Each kind cut alone, by how much is kept of it.",
+            title="Sensitivity",
+            validate_default=True,
+        ),
+    ] = {}
+    trials: Annotated[
+        list[Trial] | None,
+        Field(
+            description="Whole shapes, in the order in which they were tried.",
+            title="Trials",
+            validate_default=True,
+        ),
+    ] = []
+    recovery_tokens: Annotated[
+        int | None,
+        Field(
+            description="Tokens that all the trials' recoveries took together.",
+            title="Recovery Tokens",
+        ),
+    ] = 0
+
+
 class Plan(BaseModel):
     """
     A dry run: what a job would make, with nothing queued.
@@ -716,6 +824,7 @@ class Report(BaseModel):
     after: Size
     speed: Annotated[list[Speed], Field(title="Speed")]
     skills: Annotated[dict[str, Skill], Field(title="Skills")]
+    allocation: Allocation
     cuts: Annotated[list[Cut], Field(title="Cuts")]
     parity: Annotated[
         dict[str, Parity],
@@ -779,7 +888,7 @@ class Job(BaseModel):
         Field(title="Status"),
     ]
     phase: Annotated[
-        Literal["", "load", "measure_base", "score", "sparsify", "plan", "slice", "reconstruct", "recover", "measure", "export", "report"],
+        Literal["", "load", "measure_base", "score", "allocate", "sparsify", "plan", "slice", "reconstruct", "recover", "measure", "export", "report"],
         Field(title="Phase"),
     ]
     progress: Progress | None = None

@@ -70,6 +70,25 @@ class Cut(BaseModel):
     )
 
 
+class Trial(BaseModel):
+    """A shape that was tried before one was chosen. Losses are of training text set apart, in nats above the base's."""
+
+    keep: dict[Unit, int]
+    parameters: int
+    refitted: float = Field(description="After cut and refit.")
+    recovered: float | None = Field(None, description="After a short recovery, where there was one.")
+    latency: float | None = Field(None, description="Milliseconds of one generated token, where that was measured.")
+
+
+class Allocation(BaseModel):
+    """How the shape was chosen."""
+
+    keep: dict[Unit, int] = Field(description="Units kept of each kind: in every layer, or in the model.")
+    sensitivity: dict[Unit, list[Trial]] = Field({}, description="Each kind cut alone, by how much is kept of it.")
+    trials: list[Trial] = Field([], description="Whole shapes, in the order in which they were tried.")
+    recovery_tokens: int = Field(0, description="Tokens that all the trials' recoveries took together.")
+
+
 class Parity(BaseModel):
     """Agreement of two forms of one model on the same tokens."""
 
@@ -129,6 +148,7 @@ class Report(BaseModel):
     after: Size
     speed: list[Speed]
     skills: dict[str, Skill]
+    allocation: Allocation
     cuts: list[Cut]
     parity: dict[str, Parity] = Field(
         description="slice: sliced and masked; reload: a fresh process; onnx: ONNX Runtime and torch."

@@ -22,7 +22,7 @@ COLOURS |= {"#010207": "var(--warn)", "#010208": "var(--third)"}
 INK, SOFT, LINE, ACCENT, WARN, THIRD = COLOURS
 """Colours that nothing else has, for matplotlib, which knows no CSS; the SVG gets the page's."""
 
-STAGES = ("load", "measure_base", "score", "sparsify", "plan", "slice", "reconstruct", "recover", "measure", "export")
+STAGES = ("load", "measure_base", "score", "allocate", "sparsify", "plan", "slice", "reconstruct", "recover", "measure", "export")
 RUNTIMES = {"torch": "torch", "onnxruntime": "ONNX Runtime"}
 STILL_THERE = 0.5
 """Retention above which a skill to forget is not called forgotten."""

@@ -15,6 +15,7 @@ Phase = Literal[
     "load",
     "measure_base",
     "score",
+    "allocate",
     "sparsify",
     "plan",
     "slice",

@@ -42,6 +42,15 @@ def report() -> Report:
             "after": {**size, "parameters": 400_000, "bytes": 1_600_000, "width": 64},
             "speed": [{"runtime": "torch", "prefill_base": 100, "prefill_narrow": 200, "decode_base": 10, "decode_narrow": 15}],
             "skills": {"python": {**skill, "role": "keep"}, EVIL: {**skill, "role": "forget", "note": EVIL}},
+            "allocation": {
+                "keep": {"neuron": 64, "head": 2},
+                "sensitivity": {"neuron": [{"keep": {"neuron": 64}, "parameters": 400_000, "refitted": 0.2}]},
+                "trials": [
+                    {"keep": {"neuron": 64, "head": 2}, "parameters": 400_000, "refitted": 0.3, "recovered": 0.25},
+                    {"keep": {"neuron": 32, "head": 4}, "parameters": 390_000, "refitted": 0.4, "latency": 3.21},
+                ],
+                "recovery_tokens": 4096,
+            },
             "cuts": [{"unit": "neuron", "kept": 64, "of": 256, "per_layer": [64, 64]}],
             "parity": {"slice": {"max_error": 1e-6, "relative_error": 1e-7}},
             "curve": [

@@ -35,6 +35,7 @@ def report(skills, **changes):
             "after": {**size, "layers": 3, "parameters": 1500},
             "speed": [{"runtime": "torch", "prefill_base": 100, "prefill_narrow": 90, "decode_base": 10, "decode_narrow": 9}],
             "skills": skills,
+            "allocation": {"keep": {"layer": 3}},
             "cuts": [{"unit": "layer", "kept": 3, "of": 4, "per_layer": [0, 1, 3]}],
             "parity": {"slice": {"max_error": 0, "relative_error": 0}},
             "curve": [],

@@ -130,6 +130,9 @@ def test_an_unknown_architecture_is_named():
         {"parameters": -1},
         {"parameters": 1.5},
         {"keep": {"neuron": 2}},
+        {"retention": 1.1},
+        {"latency": 0},
+        {"latency": 0.5, "retention": 0.9},
     ],
 )
 def test_budgets_that_mean_nothing_are_refused(budget):
