@@ -37,7 +37,12 @@ class Stage(NamedTuple):
 LINE = (
     Stage("load", stages.load, lambda s: [s.block_tokens, s.skill_tokens, s.seed, s.budget, s.method.units, s.target_name]),
     Stage("measure_base", stages.measure_base),
-    Stage("score", stages.score, lambda s: [s.method.importance, s.method.calibration_tokens]),
+    Stage(
+        "score",
+        stages.score,
+        lambda s: [s.method.importance, s.method.calibration_tokens],
+        wanted=lambda s: s.method.units != ["token"],
+    ),
     Stage("sparsify", stages.sparsify, lambda s: s.method.regularizer, wanted=lambda s: s.method.regularizer is not None),
     Stage("plan", stages.plan),
     Stage("slice", stages.cut),

@@ -72,13 +72,14 @@ def size_of(config: dict[str, Any], dims: Dimensions, bytes_per_parameter: int) 
 
 
 def unit_counts(dims: Dimensions) -> dict[Unit, int]:
-    """How many units of each kind there are: in a layer, or in the model for layers and hidden dimensions."""
+    """How many units of each kind there are: in a layer, or in the model for layers, hidden dimensions and tokens."""
     return {
         "neuron": dims.width,
         "head": dims.heads,
         "kv_group": dims.kv_heads,
         "layer": dims.layers,
         "residual": dims.hidden,
+        "token": dims.vocab,
     }
 
 
@@ -93,15 +94,21 @@ def shrink(dims: Dimensions, keep: dict[Unit, int]) -> Dimensions:
         layers=keep.get("layer", dims.layers),
         heads=heads,
         kv_heads=kv_heads,
+        vocab=keep.get("token", dims.vocab),
     )
 
 
-def solve(config: dict[str, Any], options: Options, bytes_per_parameter: int) -> tuple[dict[Unit, int], list[str]]:
+def solve(
+    config: dict[str, Any], options: Options, bytes_per_parameter: int, tokens: int | None = None
+) -> tuple[dict[Unit, int], list[str]]:
     """How many units of each kind to keep, and what had to be rounded.
 
     With `budget.keep`, each fraction is rounded to whole units (heads: the same number in each KV group). With an amount
     of parameters, bytes or FLOPs, all kinds keep about the same fraction: the coarse kinds (layers, KV groups, heads) are
     rounded to it and neurons fill what the budget leaves. The result never exceeds the budget.
+
+    How many `tokens` a trimmed vocabulary keeps is known once the target's text is read. Until then the vocabulary counts
+    whole or, where that does not fit, as large as fits.
     Raises NarrowError (block_too_long, unit_not_supported, budget_too_small).
     """
     family, dims = family_of(config), dimensions(config)
@@ -119,7 +126,7 @@ def solve(config: dict[str, Any], options: Options, bytes_per_parameter: int) ->
                 f"result exactly: it takes {', '.join(family.units)}.",
             )
     if options.budget.keep is not None:
-        return _round_fractions(family, dims, {unit: options.budget.keep[unit] for unit in units})
+        return _round_fractions(family, dims, {unit: options.budget.keep[unit] for unit in units}, tokens)
 
     amount = options.budget.amount()
     assert amount is not None
@@ -132,18 +139,22 @@ def solve(config: dict[str, Any], options: Options, bytes_per_parameter: int) ->
     multiple = options.method.multiple or (WIDE_MULTIPLE if dims.width >= WIDE else MULTIPLE)
     total = cost({})
     limit = int(asked * total) if asked <= 1 else int(asked)
-    candidates = [keep for keep in _candidates(family, dims, units, multiple) if cost(keep) <= limit]
+    shapes = list(_candidates(family, dims, units, multiple, tokens or dims.vocab))
+    candidates = [keep for keep in shapes if cost(keep) <= limit]
     if "neuron" in units:
-        candidates = [_fill(dims, keep, limit, cost, multiple) for keep in candidates]
+        candidates = [_fill("neuron", dims.width, keep, limit, cost, multiple) for keep in candidates]
+    if not candidates and "token" in units and tokens is None:
+        shapes = list(_candidates(family, dims, units, multiple, 1))
+        candidates = [_fill("token", dims.vocab, keep, limit, cost, 1) for keep in shapes if cost(keep) <= limit]
     if not candidates:
-        smallest = min(cost(keep) for keep in _candidates(family, dims, units, multiple))
+        smallest = min(map(cost, shapes))
         raise NarrowError(
             "budget_too_small",
             f"Cutting {' and '.join(PLURAL[u] for u in units)} can bring this model from {total:,} to {smallest:,} {word}, "
             f"not to {limit:,}: raise the budget{_more_units(family, dims, units)}.",
         )
     best = min(candidates, key=lambda keep: _unevenness(dims, keep) - cost(keep) / total)
-    if limit >= total:
+    if cost(best) == total:
         return best, [f"{limit:,} {word} were asked for and the base has {total:,}: nothing is cut."]
     return best, [f"{limit:,} {word} were asked for; whole units make it {cost(best):,}."]
 
@@ -163,13 +174,21 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
     dims = dimensions(config)
     keep, notices = solve(config, options, bytes_per_parameter)
     small = shrink(dims, keep)
+    if "token" in keep and len(keep) > 1 and options.budget.keep is None:
+        notices.append(
+            "The vocabulary counts whole here: the job trims it to what the target's text uses, and keeps more of the rest."
+            if keep["token"] == dims.vocab
+            else f"This fits only if the target's text needs no more than {keep['token']:,} of the {dims.vocab:,} tokens."
+        )
     before, after = size_of(config, dims, bytes_per_parameter), size_of(config, small, bytes_per_parameter)
     method = options.method
     recover = method.recover
     lasso_tokens = method.regularizer.tokens if method.regularizer else 0
-    teacher = before.flops_per_token if recover.objective != "next_token" else 0
+    # What is scored and taught by is the base with its vocabulary trimmed.
+    trimmed = size_of(config, shrink(dims, {"token": small.vocab}), bytes_per_parameter)
+    teacher = trimmed.flops_per_token if recover.objective != "next_token" else 0
     flops = (
-        3.0 * before.flops_per_token * (method.calibration_tokens + lasso_tokens)
+        3.0 * trimmed.flops_per_token * (method.calibration_tokens + lasso_tokens)
         + (3.0 * after.flops_per_token + teacher) * recover.tokens
         + (2.0 * before.flops_per_token + 3.0 * after.flops_per_token) * options.skill_tokens * skills
     )
@@ -182,7 +201,7 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
 
 
 def _candidates(
-    family: Family, dims: Dimensions, units: list[Unit], multiple: int, residual: Sequence[int] = ()
+    family: Family, dims: Dimensions, units: list[Unit], multiple: int, tokens: int, residual: Sequence[int] = ()
 ) -> Iterator[dict[Unit, int]]:
     """Every combination of the coarse kinds, with the fewest neurons; neurons are filled in afterwards.
 
@@ -197,6 +216,7 @@ def _candidates(
         if family.heads_divide_hidden and hidden % (group * head):
             continue
         keep: dict[Unit, int] = {"layer": layer, "kv_group": group, "head": group * head, "residual": hidden}
+        keep["token"] = tokens
         keep["neuron"] = min(multiple, dims.width)
         yield {unit: keep[unit] for unit in units}
 
@@ -208,23 +228,25 @@ def _steps(count: int, multiple: int) -> list[int]:
 
 
 def _fill(
-    dims: Dimensions, keep: dict[Unit, int], limit: int, cost: Callable[[dict[Unit, int]], int], multiple: int
+    unit: Unit, of: int, keep: dict[Unit, int], limit: int, cost: Callable[[dict[Unit, int]], int], multiple: int
 ) -> dict[Unit, int]:
-    """`keep` with as many neurons as the limit allows, in whole multiples."""
-    least = keep["neuron"]
-    one = cost({**keep, "neuron": least + 1}) - cost(keep)
-    neurons = min(dims.width, least + (limit - cost(keep)) // one)
-    return {**keep, "neuron": neurons if neurons == dims.width else max(least, neurons // multiple * multiple)}
+    """`keep` with as many units of a kind as the limit allows, in whole multiples, up to all that there are."""
+    least = keep[unit]
+    one = cost({**keep, unit: least + 1}) - cost(keep)
+    most = min(of, least + (limit - cost(keep)) // one)
+    return {**keep, unit: most if most == of else max(least, most // multiple * multiple)}
 
 
 def _unevenness(dims: Dimensions, keep: dict[Unit, int]) -> float:
-    """How far apart the kept fractions of the kinds are, as the spread of their logarithms."""
+    """How far apart the kept fractions of the kinds are, as the spread of their logarithms; what text needs is not chosen."""
     counts = unit_counts(dims)
-    logs = [math.log(kept / counts[unit]) for unit, kept in keep.items()]
+    logs = [math.log(kept / counts[unit]) for unit, kept in keep.items() if unit != "token"] or [0.0]
     return max(logs) - min(logs)
 
 
-def _round_fractions(family: Family, dims: Dimensions, fractions: dict[Unit, float]) -> tuple[dict[Unit, int], list[str]]:
+def _round_fractions(
+    family: Family, dims: Dimensions, fractions: dict[Unit, float], tokens: int | None
+) -> tuple[dict[Unit, int], list[str]]:
     """The whole numbers of units nearest to the fractions, among those that stock transformers takes."""
     counts = unit_counts(dims)
 
@@ -235,7 +257,8 @@ def _round_fractions(family: Family, dims: Dimensions, fractions: dict[Unit, flo
     # Where heads must divide the hidden size, the nearest size that any number of heads divides is not far.
     hidden = round(fractions.get("residual", 1) * dims.hidden)
     near = range(max(1, hidden - dims.heads), min(dims.hidden, hidden + dims.heads) + 1)
-    keep = min(_candidates(family, dims, units, 1, near if "residual" in fractions else ()), key=distance)
+    vocabulary = tokens or max(1, round(fractions.get("token", 1.0) * dims.vocab))
+    keep = min(_candidates(family, dims, units, 1, vocabulary, near if "residual" in fractions else ()), key=distance)
     if "neuron" in fractions:
         keep["neuron"] = max(1, round(fractions["neuron"] * dims.width))
     notices = [
