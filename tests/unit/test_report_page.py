@@ -126,6 +126,8 @@ def test_tokens_are_in_the_words_and_not_in_the_chart():
     page = render_page(both)
     assert "Neurons: 32 of 64 in each layer. Tokens: 6 of 9 in the model." in words(page)
     assert re.search(r'<th scope="row">vocabulary</th><td>9</td><td>6</td><td>0.67</td>', page)
+    assert ">neurons<" in page
+    assert ">tokens<" not in page
     assert "What was cut" not in render_page(report(skills, cuts=[tokens]))
     both.spec["method"]["units"] = ["neuron", "token"]
     assert "Vocabulary trimmed from 9 to 6 tokens, neurons scored by fisher, no refit, 0 tokens" in " ".join(

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from narrow_engine.families import FAMILIES as TABLE
 from narrow_engine.families import dimensions
 from narrow_engine.models import config_dict
-from narrow_engine.plan import make_plan
+from narrow_engine.plan import make_plan, whole_plan
 from narrow_engine.sizing import parameters, solve, unit_counts
 from narrow_engine.slice import compare, mask_model, slice_model
 from narrow_engine.spec import Options
@@ -89,6 +89,18 @@ def test_the_sliced_model_loads_in_stock_transformers_and_generates(family, tmp_
     assert compare(small, loaded, ids).max_error == 0
     first = small.generate(ids[:1, :5], max_new_tokens=8, do_sample=False, use_cache=True, pad_token_id=0)
     assert torch.equal(first, loaded.generate(ids[:1, :5], max_new_tokens=8, do_sample=False, use_cache=True, pad_token_id=0))
+
+
+def test_a_model_names_its_tokens_by_their_new_numbers():
+    model = tiny_model("llama", eos_token_id=[7, 300], pad_token_id=300)
+    model.generation_config.suppress_tokens = [3, 299]
+    plan = whole_plan(config_dict(model), [0, 7, *range(200, 320)])
+    small = slice_model(model, plan)
+    for config in (small.config, small.generation_config):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, [1, 102], 102)
+    assert small.generation_config.suppress_tokens == [101]
+    assert small.config.vocab_size == 122
+    assert model.config.eos_token_id == [7, 300]
 
 
 def test_a_plan_that_forgets_a_unit_is_noticed():

@@ -67,7 +67,9 @@ def unigram(fallback=True):
     trainer = trainers.UnigramTrainer(vocab_size=1000, unk_token="<unk>", special_tokens=special, show_progress=False)
     tokenizer.train_from_iterator([word for text in TARGET + OTHER for word in text.split("\n")], trainer)
     raw = json.loads(tokenizer.to_str())
-    raw["model"]["byte_fallback"] = fallback
+    # The unknown piece stands last, so that its number changes.
+    pieces = raw["model"]["vocab"]
+    raw["model"] |= {"byte_fallback": fallback, "vocab": [*pieces[1:], pieces[0]], "unk_id": len(pieces) - 1}
     tokenizer = Tokenizer.from_str(json.dumps(raw))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Metaspace()])
     return _without_added_bytes(tokenizer)
@@ -147,6 +149,16 @@ def test_a_room_is_filled_with_the_most_frequent(kind):
 def test_what_merges_could_build_they_still_build(room):
     small, _ = trimmed("byte_level", room)
     assert [token for token in small.get_vocab() if token != "<|end|>" and len(small.model.tokenize(token)) > 1] == []
+
+
+def test_the_price_of_an_unknown_character_stays():
+    """Without the least likely piece `a` would become unknown, at 10 below the next: less than what `ab` and `c` cost."""
+    pieces = [("<unk>", 0.0), ("ab", -12.0), ("c", -12.0), ("a", -50.0), ("bc", -1.0), *((byte, 0.0) for byte in BYTES)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    assert tokenizer.encode("abc").tokens == ["ab", "c"]
+    counts = np.bincount(tokenizer.encode("abc").ids + tokenizer.encode("bc").ids, minlength=len(pieces))
+    small = vocabulary.renumbered(tokenizer, vocabulary.choose(tokenizer, counts, set(), None))
+    assert small.encode("abc").tokens == ["ab", "c"]
 
 
 def test_specials_are_all_there_and_in_the_template():
@@ -245,6 +257,9 @@ def test_the_files_load_in_stock_transformers(kind, tmp_path):
     assert len(loaded) == len(kept)
     assert kept[loaded.eos_token_id] == end
     assert kept[json.loads((tmp_path / "out" / "added_tokens.json").read_text())[tokenizer.id_to_token(end)]] == end
+    written = {name: json.loads((tmp_path / "out" / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json")}
+    assert kept[written["tokenizer.json"]["padding"]["pad_id"]] == end
+    assert [kept[int(number)] for number in written["tokenizer_config.json"]["added_tokens_decoder"]] == [end]
     for text in (*TARGET[:5], *OTHER[:3]):
         assert loaded.encode(text) == small.encode(text).ids
 
