@@ -425,16 +425,16 @@ def base(run: Run) -> PreTrainedModel:
     if "base" not in run.models:
         whole, tokens = untouched(run), _info(run)["tokens"]
         run.models["base"] = whole if tokens is None else slice_model(whole, whole_plan(config_dict(whole), tokens))
-        # Where they differ, only measuring needs the whole one again, and that is far away.
         run.models.pop("untouched", None)
     return run.models["base"]
 
 
 def untouched(run: Run) -> PreTrainedModel:
-    """The base as it was brought."""
+    """The base as it was brought. Where `base` is another, only one of them is kept: they take turns, far apart."""
     if "base" in run.models and _info(run)["tokens"] is None:
         return run.models["base"]
     if "untouched" not in run.models:
+        run.models.pop("base", None)
         run.models["untouched"] = load_model(run.spec.base.path)
     return run.models["untouched"]
 
