@@ -26,7 +26,7 @@ from narrow_engine import corpus, skills, speed, train
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import Dimensions, dimensions
 from narrow_engine.models import config_dict
-from narrow_engine.plan import Scores, make_plan
+from narrow_engine.plan import Plan, Scores, make_plan
 from narrow_engine.reconstruct import refit
 from narrow_engine.report.model import Allocation, Trial
 from narrow_engine.run import write_json
@@ -62,7 +62,11 @@ class Workshop:
     """What trials need: the base with its scores, the target's training text in two parts, and a file that keeps results."""
 
     spec: CompressionSpec
+    config: dict[str, Any]
+    """Of the base as it was brought: budgets count from it."""
     bytes_per_parameter: int
+    tokens: int | None
+    """That a trimmed vocabulary keeps; `base` has no others any more."""
     base: PreTrainedModel
     scores: Scores
     text: corpus.Documents
@@ -73,17 +77,26 @@ class Workshop:
     """Called with (done, total) within whatever is being tried; may raise to stop."""
 
     @property
-    def config(self) -> dict[str, Any]:
-        return config_dict(self.base)
-
-    @property
     def dims(self) -> Dimensions:
         return dimensions(self.config)
+
+    @property
+    def units(self) -> list[Unit]:
+        """The kinds of which there is a choice."""
+        return [unit for unit in self.spec.method.units if unit != "token"]
+
+    def shapes(self, cost: Callable[[Keep], float], limit: float, fill: bool = True) -> list[Keep]:
+        return shapes(self.config, self.spec, cost, limit, self.tokens, fill)
+
+    def plan(self, keep: Keep) -> Plan:
+        return make_plan(config_dict(self.base), self.scores, {unit: keep[unit] for unit in keep if unit != "token"})
 
 
 def open_workshop(
     spec: CompressionSpec,
+    config: dict[str, Any],
     bytes_per_parameter: int,
+    tokens: int | None,
     base: PreTrainedModel,
     scores: Scores,
     training: corpus.Documents,
@@ -94,22 +107,16 @@ def open_workshop(
     text, apart = corpus.hold_out(training, 16 * JUDGE_TOKENS, lambda *_: None)
     judge = corpus.sample(apart, JUDGE_TOKENS, spec.block_tokens, spec.seed)
     loss = skills.loss_of(base, judge, spec.block_tokens)
-    return Workshop(spec, bytes_per_parameter, base, scores, text, judge, loss, results, progress)
-
-
-def leaves_a_choice(spec: CompressionSpec) -> bool:
-    """Whether shapes have to be tried: where arithmetic alone does not say how many units of each kind to keep."""
-    budget = spec.budget
-    return budget.retention is not None or budget.latency is not None or (budget.keep is None and len(spec.method.units) > 1)
+    return Workshop(spec, config, bytes_per_parameter, tokens, base, scores, text, judge, loss, results, progress)
 
 
 def allocate(shop: Workshop) -> tuple[Allocation, list[str]]:
     """The shape for a budget that leaves a choice, and sentences about it. Raises like `sizing.solve`."""
     budget = shop.spec.budget
-    curves = {unit: sensitivity(shop, unit) for unit in shop.spec.method.units}
+    curves = {unit: sensitivity(shop, unit) for unit in shop.units}
 
     def predicted(keep: Keep) -> float:
-        return sum(interpolate(curves[unit], unit, shop.dims, keep) for unit in keep)
+        return sum(interpolate(curves[unit], unit, shop.dims, keep) for unit in shop.units)
 
     if budget.retention is not None:
         found = smallest_that_keeps(shop, predicted, budget.retention)
@@ -143,7 +150,7 @@ def attempt(shop: Workshop, keep: Keep, part: int = 0) -> Trial:
 def _attempt(shop: Workshop, keep: Keep, part: int) -> Trial:
     method, length = shop.spec.method, shop.spec.block_tokens
     blocks = corpus.Blocks(shop.text.tokens, length, shop.spec.seed)
-    plan = make_plan(shop.config, shop.scores, keep)
+    plan = shop.plan(keep)
     model = slice_model(shop.base, plan)
     if method.refit:
         refit(shop.base, model, plan, blocks, min(CALIBRATION_TOKENS, method.calibration_tokens), shop.progress)
@@ -203,12 +210,12 @@ def interpolate(curve: list[Trial], unit: Unit, dims: Dimensions, keep: Keep) ->
 
 def best_of_size(shop: Workshop, predicted: Callable[[Keep], float]) -> Found:
     """The shape within an amount of parameters, bytes or FLOPs that is best after a short recovery."""
-    keep, told = solve(shop.config, shop.spec, shop.bytes_per_parameter, predicted)
+    keep, told = solve(shop.config, shop.spec, shop.bytes_per_parameter, shop.tokens, predicted)
     amount = shop.spec.budget.amount()
     assert amount is not None
     cost, limit = cost_and_limit(shop.config, *amount, shop.bytes_per_parameter)
     picked = [keep]
-    for other in sorted(shapes(shop.config, shop.spec, cost, limit), key=predicted):
+    for other in sorted(shop.shapes(cost, limit), key=predicted):
         if len(picked) < SHORTLIST and all(_differ(other, one) for one in picked):
             picked.append(other)
     trials = [attempt(shop, keep, CHOICE) for keep in picked]
@@ -219,14 +226,15 @@ def best_of_size(shop: Workshop, predicted: Callable[[Keep], float]) -> Found:
 
 def smallest_that_keeps(shop: Workshop, predicted: Callable[[Keep], float], wanted: float) -> Found:
     """The smallest shape whose retention is at least `wanted` after a short recovery."""
-    cost, total = cost_and_limit(shop.config, "parameters", 1.0, shop.bytes_per_parameter)
-    everything = whole(shop.dims, shop.spec.method.units)
+    cost, _ = cost_and_limit(shop.config, "parameters", 1.0, shop.bytes_per_parameter)
+    everything = whole(shop.dims, shop.spec.method.units, shop.tokens)
+    total = cost(everything)
     chosen, trials = Trial(keep=everything, parameters=total, refitted=0.0), []
 
     def shape(limit: float) -> Keep:
-        return min(shapes(shop.config, shop.spec, cost, limit), key=predicted)
+        return min(shop.shapes(cost, limit), key=predicted)
 
-    small = float(min(cost(keep) for keep in shapes(shop.config, shop.spec, cost, total, fill=False)))
+    small = float(min(cost(keep) for keep in shop.shapes(cost, total, fill=False)))
     large = float(total)
     # Where the refit alone would do, by the curves: the first guess.
     guess, step = small, (total / small) ** (1 / 64)
@@ -248,7 +256,9 @@ def smallest_that_keeps(shop: Workshop, predicted: Callable[[Keep], float], want
         f"{chosen.parameters:,} of {total:,} parameters are the fewest that were found to keep {wanted:g}: {_words(chosen.keep)}."
     )
     if chosen.keep == everything:
-        return Found(chosen, trials, [f"No smaller model was found to keep {wanted:g} of the target: nothing is cut."])
+        return Found(
+            chosen, trials, [f"No smaller model was found to keep {wanted:g} of the target: all {_words(everything)} stay."]
+        )
     return Found(chosen, trials, [f"{told} After the short recovery of its trial it kept {kept:.3f}."])
 
 
@@ -257,7 +267,7 @@ def best_within_time(shop: Workshop, predicted: Callable[[Keep], float], asked: 
     dims = shop.dims
 
     def model(keep: Keep) -> PreTrainedModel:
-        return slice_model(shop.base, make_plan(shop.config, shop.scores, keep))
+        return slice_model(shop.base, shop.plan(keep))
 
     def terms(keep: Keep) -> list[float]:
         size = size_of(shop.config, shrink(dims, keep), 1)
@@ -273,7 +283,7 @@ def best_within_time(shop: Workshop, predicted: Callable[[Keep], float], asked: 
     trials: list[Trial] = []
     chosen: Trial | None = None
     for _ in range(TIMINGS):
-        found = shapes(shop.config, shop.spec, lambda keep: float(line @ terms(keep)), aim)
+        found = shop.shapes(lambda keep: float(line @ terms(keep)), aim)
         if not found:
             break
         keep = min(found, key=predicted)
@@ -296,7 +306,7 @@ def best_within_time(shop: Workshop, predicted: Callable[[Keep], float], asked: 
         raise NarrowError(
             "budget_too_small",
             f"No model that this machine runs in {1000 * limit:.2f} ms a token was found by cutting "
-            f"{' and '.join(PLURAL[u] for u in shop.spec.method.units)} ({fastest}; the base takes {1000 * times[0]:.2f} ms): "
+            f"{' and '.join(PLURAL[u] for u in shop.units)} ({fastest}; the base takes {1000 * times[0]:.2f} ms): "
             "raise the budget or add kinds to method.units.",
         )
     told = f"{chosen.latency:.2f} ms a token where {1000 * limit:.2f} were asked for: {_words(chosen.keep)}."

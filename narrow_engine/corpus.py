@@ -55,6 +55,19 @@ class Documents:
         tokens = np.concatenate(chosen) if chosen else np.empty(0, np.uint32)
         return Documents(tokens, np.cumsum([0, *map(len, chosen)], dtype=np.int64), self.hashes[indices])
 
+    def places(self) -> "Documents":
+        """The same documents with each token's place in `tokens` instead of the token; what is cut from them can be `read`."""
+        return Documents(np.arange(len(self.tokens), dtype=np.uint32), self.offsets, self.hashes)
+
+    def read(self, places: "Documents") -> "Documents":
+        """The tokens at places."""
+        return Documents(self.tokens[places.tokens], places.offsets, places.hashes)
+
+    def take_spans(self, begin: NDArray[np.int64], end: NDArray[np.int64], hashes: NDArray[np.uint64]) -> "Documents":
+        """Documents made of the tokens from `begin` to before `end`, each pair one."""
+        pieces = [self.tokens[a:b] for a, b in zip(begin, end, strict=True)]
+        return Documents(np.concatenate(pieces), np.cumsum([0, *(end - begin)], dtype=np.int64), hashes)
+
 
 def tokenize(
     path: Path, column: str, tokenizer: Tokenizer, start: int | None, check: Callable[[], None], emit: Sink
@@ -145,6 +158,43 @@ def _split(documents: Documents, at: int) -> tuple[Documents, Documents]:
         Documents(documents.tokens[:at], np.append(documents.offsets[:first], at), documents.hashes[:first]),
         Documents(documents.tokens[at:], np.append(0, documents.offsets[last + 1 :] - at), documents.hashes[last:]),
     )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The same texts as the base reads them and as the result will: one and the same where the vocabulary is not trimmed.
+
+    `widths` says of every token of either vocabulary how much text it stands for.
+    """
+
+    base: Documents
+    narrow: Documents
+    widths: tuple[NDArray[np.int64], ...]
+
+    def at(self, places: Documents) -> tuple[Documents, Documents]:
+        """Both readings of stretches of the texts, given by their places in the base's.
+
+        A stretch shrinks to where both have an end of a token, so that what is predicted, all but its first token, is the
+        same text. Raises NarrowError (bad_tokenizer) where the two do not spell the same.
+        """
+        if self.narrow is self.base:
+            return (self.base.read(places),) * 2
+        sides = (self.base, self.narrow)
+        ends = [np.append(0, np.cumsum(width[side.tokens])) for side, width in zip(sides, self.widths, strict=True)]
+        if not np.array_equal(ends[0][self.base.offsets], ends[1][self.narrow.offsets]):
+            raise NarrowError(
+                "bad_tokenizer",
+                "The tokenizer with fewer tokens does not spell the text as the base's does: leave 'token' out of method.units.",
+            )
+        _, *common = np.intersect1d(ends[0], ends[1], return_indices=True)
+        first, last = places.tokens[places.offsets[:-1]], places.tokens[places.offsets[1:] - 1]
+        begin = np.searchsorted(common[0], first.astype(np.int64) + 1)
+        end = np.searchsorted(common[0], last.astype(np.int64) + 1, side="right") - 1
+        end = np.maximum(begin, end)
+        one, other = (
+            side.take_spans(found[begin] - 1, found[end], places.hashes) for side, found in zip(sides, common, strict=True)
+        )
+        return one, other
 
 
 def save(documents: Documents, folder: Path, name: str) -> None:

@@ -63,7 +63,7 @@ class Family:
     """Reads the heads, writes the residual stream."""
     mlp_out: str = "mlp.down_proj"
     """Reads the neurons, writes the residual stream."""
-    units: tuple[Unit, ...] = ("neuron", "head", "kv_group", "layer", "residual")
+    units: tuple[Unit, ...] = ("neuron", "head", "kv_group", "layer", "residual", "token")
     hidden_key: str = "hidden_size"
     width_key: str = "intermediate_size"
     layers_key: str = "num_hidden_layers"
@@ -164,8 +164,8 @@ _IN, _POST, _PRE_MLP, _POST_MLP = (
 )
 _LLAMA_NORMS = _norms(_IN, _POST)
 _LLAMA_OUTER = _outer(*_norms("model.norm"))
-_NO_HEADS: tuple[Unit, ...] = ("neuron", "layer")
-_LAYER_NORM: tuple[Unit, ...] = ("neuron", "head", "kv_group", "layer")
+_NO_HEADS: tuple[Unit, ...] = ("neuron", "layer", "token")
+_LAYER_NORM: tuple[Unit, ...] = ("neuron", "head", "kv_group", "layer", "token")
 """LayerNorm subtracts the mean over all hidden dimensions, the silenced ones too: no slice of it is equal to that."""
 
 _ALL = (

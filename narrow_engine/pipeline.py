@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from narrow_engine import stages
-from narrow_engine.allocate import leaves_a_choice
 from narrow_engine.events import Sink
 from narrow_engine.model_files import inspect_model
 from narrow_engine.report.model import Notice
 from narrow_engine.run import Run, write_json
+from narrow_engine.sizing import leaves_a_choice, vocabulary_is_fixed
 from narrow_engine.spec import CompressionSpec
 
 
@@ -35,15 +35,27 @@ class Stage(NamedTuple):
     wanted: Callable[[CompressionSpec], bool] = lambda spec: True
 
 
+def _load_options(spec: CompressionSpec) -> Any:
+    trimmed = "token" in spec.method.units
+    # Only a vocabulary whose size is asked for, and not found in the text, follows the budget.
+    size = [spec.budget, spec.method.units] if trimmed and vocabulary_is_fixed(spec) else []
+    return [spec.block_tokens, spec.skill_tokens, spec.seed, spec.target_name, trimmed, *size]
+
+
 def _allocation_options(spec: CompressionSpec) -> Any:
     trials = [spec.method.refit, spec.method.recover] if leaves_a_choice(spec) else []
     return [spec.budget, spec.method.units, spec.method.multiple, *trials]
 
 
 LINE = (
-    Stage("load", stages.load, lambda s: [s.block_tokens, s.skill_tokens, s.seed, s.target_name]),
+    Stage("load", stages.load, _load_options),
     Stage("measure_base", stages.measure_base),
-    Stage("score", stages.score, lambda s: [s.method.importance, s.method.calibration_tokens, "residual" in s.method.units]),
+    Stage(
+        "score",
+        stages.score,
+        lambda s: [s.method.importance, s.method.calibration_tokens, "residual" in s.method.units],
+        wanted=lambda s: s.method.units != ["token"],
+    ),
     Stage("allocate", stages.allocate, _allocation_options),
     Stage("sparsify", stages.sparsify, lambda s: s.method.regularizer, wanted=lambda s: s.method.regularizer is not None),
     Stage("plan", stages.plan),

@@ -13,17 +13,18 @@ from narrow_engine.spec import Unit
 
 Scores = dict[Unit, Tensor]
 """Larger is more important: neuron [layers, width], head [layers, heads], kv_group [layers, kv_heads], layer [layers],
-residual [hidden]."""
+residual [hidden], token [vocab]."""
 
 
 class Plan(BaseModel):
-    """Kept units, ascending. `layers` and `residual` hold numbers in the base, the others a list for each *kept* layer."""
+    """Kept units, ascending. `layers`, `residual`, `tokens`: numbers in the base; the others: a list for each *kept* layer."""
 
     layers: list[int]
     residual: list[int]
     neurons: list[list[int]]
     kv_groups: list[list[int]]
     heads: list[list[int]]
+    tokens: list[int]
 
     @staticmethod
     def read(path: Path) -> "Plan":
@@ -46,17 +47,19 @@ def make_plan(config: dict[str, Any], scores: Scores, keep: dict[Unit, int]) -> 
         kv_groups.append(groups)
         heads.append([head for group in groups for head in _heads(dims, group, scores, layer, per_group)])
     residual = _best(scores["residual"], small.hidden) if "residual" in keep else list(range(dims.hidden))
-    return Plan(layers=layers, residual=residual, neurons=neurons, kv_groups=kv_groups, heads=heads)
+    tokens = _best(scores["token"], small.vocab) if "token" in keep else list(range(dims.vocab))
+    return Plan(layers=layers, residual=residual, neurons=neurons, kv_groups=kv_groups, heads=heads, tokens=tokens)
 
 
-def whole_plan(config: dict[str, Any]) -> Plan:
-    """The plan that cuts nothing: slicing by it copies the model."""
-    return make_plan(config, {}, {})
+def whole_plan(config: dict[str, Any], tokens: list[int] | None = None) -> Plan:
+    """The plan that cuts nothing, or nothing but the vocabulary to `tokens`: slicing by it copies the model."""
+    made = make_plan(config, {}, {})
+    return made if tokens is None else made.model_copy(update={"tokens": tokens})
 
 
 def cuts(config: dict[str, Any], plan: Plan, units: list[Unit]) -> list[Cut]:
     """What the plan keeps of each kind, for the report."""
-    whole: dict[Unit, list[int]] = {"layer": plan.layers, "residual": plan.residual}
+    whole: dict[Unit, list[int]] = {"layer": plan.layers, "residual": plan.residual, "token": plan.tokens}
     by_layer: dict[Unit, list[list[int]]] = {"neuron": plan.neurons, "head": plan.heads, "kv_group": plan.kv_groups}
     counts = unit_counts(dimensions(config))
     return [

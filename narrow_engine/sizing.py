@@ -76,13 +76,14 @@ def size_of(config: dict[str, Any], dims: Dimensions, bytes_per_parameter: int) 
 
 
 def unit_counts(dims: Dimensions) -> Keep:
-    """How many units of each kind there are: in a layer, or in the model for layers and hidden dimensions."""
+    """How many units of each kind there are: in a layer, or in the model for layers, hidden dimensions and tokens."""
     return {
         "neuron": dims.width,
         "head": dims.heads,
         "kv_group": dims.kv_heads,
         "layer": dims.layers,
         "residual": dims.hidden,
+        "token": dims.vocab,
     }
 
 
@@ -97,6 +98,7 @@ def shrink(dims: Dimensions, keep: Keep) -> Dimensions:
         layers=keep.get("layer", dims.layers),
         heads=heads,
         kv_heads=kv_heads,
+        vocab=keep.get("token", dims.vocab),
     )
 
 
@@ -104,6 +106,7 @@ def solve(
     config: dict[str, Any],
     options: Options,
     bytes_per_parameter: int,
+    tokens: int | None = None,
     loss: Callable[[Keep], float] | None = None,
 ) -> tuple[Keep, list[str]]:
     """How many units of each kind to keep, and what had to be rounded.
@@ -111,6 +114,9 @@ def solve(
     With `budget.keep`, each fraction is rounded to whole units (heads: the same number in each KV group). With an amount
     of parameters, bytes or FLOPs, the shape with the least `loss` that does not exceed it; without `loss`, which takes
     measuring, the one whose kinds keep most nearly the same fraction. With a budget that only measuring can meet, all.
+
+    How many `tokens` a trimmed vocabulary keeps is known once the target's text is read. Until then the vocabulary counts
+    whole or, where that does not fit, as large as fits.
     Raises NarrowError (block_too_long, unit_not_supported, budget_too_small).
     """
     family, dims = family_of(config), dimensions(config)
@@ -129,16 +135,21 @@ def solve(
             )
     budget = options.budget
     if budget.keep is not None:
-        return round_fractions(config, {unit: budget.keep[unit] for unit in units})
+        return round_fractions(config, {unit: budget.keep[unit] for unit in units}, tokens)
     amount = budget.amount()
     if amount is None:
-        return whole(dims, units), ["How much can be cut is measured by the job: shown is the base, which is the most it can be."]
+        told = "How much can be cut is measured by the job: shown is the base, which is the most it can be."
+        return whole(dims, units, tokens), [told]
 
     cost, limit = cost_and_limit(config, *amount, bytes_per_parameter)
     total, word = cost({}), MEASURES[amount[0]][1]
-    found = shapes(config, options, cost, limit)
+    found = shapes(config, options, cost, limit, tokens)
+    least = tokens or (1 if "token" in units else dims.vocab)
+    if not found and least == 1:
+        small = shapes(config, options, cost, limit, least, fill=False)
+        found = [_fill("token", dims.vocab, keep, limit, cost, 1) for keep in small]
     if not found:
-        smallest = min(cost(keep) for keep in shapes(config, options, lambda keep: 0, 0, fill=False))
+        smallest = min(cost(keep) for keep in shapes(config, options, lambda keep: 0, 0, least, fill=False))
         raise NarrowError(
             "budget_too_small",
             f"Cutting {' and '.join(PLURAL[u] for u in units)} can bring this model from {total:,} to {smallest:,} {word}, "
@@ -146,9 +157,9 @@ def solve(
         )
     best = min(found, key=loss or (lambda keep: _unevenness(dims, keep) - cost(keep) / total))
     notices = [f"{limit:,} {word} were asked for; whole units make it {cost(best):,}."]
-    if limit >= total:
+    if cost(best) == total:
         return best, [f"{limit:,} {word} were asked for and the base has {total:,}: nothing is cut."]
-    if len(units) > 1 and loss is None:
+    if loss is None and leaves_a_choice(options):
         notices.append("How much is cut of which kind is measured by the job: shown is about the same share of each.")
     return best, notices
 
@@ -165,23 +176,43 @@ def cost_and_limit(
     return cost, int(asked * cost({})) if asked <= 1 else int(asked)
 
 
-def whole(dims: Dimensions, units: list[Unit]) -> Keep:
-    """All units of these kinds."""
-    counts = unit_counts(dims)
+def whole(dims: Dimensions, units: list[Unit], tokens: int | None = None) -> Keep:
+    """All units of these kinds, and all `tokens` of a vocabulary that is trimmed."""
+    counts = unit_counts(dims) | {"token": tokens or dims.vocab}
     return {unit: counts[unit] for unit in units}
 
 
+def leaves_a_choice(options: Options) -> bool:
+    """Whether shapes have to be tried: where arithmetic alone does not say how many units of each kind to keep."""
+    budget = options.budget
+    chosen = [unit for unit in options.method.units if unit != "token"]
+    measured = budget.retention is not None or budget.latency is not None
+    return bool(chosen) and (measured or (budget.keep is None and len(chosen) > 1))
+
+
+def vocabulary_is_fixed(options: Options) -> bool:
+    """Whether the budget says how many tokens a trimmed vocabulary keeps, and not the target's text."""
+    return options.budget.keep is not None or options.method.units == ["token"]
+
+
 def shapes(
-    config: dict[str, Any], options: Options, cost: Callable[[Keep], float], limit: float, fill: bool = True
+    config: dict[str, Any],
+    options: Options,
+    cost: Callable[[Keep], float],
+    limit: float,
+    tokens: int | None = None,
+    fill: bool = True,
 ) -> list[Keep]:
     """The shapes that cost no more than `limit`: for every combination of the coarse kinds, the most neurons that fit.
 
-    `cost` must be linear in the neurons. Without `fill`, the fewest neurons.
+    `cost` must be linear in the neurons. Without `fill`, the fewest neurons. A vocabulary that is trimmed keeps `tokens`.
     """
     family, dims, units = family_of(config), dimensions(config), options.method.units
     multiple = options.method.multiple or (WIDE_MULTIPLE if dims.width >= WIDE else MULTIPLE)
-    found = [keep for keep in _candidates(family, dims, units, multiple) if cost(keep) <= limit]
-    return [_fill(dims, keep, limit, cost, multiple) for keep in found] if fill and "neuron" in units else found
+    found = [keep for keep in _candidates(family, dims, units, multiple, tokens or dims.vocab) if cost(keep) <= limit]
+    if fill and "neuron" in units:
+        return [_fill("neuron", dims.width, keep, limit, cost, multiple) for keep in found]
+    return found
 
 
 def _more_units(family: Family, dims: Dimensions, units: list[Unit]) -> str:
@@ -199,13 +230,21 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
     dims = dimensions(config)
     keep, notices = solve(config, options, bytes_per_parameter)
     small = shrink(dims, keep)
+    if "token" in keep and len(keep) > 1 and options.budget.keep is None:
+        notices.append(
+            "The vocabulary counts whole here: the job trims it to what the target's text uses, and keeps more of the rest."
+            if keep["token"] == dims.vocab
+            else f"This fits only if the target's text needs no more than {keep['token']:,} of the {dims.vocab:,} tokens."
+        )
     before, after = size_of(config, dims, bytes_per_parameter), size_of(config, small, bytes_per_parameter)
     method = options.method
     recover = method.recover
     lasso_tokens = method.regularizer.tokens if method.regularizer else 0
-    teacher = before.flops_per_token if recover.objective != "next_token" else 0
+    # What is scored and taught by is the base with its vocabulary trimmed.
+    trimmed = size_of(config, shrink(dims, {"token": small.vocab}), bytes_per_parameter)
+    teacher = trimmed.flops_per_token if recover.objective != "next_token" else 0
     flops = (
-        3.0 * before.flops_per_token * (method.calibration_tokens + lasso_tokens)
+        3.0 * trimmed.flops_per_token * (method.calibration_tokens + lasso_tokens)
         + (3.0 * after.flops_per_token + teacher) * recover.tokens
         + (2.0 * before.flops_per_token + 3.0 * after.flops_per_token) * options.skill_tokens * skills
     )
@@ -218,7 +257,7 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
 
 
 def _candidates(
-    family: Family, dims: Dimensions, units: list[Unit], multiple: int, residual: Sequence[int] = ()
+    family: Family, dims: Dimensions, units: list[Unit], multiple: int, tokens: int, residual: Sequence[int] = ()
 ) -> Iterator[Keep]:
     """Every combination of the coarse kinds, with the fewest neurons; neurons are filled in afterwards.
 
@@ -232,7 +271,7 @@ def _candidates(
     for layer, group, head, hidden in product(layers, groups, heads, residual):
         if family.heads_divide_hidden and hidden % (group * head):
             continue
-        keep: Keep = {"layer": layer, "kv_group": group, "head": group * head, "residual": hidden}
+        keep: Keep = {"layer": layer, "kv_group": group, "head": group * head, "residual": hidden, "token": tokens}
         keep["neuron"] = min(multiple, dims.width)
         yield {unit: keep[unit] for unit in units}
 
@@ -243,22 +282,22 @@ def _steps(count: int, multiple: int) -> list[int]:
     return [*whole[:: -(-len(whole) // STEPS) or 1], count]
 
 
-def _fill(dims: Dimensions, keep: Keep, limit: float, cost: Callable[[Keep], float], multiple: int) -> Keep:
-    """`keep` with as many neurons as the limit allows, in whole multiples."""
-    least = keep["neuron"]
-    one = cost({**keep, "neuron": least + 1}) - cost(keep)
-    neurons = min(dims.width, least + int((limit - cost(keep)) / one)) if one > 0 else dims.width
-    return {**keep, "neuron": neurons if neurons == dims.width else max(least, neurons // multiple * multiple)}
+def _fill(unit: Unit, of: int, keep: Keep, limit: float, cost: Callable[[Keep], float], multiple: int) -> Keep:
+    """`keep` with as many units of a kind as the limit allows, in whole multiples, up to all that there are."""
+    least = keep[unit]
+    one = cost({**keep, unit: least + 1}) - cost(keep)
+    most = min(of, least + int((limit - cost(keep)) / one)) if one > 0 else of
+    return {**keep, unit: most if most == of else max(least, most // multiple * multiple)}
 
 
 def _unevenness(dims: Dimensions, keep: Keep) -> float:
-    """How far apart the kept fractions of the kinds are, as the spread of their logarithms."""
+    """How far apart the kept fractions of the kinds are, as the spread of their logarithms; what text needs is not chosen."""
     counts = unit_counts(dims)
-    logs = [math.log(kept / counts[unit]) for unit, kept in keep.items()]
+    logs = [math.log(kept / counts[unit]) for unit, kept in keep.items() if unit != "token"] or [0.0]
     return max(logs) - min(logs)
 
 
-def round_fractions(config: dict[str, Any], fractions: dict[Unit, float]) -> tuple[Keep, list[str]]:
+def round_fractions(config: dict[str, Any], fractions: dict[Unit, float], tokens: int | None = None) -> tuple[Keep, list[str]]:
     """The whole numbers of units nearest to the fractions, among those that stock transformers takes, and what was rounded."""
     family, dims = family_of(config), dimensions(config)
     counts = unit_counts(dims)
@@ -270,7 +309,8 @@ def round_fractions(config: dict[str, Any], fractions: dict[Unit, float]) -> tup
     # Where heads must divide the hidden size, the nearest size that any number of heads divides is not far.
     hidden = round(fractions.get("residual", 1) * dims.hidden)
     near = range(max(1, hidden - dims.heads), min(dims.hidden, hidden + dims.heads) + 1)
-    keep = min(_candidates(family, dims, units, 1, near if "residual" in fractions else ()), key=distance)
+    vocabulary = tokens or max(1, round(fractions.get("token", 1.0) * dims.vocab))
+    keep = min(_candidates(family, dims, units, 1, vocabulary, near if "residual" in fractions else ()), key=distance)
     if "neuron" in fractions:
         keep["neuron"] = max(1, round(fractions["neuron"] * dims.width))
     notices = [

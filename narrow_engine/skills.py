@@ -1,13 +1,16 @@
 """How well models do on a skill: loss, agreement, KL to the base, and retention with its interval.
 
-Retention is base perplexity ÷ compressed perplexity, exp(base loss − compressed loss). Tokens of one document depend on
+Retention is base perplexity ÷ compressed perplexity, exp(base loss − compressed loss). Where the vocabulary is trimmed, the
+base reads a text in its own tokens and the cut model in those that it has left: the nats of the same documents are compared,
+and all are counted by the base's tokens. Tokens of one document depend on
 each other, so the interval comes from resampling whole documents (Efron's percentile bootstrap), base and compressed
 together: what both find hard cancels.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,6 +38,18 @@ class Measured:
 
     def mean_loss(self) -> float:
         return float(self.loss.sum() / self.tokens.sum())
+
+    def per(self, other: "Measured") -> "Measured":
+        """The same losses of the same texts, counted by the tokens of another segmentation."""
+        return replace(self, tokens=other.tokens)
+
+    def save(self, path: Path) -> None:
+        np.savez(path, tokens=self.tokens, loss=self.loss, kl=self.kl, agree=self.agree)
+
+    @staticmethod
+    def load(path: Path) -> "Measured":
+        with np.load(path) as arrays:
+            return Measured(**arrays)
 
 
 @torch.no_grad()
@@ -94,8 +109,19 @@ def retention(base: Measured, other: Measured, seed: int) -> Interval:
     return Interval(value=math.exp(base.mean_loss() - other.mean_loss()), low=float(low), high=float(high))
 
 
-def note(role: str, kept: Interval, documents: int) -> str:
-    """What a reader of a row should keep in mind, as a sentence; empty if nothing."""
+def note(role: str, kept: Interval, documents: int, longer: float = 1.0) -> str:
+    """What a reader of a row should keep in mind; empty if nothing. The text takes `longer` times the base's tokens."""
+    doubt = _doubt(role, kept, documents)
+    if longer == 1:
+        return doubt
+    cut = (
+        f"Without the trimmed tokens its text takes {longer:.2f} times as many; losses are per token of the base, agreement and "
+        "KL are to the base with the same vocabulary."
+    )
+    return f"{doubt} {cut}".lstrip()
+
+
+def _doubt(role: str, kept: Interval, documents: int) -> str:
     if documents < FEW_DOCUMENTS:
         return f"Only {documents} document{'s' if documents > 1 else ''}: too few for the interval to mean much."
     if role == "keep" and kept.high < 0.5:

@@ -17,6 +17,7 @@ from narrow_engine.families import Tensor as Parameter
 from narrow_engine.models import config_dict, family, head, hidden_states, layers, output_weight
 from narrow_engine.plan import Plan
 from narrow_engine.report.model import Parity
+from narrow_engine.vocabulary import renumber_config
 
 EPSILON = "rms_norm_eps"
 """Config key of the ε of every norm, in the families that can lose hidden dimensions."""
@@ -43,6 +44,8 @@ def slice_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     small.config.use_cache = model.config.use_cache
     if model.generation_config is not None:
         small.generation_config = copy.deepcopy(model.generation_config)
+        for key, numbers in _renumbered(small.generation_config.to_dict(), plan, dims).items():
+            setattr(small.generation_config, key, numbers)
     return small.eval()
 
 
@@ -81,7 +84,8 @@ def _fold(tensor: Parameter, table: Family, plan: Plan, dims: Dimensions) -> flo
 def mask_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """The base with everything outside the plan silenced and nothing removed: what slicing must be equal to.
 
-    A neuron or head is silenced where it is read, a layer and a hidden dimension where the residual stream is written.
+    A neuron or head is silenced where it is read, a layer and a hidden dimension where the residual stream is written. A token
+    that is never fed is silent already: `compare` looks at the others.
     """
     masked = copy.deepcopy(model)
     table, dims = family(model), dimensions(config_dict(model))
@@ -112,9 +116,15 @@ def mask_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def compare(one: PreTrainedModel, other: PreTrainedModel, ids: Tensor) -> Parity:
-    """The largest difference between the logits of two models on tokens [rows, length]."""
-    first, second = (head(m).logits(hidden_states(m, ids).flatten(0, 1)) for m in (one, other))
+def compare(one: PreTrainedModel, other: PreTrainedModel, ids: Tensor, tokens: list[int] | None = None) -> Parity:
+    """The largest difference between the logits of two models on tokens [rows, length].
+
+    Where the vocabulary of `other` is trimmed, `tokens` are its tokens in `one`, and `ids` are numbers of `other`.
+    """
+    kept = torch.arange(one.config.vocab_size) if tokens is None else torch.tensor(tokens)
+    kept = kept.to(ids.device)
+    first = head(one).logits(hidden_states(one, kept[ids]).flatten(0, 1))[:, kept]
+    second = head(other).logits(hidden_states(other, ids).flatten(0, 1))
     error = (first - second).abs().max().item()
     return Parity(max_error=error, relative_error=error / max(first.abs().max().item(), 1e-9))
 
@@ -127,6 +137,8 @@ def _kept(axis: Axis, plan: Plan, position: int, dims: Dimensions) -> list[int] 
             found += [start + index for index in _kept(part, plan, position, dims) or ()]
             start += dims.axis(part)
         return found
+    if axis == "vocab":
+        return plan.tokens
     if axis == "width":
         return plan.neurons[position]
     if axis == "q":
@@ -144,11 +156,18 @@ def _expand(blocks: list[int], size: int) -> list[int]:
     return [block * size + i for block in blocks for i in range(size)]
 
 
+def _renumbered(config: dict[str, Any], plan: Plan, dims: Dimensions) -> dict[str, Any]:
+    """What a config or generation config says of tokens by number, in the new numbers; nothing where all are kept."""
+    return {} if len(plan.tokens) == dims.vocab else renumber_config(config, plan.tokens)
+
+
 def _sliced_config(table: Family, config: dict[str, Any], plan: Plan, dims: Dimensions) -> dict[str, Any]:
     changes: dict[str, Any] = {
         table.layers_key: len(plan.layers),
         table.width_key: len(plan.neurons[0]),
         table.heads_key: len(plan.heads[0]),
+        "vocab_size": len(plan.tokens),
+        **_renumbered(config, plan, dims),
     }
     if len(plan.residual) < dims.hidden:
         changes[table.hidden_key] = len(plan.residual)

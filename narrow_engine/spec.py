@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-Unit = Literal["neuron", "head", "kv_group", "layer", "residual"]
+Unit = Literal["neuron", "head", "kv_group", "layer", "residual", "token"]
 Criterion = Literal["reconstruction", "fisher", "attribution", "activation", "magnitude", "random"]
 Objective = Literal["next_token", "distill", "mixed"]
 Role = Literal["keep", "forget", "watch"]
@@ -29,6 +29,7 @@ PLURAL: dict[Unit, str] = {
     "kv_group": "KV groups",
     "layer": "layers",
     "residual": "hidden dimensions",
+    "token": "tokens",
 }
 """The units in a sentence."""
 
@@ -130,7 +131,12 @@ class Prune(Model):
     """Score, cut, refit, recover."""
 
     kind: Literal["prune"] = "prune"
-    units: list[Unit] = Field(default=["neuron"], min_length=1, max_length=len(UNITS))
+    units: list[Unit] = Field(
+        default=["neuron"],
+        min_length=1,
+        max_length=len(UNITS),
+        description="What may be cut. With token, the vocabulary is trimmed to what the target's text uses before anything else.",
+    )
     multiple: int | None = Field(
         None,
         ge=1,
@@ -167,6 +173,9 @@ class Options(Model):
     def _consistent(self) -> Self:
         if self.budget.keep is not None and set(self.budget.keep) != set(self.method.units):
             raise ValueError("'budget.keep' must name the same kinds of unit as 'method.units'")
+        measured = self.budget.retention is not None or self.budget.latency is not None
+        if measured and self.method.units == ["token"]:
+            raise ValueError("a budget of retention or latency needs more in 'units' than 'token': the text decides about tokens")
         if self.budget.retention is not None and self.method.regularizer is not None:
             raise ValueError("a budget of retention tries many sizes and group_lasso trains for one: leave one of them out")
         return self

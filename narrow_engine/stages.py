@@ -8,18 +8,19 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from narrow_engine import corpus, importance, skills, speed, train
+from narrow_engine import corpus, importance, skills, speed, train, vocabulary
 from narrow_engine import reconstruct as least_squares
 from narrow_engine.allocate import allocate as choose_shape
-from narrow_engine.allocate import leaves_a_choice, open_workshop
+from narrow_engine.allocate import open_workshop
 from narrow_engine.errors import NarrowError
 from narrow_engine.export import onnx as onnx_export
 from narrow_engine.export import safetensors as safetensors_export
@@ -32,7 +33,7 @@ from narrow_engine.report.card import render_card
 from narrow_engine.report.model import Allocation, CurvePoint, File, Parity, Provenance, Report, Sample, Skill, Speed
 from narrow_engine.report.page import render_page
 from narrow_engine.run import Run, write_json
-from narrow_engine.sizing import size_of, solve
+from narrow_engine.sizing import leaves_a_choice, size_of, solve, vocabulary_is_fixed
 from narrow_engine.slice import compare, mask_model, slice_model
 from narrow_engine.spec import DatasetPath, Role
 
@@ -51,34 +52,105 @@ def load(run: Run, out: Path) -> None:
     """Checks the base and the budget, and turns every dataset into tokens."""
     spec = run.spec
     info = inspect_model(spec.base.path)
-    solve(info.config, spec, DTYPES[info.dtype])
-    run.models["base"] = load_model(spec.base.path)
-    tokenizer, start = _tokenizer(spec.base.path, info)
+    room, _ = solve(info.config, spec, DTYPES[info.dtype])
+    model = load_model(spec.base.path)
+    reader = narrow = _reader(spec.base.path, info.config)
+    target, tokens = _tokenize(run, spec.target, reader), None
+    if "token" in spec.method.units:
+        tokens = _trim(run, model, reader, target, room["token"])
+        solve(info.config, spec, DTYPES[info.dtype], len(tokens))
+        vocabulary.write_files(spec.base.path, out / "tokenizer", tokens)
+        changes = {**vocabulary.renumber_config(info.config, tokens), "vocab_size": len(tokens)}
+        narrow = _reader(out / "tokenizer", {**info.config, **changes})
 
-    def tokenize(data: DatasetPath) -> corpus.Documents:
-        found = corpus.tokenize(data.path, data.column, tokenizer, start, run.check, run.emit)
-        if int(found.tokens.max()) >= info.config["vocab_size"]:
-            raise NarrowError("bad_tokenizer", f"The tokenizer makes token {found.tokens.max()}, which the model does not have.")
-        return found
+    widths = tuple(vocabulary.widths(r.tokenizer, r.size) for r in (reader, narrow)) if tokens else ()
 
-    training, held_out = corpus.hold_out(tokenize(spec.target), HELD_OUT_FACTOR * spec.skill_tokens, run.emit)
-    corpus.Blocks(training.tokens, spec.block_tokens, spec.seed)
-    corpus.save(training, out, "training")
+    def reading(data: DatasetPath, found: corpus.Documents) -> corpus.Reading:
+        """A dataset, `found` as the base reads it, also as the result will."""
+        return corpus.Reading(found, _tokenize(run, data, narrow, quiet=True) if tokens else found, widths)
+
+    texts = reading(spec.target, target)
+    _tell_difference(run, texts, tokens)
+    training, held_out = corpus.hold_out(target.places(), HELD_OUT_FACTOR * spec.skill_tokens, run.emit)
+    trained_on = texts.at(training)[1]
+    corpus.Blocks(trained_on.tokens, spec.block_tokens, spec.seed)
+    corpus.save(trained_on, out, "training")
     for name, skill in _skills(run).items():
-        documents = held_out if name == spec.target_name else tokenize(skill.data)
-        corpus.save(corpus.sample(documents, spec.skill_tokens, spec.block_tokens, spec.seed), out, skill.file)
+        of_target = name == spec.target_name
+        read = texts if of_target else reading(skill.data, _tokenize(run, skill.data, reader))
+        places = held_out if of_target else read.base.places()
+        sides = read.at(corpus.sample(places, spec.skill_tokens, spec.block_tokens, spec.seed))
+        for side, documents in zip(("base", "narrow"), sides, strict=True):
+            corpus.save(documents, out, f"{skill.file}.{side}")
     data = {d.path.name: dataset_sha256(d.path) for d in (spec.target, *spec.skills)}
-    write_json(out / "info.json", {"model": info.model_dump(), "data": data})
+    write_json(out / "info.json", {"model": info.model_dump(), "data": data, "tokens": tokens})
+    run.models["untouched" if tokens else "base"] = model
+
+
+class _Reader(NamedTuple):
+    """A tokenizer, the token that opens a document (BOS, else EOS, else none), and the size of the model's vocabulary."""
+
+    tokenizer: Tokenizer
+    start: int | None
+    size: int
+
+
+def _tokenize(run: Run, data: DatasetPath, reader: _Reader, quiet: bool = False) -> corpus.Documents:
+    emit = (lambda *_: None) if quiet else run.emit
+    found = corpus.tokenize(data.path, data.column, reader.tokenizer, reader.start, run.check, emit)
+    if int(found.tokens.max()) >= reader.size:
+        raise NarrowError("bad_tokenizer", f"The tokenizer makes token {found.tokens.max()}, which the model does not have.")
+    return found
+
+
+def _trim(run: Run, model: PreTrainedModel, reader: _Reader, target: corpus.Documents, room: int) -> list[int]:
+    """The tokens of the base to keep: all that the target needs, or as many as the budget says outright."""
+    fixed = vocabulary_is_fixed(run.spec)
+    configs = [config_dict(model), model.generation_config.to_dict() if model.generation_config else {}]
+    tokens = vocabulary.choose(
+        reader.tokenizer,
+        np.bincount(target.tokens, minlength=reader.size),
+        {number for number in vocabulary.named_ids(*configs) if 0 <= number < reader.size},
+        room if fixed else None,
+    )
+    if not fixed and reader.size >= vocabulary.LARGE:
+        run.emit(
+            "notice",
+            "load",
+            f"The vocabulary keeps {len(tokens):,} tokens: what the target's text needs, rounded up to a multiple of "
+            f"{vocabulary.MULTIPLE}.",
+            {"code": "rounded"},
+        )
+    return tokens
+
+
+def _tell_difference(run: Run, texts: corpus.Reading, tokens: list[int] | None) -> None:
+    """A notice where the kept tokens cut the target's text in another way than the base's. What is measured counts it in."""
+    before, after, old = texts.base, texts.narrow, np.array(tokens)
+    changed = 0 if tokens is None else sum(not np.array_equal(before[i], old[after[i]]) for i in range(len(before)))
+    if changed:
+        run.emit(
+            "notice",
+            "load",
+            f"The {len(old):,} tokens that are kept cut {changed:,} of the target's {len(before):,} documents in another way "
+            f"than the base's: into {len(after.tokens) / len(before.tokens):.3f} times as many.",
+            {"code": "segmentation_changed"},
+        )
 
 
 def measure_base(run: Run, out: Path) -> None:
-    """The base's loss on every skill: what the rest is measured against, and an early end for data that hold nothing."""
-    losses = {}
+    """The base's loss on every skill: what the rest is measured against, and an early end for data that hold nothing.
+
+    It is measured as it was brought. What is scored, cut and taught by from here on may be the base with its vocabulary
+    trimmed: the same model, but for the tokens that are gone, which is checked.
+    """
+    losses, whole = {}, untouched(run)
     for name, skill in _skills(run).items():
-        documents = corpus.load(run.out("load"), skill.file)
+        documents = _documents(run, name, "base")
         if not (documents.lengths > 1).any():
             raise NarrowError("text_too_short", f"The documents of {name!r} are all shorter than two tokens.")
-        measured = skills.measure(base(run), [], documents, run.spec.block_tokens, run.progress("measure_base"))[0]
+        measured = skills.measure(whole, [], documents, run.spec.block_tokens, run.progress("measure_base"))[0]
+        measured.save(out / f"{skill.file}.npz")
         losses[name] = measured.mean_loss()
         run.emit(
             "progress",
@@ -87,6 +159,11 @@ def measure_base(run: Run, out: Path) -> None:
             {"done": len(losses), "total": len(_skills(run))},
         )
     write_json(out / "skills.json", losses)
+    tokens = _info(run)["tokens"]
+    if tokens:
+        parity = compare(whole, base(run), _probe(run), tokens)
+        _require_exact(parity, "trimming the vocabulary")
+        write_json(out / "parity.json", parity.model_dump())
 
 
 def score(run: Run, out: Path) -> None:
@@ -110,13 +187,17 @@ def score(run: Run, out: Path) -> None:
 
 def allocate(run: Run, out: Path) -> None:
     """How many units of each kind stay: by arithmetic, or by trials where the budget leaves a choice."""
-    size = DTYPES[_info(run)["model"]["dtype"]]
+    info = _info(run)
+    config, size, tokens = info["model"]["config"], DTYPES[info["model"]["dtype"]], info["tokens"] and len(info["tokens"])
     if leaves_a_choice(run.spec):
         results = run.work("allocate") / "trials.json"
-        shop = open_workshop(run.spec, size, base(run), _scores(run), _training(run), results, run.progress("allocate"))
-        found, told = choose_shape(shop)
+        found, told = choose_shape(
+            open_workshop(
+                run.spec, config, size, tokens, base(run), _scores(run), _training(run), results, run.progress("allocate")
+            )
+        )
     else:
-        keep, told = solve(_info(run)["model"]["config"], run.spec, size)
+        keep, told = solve(config, run.spec, size, tokens)
         found = Allocation(keep=keep)
     for sentence in told:
         run.emit("notice", "allocate", sentence, {"code": "rounded"})
@@ -152,11 +233,13 @@ def sparsify(run: Run, out: Path) -> None:
 
 def plan(run: Run, out: Path) -> None:
     """Which units stay. After group lasso, the living neurons do."""
-    scores = _scores(run)
+    info, scores = _info(run), _scores(run)
     norms = run.out("sparsify") / "norms.safetensors"
     if norms.exists():
         scores["neuron"] = load_file(norms)["neuron"]
-    made = make_plan(_info(run)["model"]["config"], scores, _allocation(run).keep)
+    if info["tokens"]:
+        scores["token"] = torch.zeros(info["model"]["config"]["vocab_size"]).index_fill_(0, torch.tensor(info["tokens"]), 1.0)
+    made = make_plan(info["model"]["config"], scores, _allocation(run).keep)
     (out / "plan.json").write_text(made.model_dump_json())
 
 
@@ -165,21 +248,25 @@ def cut(run: Run, out: Path) -> None:
     whole, chosen = _source(run), _plan(run)
     small = slice_model(whole, chosen)
     parity = compare(mask_model(whole, chosen), small, _probe(run))
-    if parity.relative_error > PARITY_BOUND:
-        raise NarrowError(
-            "slicing_not_exact",
-            f"The sliced model's logits differ from the masked base's by {parity.relative_error:.1e} (relative), which must not "
-            "happen: please report it with the model's config.json.",
-        )
+    _require_exact(parity, "slicing")
     run.models["slice"] = small
     _save_weights(small, out)
     write_json(out / "parity.json", parity.model_dump())
 
 
+def _require_exact(parity: Parity, what: str) -> None:
+    if parity.relative_error > PARITY_BOUND:
+        raise NarrowError(
+            "slicing_not_exact",
+            f"The logits after {what} differ from the masked base's by {parity.relative_error:.1e} (relative), which must not "
+            "happen: please report it with the model's config.json.",
+        )
+
+
 def reconstruct(run: Run, out: Path) -> None:
     """Least-squares refit of what reads the cut units, towards the base's residual stream."""
     small = _model(run, "slice")
-    if run.spec.method.refit:
+    if run.spec.method.refit and run.spec.method.units != ["token"]:
         least_squares.refit(
             _source(run),
             small,
@@ -240,14 +327,16 @@ def recover(run: Run, out: Path) -> None:
 
 
 def measure(run: Run, out: Path) -> None:
-    """Base, cut and recovered model on every skill, side by side on the same tokens, and a sample of what they write."""
+    """Base, cut and recovered model on every skill, side by side on the same text, and a sample of what they write."""
     variants = [_model(run, "reconstruct"), _model(run, "recover")]
     rows = {}
     for name, skill in _skills(run).items():
-        documents = corpus.load(run.out("load"), skill.file)
-        first, before, after = skills.measure(base(run), variants, documents, run.spec.block_tokens, run.progress("measure"))
+        first = skills.Measured.load(run.out("measure_base") / f"{skill.file}.npz")
+        beside = skills.measure(base(run), variants, _documents(run, name), run.spec.block_tokens, run.progress("measure"))
+        before, after = (found.per(first) for found in beside[1:])
         kept = skills.retention(first, after, run.spec.seed)
         count = int((first.tokens > 0).sum())
+        positions = float(beside[0].tokens.sum())
         rows[name] = Skill(
             role=skill.role,
             documents=count,
@@ -256,9 +345,9 @@ def measure(run: Run, out: Path) -> None:
             cut=skills.fit(before),
             recovered=skills.fit(after),
             retention=kept,
-            agreement=float(after.agree.sum() / after.tokens.sum()),
-            kl=float(after.kl.sum() / after.tokens.sum()),
-            note=skills.note(skill.role, kept, count),
+            agreement=float(after.agree.sum()) / positions,
+            kl=float(after.kl.sum()) / positions,
+            note=skills.note(skill.role, kept, count, positions / float(first.tokens.sum())),
         ).model_dump()
     write_json(out / "skills.json", rows)
     write_json(out / "samples.json", [sample.model_dump() for sample in _samples(run)])
@@ -269,7 +358,7 @@ def export(run: Run, out: Path) -> None:
     model, probe = _model(run, "recover"), _probe(run)
     parity: dict[str, Parity] = {}
     run.progress("export")(0, 3)
-    safetensors_export.save_model(model, run.spec.base.path, out / "model", _dtype(run))
+    safetensors_export.save_model(model, _tokenizer_folder(run), out / "model", _dtype(run))
     parity["reload"] = safetensors_export.check_reload(out / "model", model, probe)
     run.progress("export")(1, 3)
     if "onnx" in run.spec.export:
@@ -289,7 +378,7 @@ def export(run: Run, out: Path) -> None:
                 {"code": "onnx_greedy_differs"},
             )
     run.progress("export")(2, 3)
-    speeds = speed.measure_speed(base(run), model)
+    speeds = speed.measure_speed(untouched(run), model)
     write_json(out / "parity.json", {name: value.model_dump() for name, value in parity.items()})
     write_json(out / "speed.json", [value.model_dump() for value in speeds])
 
@@ -302,7 +391,14 @@ def report(run: Run, out: Path) -> None:
             shutil.copytree(run.out("export") / name, out / name)
     shutil.copy(run.out("plan") / "plan.json", out / "plan.json")
     small = config_dict(_model(run, "recover"))
-    parity = {"slice": json.loads((run.out("slice") / "parity.json").read_text())}
+    parity = {
+        name: json.loads(path.read_text())
+        for name, path in (
+            ("vocabulary", run.out("measure_base") / "parity.json"),
+            ("slice", run.out("slice") / "parity.json"),
+        )
+        if path.exists()
+    }
     parity |= json.loads((run.out("export") / "parity.json").read_text())
     options = spec.method
     made = Report(
@@ -344,9 +440,22 @@ def report(run: Run, out: Path) -> None:
 
 
 def base(run: Run) -> PreTrainedModel:
+    """What is cut and taught by: the base, with its vocabulary trimmed where the spec says so."""
     if "base" not in run.models:
-        run.models["base"] = load_model(run.spec.base.path)
+        whole, tokens = untouched(run), _info(run)["tokens"]
+        run.models["base"] = whole if tokens is None else slice_model(whole, whole_plan(config_dict(whole), tokens))
+        run.models.pop("untouched", None)
     return run.models["base"]
+
+
+def untouched(run: Run) -> PreTrainedModel:
+    """The base as it was brought. Where `base` is another, only one of them is kept: they take turns, far apart."""
+    if "base" in run.models and _info(run)["tokens"] is None:
+        return run.models["base"]
+    if "untouched" not in run.models:
+        run.models.pop("base", None)
+        run.models["untouched"] = load_model(run.spec.base.path)
+    return run.models["untouched"]
 
 
 def dataset_sha256(path: Path) -> str:
@@ -356,25 +465,27 @@ def dataset_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _tokenizer(folder: Path, info: ModelInfo) -> tuple[Tokenizer, int | None]:
-    """The tokenizer, and the token that opens a document: BOS, else EOS, else none."""
+def _reader(folder: Path, config: dict[str, Any]) -> _Reader:
     try:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises bare Exception
         raise NarrowError("bad_tokenizer", f"tokenizer.json cannot be read: {str(error)[:200]}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest >= info.config["vocab_size"]:
-        raise NarrowError(
-            "bad_tokenizer", f"The tokenizer knows token {highest}, but the model has only {info.config['vocab_size']}."
-        )
+    highest, size = max(tokenizer.get_vocab().values(), default=-1), config["vocab_size"]
+    if highest >= size:
+        raise NarrowError("bad_tokenizer", f"The tokenizer knows token {highest}, but the model has only {size}.")
     for key in ("bos_token_id", "eos_token_id"):
-        value = info.config.get(key)
+        value = config.get(key)
         value = value[0] if isinstance(value, list) and value else value
-        if isinstance(value, int) and 0 <= value < info.config["vocab_size"]:
-            return tokenizer, value
-    return tokenizer, None
+        if isinstance(value, int) and 0 <= value < size:
+            return _Reader(tokenizer, value, size)
+    return _Reader(tokenizer, None, size)
+
+
+def _tokenizer_folder(run: Run) -> Path:
+    """Where the result's tokenizer is."""
+    return run.out("load") / "tokenizer" if _info(run)["tokens"] else run.spec.base.path
 
 
 def _info(run: Run) -> dict[str, Any]:
@@ -382,7 +493,8 @@ def _info(run: Run) -> dict[str, Any]:
 
 
 def _scores(run: Run) -> Scores:
-    return load_file(run.out("score") / "scores.safetensors")  # type: ignore[return-value]
+    path = run.out("score") / "scores.safetensors"
+    return load_file(path) if path.exists() else {}  # type: ignore[return-value]
 
 
 def _allocation(run: Run) -> Allocation:
@@ -412,9 +524,9 @@ def _training(run: Run) -> corpus.Documents:
     return corpus.load(run.out("load"), "training")
 
 
-def _held_out(run: Run) -> corpus.Documents:
-    """What the target is measured on."""
-    return corpus.load(run.out("load"), _skills(run)[run.spec.target_name].file)
+def _documents(run: Run, skill: str, side: Literal["base", "narrow"] = "narrow") -> corpus.Documents:
+    """What a skill is measured on, in the tokens of the base or of what is made of it."""
+    return corpus.load(run.out("load"), f"{_skills(run)[skill].file}.{side}")
 
 
 def _training_blocks(run: Run, order: int) -> corpus.Blocks:
@@ -434,12 +546,16 @@ def _probe(run: Run) -> torch.Tensor:
 
 def _validator(run: Run) -> Callable[[PreTrainedModel], float]:
     length = run.spec.block_tokens
-    documents = corpus.sample(_held_out(run), VALIDATION_TOKENS, length, run.spec.seed)
-    return lambda model: skills.loss_of(model.eval(), documents, length)
+    held_out, of_base = (_documents(run, run.spec.target_name, side) for side in ("narrow", "base"))
+    documents = corpus.sample(held_out, VALIDATION_TOKENS, length, run.spec.seed)
+    per_base_token = (held_out.lengths - 1).sum() / (of_base.lengths - 1).sum()
+    return lambda model: float(per_base_token * skills.loss_of(model.eval(), documents, length))
 
 
 def _plan(run: Run) -> Plan:
-    return Plan.read(run.out("plan") / "plan.json")
+    """The plan as it applies to `base`, whose vocabulary is trimmed already."""
+    found = Plan.read(run.out("plan") / "plan.json")
+    return found.model_copy(update={"tokens": list(range(len(found.tokens)))})
 
 
 def _source(run: Run) -> PreTrainedModel:
@@ -475,18 +591,21 @@ def _curve(run: Run, stage: str) -> list[CurvePoint]:
 
 def _samples(run: Run) -> list[Sample]:
     """The beginning of held-out text, continued greedily by both models."""
-    tokenizer, start = _tokenizer(run.spec.base.path, ModelInfo.model_validate(_info(run)["model"]))
-    documents = _held_out(run)
+    info = _info(run)
+    readers = [_reader(run.spec.base.path, info["model"]["config"])]
+    readers.append(readers[0] if info["tokens"] is None else _reader(_tokenizer_folder(run), config_dict(base(run))))
+    old = np.array(info["tokens"] or range(readers[0].size))
+    documents, start = _documents(run, run.spec.target_name), readers[1].start
     found = []
     # What was measured are stretches; those that begin where their document does read best.
     for index in sorted(range(len(documents)), key=lambda i: documents[i][0] != start)[:SAMPLES]:
         prompt = documents[index][:PROMPT_TOKENS].astype("int64")
         texts = []
-        for model in (base(run), _model(run, "recover")):
+        for model, reader, numbers in zip((untouched(run), _model(run, "recover")), readers, (old[prompt], prompt), strict=True):
             run.check()
-            ids = torch.from_numpy(prompt)[None].to(model.device)
-            texts.append(tokenizer.decode(greedy(model, ids, SAMPLE_TOKENS)))
-        found.append(Sample(prompt=tokenizer.decode(prompt.tolist()), base=texts[0], narrow=texts[1]))
+            ids = torch.from_numpy(numbers)[None].to(model.device)
+            texts.append(reader.tokenizer.decode(greedy(model, ids, SAMPLE_TOKENS)))
+        found.append(Sample(prompt=readers[1].tokenizer.decode(prompt.tolist()), base=texts[0], narrow=texts[1]))
     return found
 
 

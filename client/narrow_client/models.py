@@ -177,7 +177,7 @@ class Budget(BaseModel):
         ),
     ] = None
     keep: Annotated[
-        dict[Literal["neuron", "head", "kv_group", "layer", "residual"], KeepAdditionalProperty] | None,
+        dict[Literal["neuron", "head", "kv_group", "layer", "residual", "token"], KeepAdditionalProperty] | None,
         Field(
             description="The fraction of each kind of unit to keep, for those who want a shape rather than a size.",
             examples=[{"neuron": 0.25}],
@@ -213,7 +213,8 @@ class Cut(BaseModel):
     """
 
     unit: Annotated[
-        Literal["neuron", "head", "kv_group", "layer", "residual"], Field(title="Unit")
+        Literal["neuron", "head", "kv_group", "layer", "residual", "token"],
+        Field(title="Unit"),
     ]
     kept: Annotated[int, Field(title="Kept")]
     of: Annotated[int, Field(title="Of")]
@@ -311,7 +312,11 @@ class Fit(BaseModel):
     """
 
     loss: Annotated[
-        float, Field(description="Mean next-token cross-entropy in nats.", title="Loss")
+        float,
+        Field(
+            description="Next-token cross-entropy in nats per token of the base, whose tokens may be longer.",
+            title="Loss",
+        ),
     ]
     perplexity: Annotated[float, Field(title="Perplexity")]
 
@@ -374,7 +379,7 @@ class Model(BaseModel):
     bytes: Annotated[int, Field(title="Bytes")]
     sha256: Annotated[str, Field(title="Sha256")]
     units: Annotated[
-        list[Literal["neuron", "head", "kv_group", "layer", "residual"]],
+        list[Literal["neuron", "head", "kv_group", "layer", "residual", "token"]],
         Field(description="Kinds of unit that can be cut from it.", title="Units"),
     ]
     config: Annotated[dict[str, Any], Field(title="Config")]
@@ -610,7 +615,9 @@ class Skill(BaseModel):
 
     role: Annotated[Literal["keep", "forget", "watch"], Field(title="Role")]
     documents: Annotated[int, Field(title="Documents")]
-    tokens: Annotated[int, Field(title="Tokens")]
+    tokens: Annotated[
+        int, Field(description="As the base cuts the text.", title="Tokens")
+    ]
     base: Fit
     cut: Annotated[
         Fit, Field(description="After the cut and the refit, before any training.")
@@ -625,14 +632,14 @@ class Skill(BaseModel):
     agreement: Annotated[
         float,
         Field(
-            description="Share of positions where base and compressed model predict the same token.",
+            description="Share of positions where base and compressed model predict the same token; of a base with the same vocabulary, where that is trimmed.",
             title="Agreement",
         ),
     ]
     kl: Annotated[
         float,
         Field(
-            description="Mean KL divergence from the base's next-token distribution, in nats.",
+            description="Mean KL divergence from the same base's next-token distribution, in nats.",
             title="Kl",
         ),
     ]
@@ -681,7 +688,7 @@ class Trial(BaseModel):
     """
 
     keep: Annotated[
-        dict[Literal["neuron", "head", "kv_group", "layer", "residual"], int],
+        dict[Literal["neuron", "head", "kv_group", "layer", "residual", "token"], int],
         Field(title="Keep"),
     ]
     parameters: Annotated[int, Field(title="Parameters")]
@@ -710,14 +717,14 @@ class Allocation(BaseModel):
     """
 
     keep: Annotated[
-        dict[Literal["neuron", "head", "kv_group", "layer", "residual"], int],
+        dict[Literal["neuron", "head", "kv_group", "layer", "residual", "token"], int],
         Field(
             description="Units kept of each kind: in every layer, or in the model.",
             title="Keep",
         ),
     ]
     sensitivity: Annotated[
-        dict[Literal["neuron", "head", "kv_group", "layer", "residual"], list[Trial]] | None,
+        dict[Literal["neuron", "head", "kv_group", "layer", "residual", "token"], list[Trial]] | None,
         Field(
             description="Each kind cut alone, by how much is kept of it.",
             title="Sensitivity",
@@ -750,9 +757,9 @@ class Plan(BaseModel):
     before: Size
     after: Size
     keep: Annotated[
-        dict[Literal["neuron", "head", "kv_group", "layer", "residual"], int],
+        dict[Literal["neuron", "head", "kv_group", "layer", "residual", "token"], int],
         Field(
-            description="Units kept in each layer; for `layer`, layers kept.",
+            description="Units kept in each layer; for `layer`, `residual` and `token`, in the model.",
             title="Keep",
         ),
     ]
@@ -779,8 +786,13 @@ class Prune(BaseModel):
     )
     kind: Annotated[Literal["prune"], Field(title="Kind")] = "prune"
     units: Annotated[
-        list[Literal["neuron", "head", "kv_group", "layer", "residual"]] | None,
-        Field(max_length=5, min_length=1, title="Units"),
+        list[Literal["neuron", "head", "kv_group", "layer", "residual", "token"]] | None,
+        Field(
+            description="What may be cut. With token, the vocabulary is trimmed to what the target's text uses before anything else.",
+            max_length=6,
+            min_length=1,
+            title="Units",
+        ),
     ] = ["neuron"]
     multiple: Annotated[
         Multiple | None,
@@ -829,7 +841,7 @@ class Report(BaseModel):
     parity: Annotated[
         dict[str, Parity],
         Field(
-            description="slice: sliced and masked; reload: a fresh process; onnx: ONNX Runtime and torch.",
+            description="vocabulary: the base with its vocabulary trimmed and whole; slice: sliced and masked; reload: a fresh process; onnx: ONNX Runtime and torch.",
             title="Parity",
         ),
     ]

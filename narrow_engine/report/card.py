@@ -30,7 +30,7 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 |---|---|---|---|---|---|
 {rows}
 
-Losses are nats a token on documents that were not trained on. A retention above 1 proves little: training on narrow
+Losses are nats per token of the base on documents that were not trained on. A retention above 1 proves little: training on narrow
 text improves any model on it, the uncut base too.
 
 ## Limits
@@ -40,7 +40,7 @@ base gets wrong, this model gets wrong as well; the terms under which the base m
 
 ## How it was made
 
-{units} scored by {importance}, {refit}, {tokens:,} tokens of recovery ({objective}), seed {seed}, from the base whose
+{cut}, {tokens:,} tokens of recovery ({objective}), seed {seed}, from the base whose
 files have the SHA-256 `{base}`. The whole account is in report.json and report.html beside this folder.
 """
 
@@ -82,17 +82,24 @@ def render_card(report: Report) -> str:
         rows=rows,
         onnx=_ONNX if "onnx" in report.parity else "",
         base=report.provenance.base_sha256,
-        units=_capital(" and ".join(PLURAL[unit] for unit in method["units"])),
-        importance=method["importance"],
-        refit="least-squares refit" if method["refit"] else "no refit",
+        cut=_cut(report),
         tokens=report.provenance.recovery_tokens,
         objective=method["recover"]["objective"].replace("_", " "),
         seed=report.provenance.seed,
     )
 
 
-def _capital(words: str) -> str:
-    return words[:1].upper() + words[1:]
+def _cut(report: Report) -> str:
+    """What was cut and how, as the beginning of a sentence."""
+    method = report.spec["method"]
+    scored = " and ".join(PLURAL[unit] for unit in method["units"] if unit != "token")
+    said = []
+    if "token" in method["units"]:
+        said.append(f"vocabulary trimmed from {report.before.vocabulary:,} to {report.after.vocabulary:,} tokens")
+    if scored:
+        said.append(f"{scored} scored by {method['importance']}, {'least-squares refit' if method['refit'] else 'no refit'}")
+    words = ", ".join(said)
+    return words[0].upper() + words[1:]
 
 
 def _plain(name: str) -> str:

@@ -30,7 +30,7 @@ class Interval(BaseModel):
 class Fit(BaseModel):
     """How one model does on one skill."""
 
-    loss: float = Field(description="Mean next-token cross-entropy in nats.")
+    loss: float = Field(description="Next-token cross-entropy in nats per token of the base, whose tokens may be longer.")
     perplexity: float
 
 
@@ -39,13 +39,16 @@ class Skill(BaseModel):
 
     role: Role
     documents: int
-    tokens: int
+    tokens: int = Field(description="As the base cuts the text.")
     base: Fit
     cut: Fit = Field(description="After the cut and the refit, before any training.")
     recovered: Fit
     retention: Interval = Field(description="Base perplexity ÷ compressed perplexity: 1 kept, near 0 lost.")
-    agreement: float = Field(description="Share of positions where base and compressed model predict the same token.")
-    kl: float = Field(description="Mean KL divergence from the base's next-token distribution, in nats.")
+    agreement: float = Field(
+        description="Share of positions where base and compressed model predict the same token; of a base with the same "
+        "vocabulary, where that is trimmed."
+    )
+    kl: float = Field(description="Mean KL divergence from the same base's next-token distribution, in nats.")
     note: str = Field("", description="What to keep in mind when reading this row.")
 
 
@@ -151,7 +154,8 @@ class Report(BaseModel):
     allocation: Allocation
     cuts: list[Cut]
     parity: dict[str, Parity] = Field(
-        description="slice: sliced and masked; reload: a fresh process; onnx: ONNX Runtime and torch."
+        description="vocabulary: the base with its vocabulary trimmed and whole; slice: sliced and masked; reload: a fresh "
+        "process; onnx: ONNX Runtime and torch."
     )
     curve: list[CurvePoint]
     samples: list[Sample]

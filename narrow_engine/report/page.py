@@ -60,7 +60,7 @@ def render_page(report: Report) -> str:
         scale=1.02 * max(1.0, *(skill.retention.high for skill in report.skills.values())),
         first=next((point.validation for point in report.curve if point.phase == "recover"), None),
         curve_chart=_svg(lambda axes: _curve(axes, report)) if len(report.curve) > 1 else "",
-        cut_chart=_svg(lambda axes: _cuts(axes, report)) if report.cuts else "",
+        cut_chart=_svg(lambda axes: _cuts(axes, report)) if any(cut.unit != "token" for cut in report.cuts) else "",
         seconds={name: seconds[name] for name in sorted(seconds, key=_order) if seconds[name] >= 0.05},
     )
 
@@ -196,7 +196,7 @@ def _cuts(axes: Any, report: Report) -> None:
     """Share of units that each of the base's layers keeps; a layer that is gone keeps nothing."""
     dropped = next((cut for cut in report.cuts if cut.unit == "layer"), None)
     layers = dropped.per_layer if dropped else list(range(report.before.layers))
-    inner = [cut for cut in report.cuts if cut.unit != "layer"]
+    inner = [cut for cut in report.cuts if cut.unit not in ("layer", "token")]
     if not inner and dropped:
         inner = [Cut(unit="layer", kept=1, of=1, per_layer=[1] * len(layers))]
     everywhere = range(report.before.layers)

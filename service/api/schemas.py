@@ -118,7 +118,7 @@ class Plan(BaseModel):
     family: str
     before: Size
     after: Size
-    keep: dict[Unit, int] = Field(description="Units kept in each layer; for `layer`, layers kept.")
+    keep: dict[Unit, int] = Field(description="Units kept in each layer; for `layer`, `residual` and `token`, in the model.")
     memory_bytes: int = Field(description="Estimated peak of the job.")
     seconds: float = Field(description="Rough estimate of the job's time on this server's machine.")
     notices: list[str]

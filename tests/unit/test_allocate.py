@@ -53,7 +53,7 @@ def shop(redundant, tmp_path, budget, units=("neuron", "head", "layer"), recover
     )
     found = importance.collect(model, Blocks(text.tokens, 32, 0), 2048, False, lambda *_: None)
     scores = importance.CRITERIA["reconstruction"](model, found, 0)
-    return open_workshop(spec, 4, model, scores, text, tmp_path / "trials.json", lambda *_: None)
+    return open_workshop(spec, config_dict(model), 4, None, model, scores, text, tmp_path / "trials.json", lambda *_: None)
 
 
 def share(model, keep):
@@ -92,7 +92,7 @@ def test_retention_finds_the_copies_and_little_more(redundant, tmp_path):
 def test_what_cannot_be_kept_is_left_whole(redundant, tmp_path):
     made, told = allocate(shop(redundant, tmp_path, {"retention": 1.0}, units=["head"]))
     assert made.keep == {"head": 4}
-    assert "nothing is cut" in told[0]
+    assert "all 4 query heads stay" in told[0]
 
 
 @pytest.mark.parametrize("asked", [0.6, 6.0])

@@ -118,6 +118,26 @@ def test_layers_that_are_gone_are_named_and_a_skill_has_room():
     assert page.count(name[:29] + "…") == 1
 
 
+def test_tokens_are_in_the_words_and_not_in_the_chart():
+    skills = {"python": skill("keep", 0.9, 0.8, 0.95)}
+    tokens = {"unit": "token", "kept": 6, "of": 9, "per_layer": []}
+    neurons = {"unit": "neuron", "kept": 32, "of": 64, "per_layer": [32] * 4}
+    both = report(skills, cuts=[neurons, tokens])
+    both.after.vocabulary = 6
+    page = render_page(both)
+    assert "Neurons: 32 of 64 in each layer. Tokens: 6 of 9 in the model." in words(page)
+    assert re.search(r'<th scope="row">vocabulary</th><td>9</td><td>6</td><td>0.67</td>', page)
+    assert ">neurons<" in page
+    assert ">tokens<" not in page
+    assert "What was cut" not in render_page(report(skills, cuts=[tokens]))
+    both.spec["method"]["units"] = ["neuron", "token"]
+    assert "Vocabulary trimmed from 9 to 6 tokens, neurons scored by fisher, no refit, 0 tokens" in " ".join(
+        render_card(both).split()
+    )
+    both.spec["method"]["units"] = ["token"]
+    assert "Vocabulary trimmed from 9 to 6 tokens, 0 tokens of recovery" in " ".join(render_card(both).split())
+
+
 def test_every_table_has_a_caption_and_every_figure_words():
     page = render_page(report({"python": skill("keep", 0.9, 0.8, 0.95)}))
     assert page.count("<table>") == page.count("<caption>") >= 3

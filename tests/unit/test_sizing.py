@@ -87,6 +87,48 @@ def test_the_dry_run_says_what_the_cut_makes():
     assert sizes.seconds > 0
 
 
+def trimming(budget, units=("neuron", "token")):
+    return Options.model_validate({"budget": budget, "method": {"units": list(units)}})
+
+
+def test_a_smaller_vocabulary_leaves_more_neurons():
+    config = tiny_config("llama", vocab_size=2000, intermediate_size=400).to_dict()
+    options = trimming({"parameters": 0.6})
+    whole, small = solve(config, options, 2)[0], solve(config, options, 2, 700)[0]
+    assert (whole["token"], small["token"]) == (2000, 700)
+    assert small["neuron"] > whole["neuron"]
+    total = parameters(config, dimensions(config))
+    assert 0.55 * total < parameters(config, shrink(dimensions(config), small)) <= 0.6 * total
+    assert solve(config, trimming({"parameters": 1.0}), 2, 700)[1] == [
+        f"{total:,} parameters were asked for; whole units make it "
+        f"{parameters(config, shrink(dimensions(config), {'token': 700})):,}."
+    ]
+
+
+def test_the_dry_run_does_not_know_the_text_and_says_so():
+    config = tiny_config("llama", vocab_size=2000, intermediate_size=400).to_dict()
+    sizes = plan_sizes(config, trimming({"parameters": 0.6}))
+    assert sizes.keep["token"] == 2000
+    assert "counts whole here" in sizes.notices[-1]
+    tight = plan_sizes(config, trimming({"parameters": 0.3}))
+    assert tight.keep["token"] < 2000
+    assert f"no more than {tight.keep['token']:,} of the 2,000 tokens" in tight.notices[-1]
+    with pytest.raises(NarrowError, match="raise the budget"):
+        solve(config, trimming({"parameters": 0.3}), 2, tight.keep["token"] + 1)
+    assert solve(config, trimming({"parameters": 0.3}), 2, tight.keep["token"])[0] == tight.keep
+    assert len(plan_sizes(config, trimming({"keep": {"neuron": 0.5, "token": 0.5}})).notices) == 0
+
+
+def test_tokens_alone_fill_the_budget():
+    config = tiny_config("llama", vocab_size=2000).to_dict()
+    total = parameters(config, dimensions(config))
+    keep = solve(config, trimming({"parameters": 0.5}, ["token"]), 2)[0]
+    assert set(keep) == {"token"}
+    assert 0 <= int(0.5 * total) - parameters(config, shrink(dimensions(config), keep)) < 64
+    assert solve(config, trimming({"keep": {"token": 0.3}}, ["token"]), 2)[0] == {"token": 600}
+    assert solve(config, trimming({"keep": {"token": 0.3}}, ["token"]), 2, 640)[0] == {"token": 640}
+
+
 @pytest.mark.parametrize(
     ("family", "options", "code", "words"),
     [

@@ -114,3 +114,17 @@ def test_notes_say_what_to_doubt():
     assert "too few" in skills.note("keep", sure, 3)
     assert "Still largely there" in skills.note("forget", sure, 50)
     assert skills.note("watch", sure, 50) == ""
+    assert skills.note("watch", sure, 50, 1.5).startswith("Without the trimmed tokens its text takes 1.50 times as many")
+    assert "proves little" in skills.note("keep", sure, 50, 1.5)
+
+
+def test_losses_in_other_tokens_are_counted_by_the_bases(tmp_path):
+    """A text of 10 tokens of the base, 20 nats, takes 16 tokens under another vocabulary, 24 nats: exp(2.0 − 2.4)."""
+    base = skills.Measured(np.full(20, 10.0), np.full(20, 20.0), np.zeros(20), np.full(20, 10.0))
+    base.save(tmp_path / "base.npz")
+    other = skills.Measured(np.full(20, 16.0), np.full(20, 24.0), np.zeros(20), np.full(20, 16.0))
+    first = skills.Measured.load(tmp_path / "base.npz")
+    counted = other.per(first)
+    assert skills.fit(counted).loss == pytest.approx(2.4)
+    kept = skills.retention(first, counted, 0)
+    assert kept.value == pytest.approx(math.exp(-0.4)) == pytest.approx(kept.low)

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 from narrow_engine.families import FAMILIES as TABLE
 from narrow_engine.families import dimensions
 from narrow_engine.models import config_dict
-from narrow_engine.plan import make_plan
+from narrow_engine.plan import make_plan, whole_plan
 from narrow_engine.sizing import parameters, solve, unit_counts
 from narrow_engine.slice import compare, mask_model, slice_model
 from narrow_engine.spec import Options
 
-UNITS = ("neuron", "head", "kv_group", "layer", "residual")
+UNITS = ("neuron", "head", "kv_group", "layer", "residual", "token")
 
 
 def scores_for(dims, seed):
@@ -26,6 +26,7 @@ def scores_for(dims, seed):
         "kv_group": (dims.layers, dims.kv_heads),
         "layer": (dims.layers,),
         "residual": (dims.hidden,),
+        "token": (dims.vocab,),
     }
     return {unit: torch.rand(shape, generator=generator) for unit, shape in shapes.items()}
 
@@ -34,8 +35,8 @@ def check(model, keep, seed):
     config = config_dict(model)
     plan = make_plan(config, scores_for(dimensions(config), seed), keep)
     small = slice_model(model, plan)
-    ids = torch.randint(0, 320, (2, 24), generator=torch.Generator().manual_seed(seed))
-    assert compare(mask_model(model, plan), small, ids).relative_error < 1e-5
+    ids = torch.randint(0, len(plan.tokens), (2, 24), generator=torch.Generator().manual_seed(seed))
+    assert compare(mask_model(model, plan), small, ids, plan.tokens).relative_error < 1e-5
     made = dimensions(config_dict(small))
     counts = unit_counts(made)
     assert {unit: counts[unit] for unit in keep} == keep
@@ -49,8 +50,12 @@ def test_each_unit_of_each_family_is_sliced_exactly(family, unit):
     model = tiny_model(family)
     if unit not in TABLE[family].units:
         pytest.skip(f"{family} cannot lose a {unit} in stock transformers")
-    small, _, ids = check(model, {unit: {"neuron": 21, "head": 2, "kv_group": 1, "layer": 2, "residual": 20}[unit]}, 1)
-    assert compare(model, small, ids).relative_error > 1e-2, "the cut must change something, or the test proves nothing"
+    small, plan, ids = check(
+        model, {unit: {"neuron": 21, "head": 2, "kv_group": 1, "layer": 2, "token": 200, "residual": 20}[unit]}, 1
+    )
+    if unit == "token":  # what is left of the vocabulary computes what it did; under other numbers it does not
+        plan.tokens[:20] = range(20)
+    assert compare(model, small, ids, plan.tokens).relative_error > 1e-2, "the cut must change something"
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,13 +82,25 @@ def test_any_mix_of_units_and_shapes_is_exact(data):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_sliced_model_loads_in_stock_transformers_and_generates(family, tmp_path):
-    keep = {"neuron": 16, "head": 2, "kv_group": 2, "layer": 2, "residual": 24}
+    keep = {"neuron": 16, "head": 2, "kv_group": 2, "layer": 2, "residual": 24, "token": 250}
     small, _, ids = check(tiny_model(family), {u: n for u, n in keep.items() if u in TABLE[family].units}, 3)
     small.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert compare(small, loaded, ids).max_error == 0
     first = small.generate(ids[:1, :5], max_new_tokens=8, do_sample=False, use_cache=True, pad_token_id=0)
     assert torch.equal(first, loaded.generate(ids[:1, :5], max_new_tokens=8, do_sample=False, use_cache=True, pad_token_id=0))
+
+
+def test_a_model_names_its_tokens_by_their_new_numbers():
+    model = tiny_model("llama", eos_token_id=[7, 300], pad_token_id=300)
+    model.generation_config.suppress_tokens = [3, 299]
+    plan = whole_plan(config_dict(model), [0, 7, *range(200, 320)])
+    small = slice_model(model, plan)
+    for config in (small.config, small.generation_config):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, [1, 102], 102)
+    assert small.generation_config.suppress_tokens == [101]
+    assert small.config.vocab_size == 122
+    assert model.config.eos_token_id == [7, 300]
 
 
 def test_a_plan_that_forgets_a_unit_is_noticed():
