@@ -12,16 +12,21 @@ from narrow_engine.sizing import shrink, unit_counts
 from narrow_engine.spec import Unit
 
 Scores = dict[Unit, Tensor]
-"""Larger is more important: neuron [layers, width], head [layers, heads], kv_group [layers, kv_heads], layer [layers]."""
+"""Larger is more important: neuron [layers, experts × width], expert [layers, experts], head [layers, heads], kv_group
+[layers, kv_heads], layer [layers]. A dense model's MLP is its one expert."""
 
 
 class Plan(BaseModel):
-    """Kept units. `layers` holds old layer numbers; the other lists have one entry for each *kept* layer, ascending."""
+    """Kept units. `layers` holds old layer numbers; the other lists have one entry for each *kept* layer, ascending.
+
+    Neurons are numbered through all experts of a layer: neuron i of expert e is e · width + i.
+    """
 
     layers: list[int]
     neurons: list[list[int]]
     kv_groups: list[list[int]]
     heads: list[list[int]]
+    experts: list[list[int]]
 
     @staticmethod
     def read(path: Path) -> "Plan":
@@ -37,22 +42,25 @@ def make_plan(config: dict[str, Any], scores: Scores, keep: dict[Unit, int]) -> 
     small = shrink(dims, keep)
     layers = _best(scores["layer"], small.layers) if "layer" in keep else list(range(dims.layers))
     per_group = small.heads // small.kv_heads
-    neurons, kv_groups, heads = [], [], []
+    neurons, kv_groups, heads, experts = [], [], [], []
     for layer in layers:
-        neurons.append(_best(scores["neuron"][layer], small.width) if "neuron" in keep else list(range(dims.width)))
+        chosen = _best(scores["expert"][layer], small.experts) if "expert" in keep else list(range(dims.experts))
+        experts.append(chosen)
+        neurons.append([neuron for expert in chosen for neuron in _neurons(dims, expert, scores, layer, small.width)])
         groups = _best(scores["kv_group"][layer], small.kv_heads) if "kv_group" in keep else list(range(dims.kv_heads))
         kv_groups.append(groups)
         heads.append([head for group in groups for head in _heads(dims, group, scores, layer, per_group)])
-    return Plan(layers=layers, neurons=neurons, kv_groups=kv_groups, heads=heads)
+    return Plan(layers=layers, neurons=neurons, kv_groups=kv_groups, heads=heads, experts=experts)
 
 
 def cuts(config: dict[str, Any], plan: Plan, units: list[Unit]) -> list[Cut]:
     """What the plan keeps of each kind, for the report."""
     kept: dict[Unit, list[int]] = {
-        "neuron": [len(row) for row in plan.neurons],
+        "neuron": [len(row) // len(experts) for row, experts in zip(plan.neurons, plan.experts, strict=True)],
         "head": [len(row) for row in plan.heads],
         "kv_group": [len(row) for row in plan.kv_groups],
         "layer": plan.layers,
+        "expert": [len(row) for row in plan.experts],
     }
     counts = unit_counts(dimensions(config))
     return [
@@ -64,6 +72,13 @@ def cuts(config: dict[str, Any], plan: Plan, units: list[Unit]) -> list[Cut]:
         )
         for unit in units
     ]
+
+
+def _neurons(dims: Dimensions, expert: int, scores: Scores, layer: int, count: int) -> list[int]:
+    first = expert * dims.width
+    if count == dims.width:
+        return list(range(first, first + dims.width))
+    return [first + neuron for neuron in _best(scores["neuron"][layer, first : first + dims.width], count)]
 
 
 def _heads(dims: Dimensions, group: int, scores: Scores, layer: int, count: int) -> list[int]:

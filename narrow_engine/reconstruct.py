@@ -6,6 +6,9 @@ model* and Y is what the stream lacks: the base's stream after the layer, less t
 each layer also makes up for what the layers before it, and whole layers that were dropped after it, got wrong. Ridge
 pulls towards the kept weights W₀: plain least squares overfits small calibration sets (arXiv 2510.07782).
 
+Experts share the work: what they write adds up. They are solved one after the other, each on the tokens that the cut model
+routes to it, for what is lacking with all the others as they are by then. One that no token reaches stays as it is.
+
 Where heads were cut, the attention's output projection is solved first, in the same way. Families that normalise what a
 layer writes (Gemma 2) cannot be followed in the stream by a linear solve; there Y is the base's projection output.
 
@@ -22,7 +25,7 @@ from transformers import PreTrainedModel
 
 from narrow_engine.corpus import Blocks
 from narrow_engine.families import dimensions
-from narrow_engine.models import config_dict, family, hidden_states, layers, output_weight
+from narrow_engine.models import config_dict, family, hidden_states, layers, output_weight, routed
 from narrow_engine.plan import Plan
 
 RIDGE = 1e-3
@@ -67,15 +70,19 @@ def refit(
                     for _, tapped in [call.tap(stream, table.attention_out)]
                 ),
             )
-        _solve(
-            call.layer.get_submodule(table.mlp_out),
-            output_weight(call.layer, table, table.mlp_out),
-            (
-                (tapped.inputs, span.mlp if table.writes_normed else (span.end - end) / scale + tapped.outputs)
-                for span, stream in zip(spans, streams, strict=True)
-                for end, tapped in [call.tap(stream, table.mlp_out)]
-            ),
-        )
+        module = call.layer.get_submodule(table.mlp_out)
+        passes = ((span, *call.tap(stream, table.mlp_out)) for span, stream in zip(spans, streams, strict=True))
+        if table.router:
+            _solve_experts(module, [(tapped, (span.end - end) / scale) for span, end, tapped in passes])
+        else:
+            _solve(
+                module,
+                output_weight(call.layer, table, table.mlp_out),
+                (
+                    (tapped.inputs, span.mlp if table.writes_normed else (span.end - end) / scale + tapped.outputs)
+                    for span, end, tapped in passes
+                ),
+            )
         targets = [span.end for span in spans]
         streams = [call(stream) for stream in streams]
     progress(len(plan.layers), len(plan.layers))
@@ -90,16 +97,36 @@ def _solve(module: nn.Module, weight: Tensor, pairs: Any) -> None:
         h, y = inputs.flatten(0, 1), (wanted - bias).flatten(0, 1)
         gram += (h.T @ h).double()
         cross += (y.T @ h).double()
+    weight.copy_(_ridge_solution(gram, cross, weight))
+
+
+def _solve_experts(experts: nn.Module, batches: list[tuple[Any, Tensor]]) -> None:
+    """Solves the experts' projections from (what the experts are called with, what the stream lacks [rows, length, hidden])."""
+    tokens = torch.cat([tapped.inputs for tapped, _ in batches])
+    chosen, gates = (torch.cat([tapped.routing[i] for tapped, _ in batches]) for i in range(2))
+    lacking = torch.cat([lack.flatten(0, 1) for _, lack in batches])
+    for expert, rows, h in routed(experts, tokens, chosen, gates):
+        weight = experts.get_parameter("down_proj")[expert]
+        wanted = lacking[rows] + h @ weight.T
+        weight.copy_(_ridge_solution((h.T @ h).double(), (wanted.T @ h).double(), weight))
+        lacking[rows] = wanted - h @ weight.T
+
+
+def _ridge_solution(gram: Tensor, cross: Tensor, weight: Tensor) -> Tensor:
+    """The weight nearest to Y hᵀ = W h hᵀ, from Σ h hᵀ and Σ Y hᵀ, that stays near `weight`."""
     ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-12)
     system = gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    weight.copy_(torch.linalg.solve(system, (cross + ridge * weight.double()).T).T)
+    solved: Tensor = torch.linalg.solve(system, (cross + ridge * weight.double()).T).T
+    return solved
 
 
 class _Tapped(NamedTuple):
-    """Input and output of a projection."""
+    """Input and output of a projection, or of the experts."""
 
     inputs: Tensor
     outputs: Tensor
+    routing: tuple[Tensor, ...]
+    """What experts are called with as well: the numbers and the gates of each token's experts."""
 
 
 @dataclass
@@ -119,7 +146,7 @@ class _Call:
         kept: dict[str, _Tapped] = {}
 
         def keep(name: str) -> Callable[..., None]:
-            return lambda _, args, out: kept.__setitem__(name, _Tapped(args[0], out))
+            return lambda _, args, out: kept.__setitem__(name, _Tapped(args[0], out, args[1:]))
 
         hooks = [self.layer.get_submodule(name).register_forward_hook(keep(name)) for name in names]
         try:

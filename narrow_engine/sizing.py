@@ -12,7 +12,7 @@ from itertools import product
 from typing import Any
 
 from narrow_engine.errors import NarrowError
-from narrow_engine.families import Dimensions, Family, dimensions, family_of, tensor_shapes
+from narrow_engine.families import Dimensions, Family, dimensions, family_of, present, tensor_shapes
 from narrow_engine.report.model import Size
 from narrow_engine.spec import Options, Quantity, Unit
 
@@ -53,24 +53,41 @@ def parameters(config: dict[str, Any], dims: Dimensions) -> int:
 
 def size_of(config: dict[str, Any], dims: Dimensions, bytes_per_parameter: int) -> Size:
     count = parameters(config, dims)
+    met = count - _idle(config, dims)
     embedding = dims.vocab * dims.hidden
     return Size(
         parameters=count,
         bytes=count * bytes_per_parameter,
-        # Each weight is one multiply-add a token, but for the embedding, which is looked up, unless it is the head too.
-        flops_per_token=2 * (count if dims.tied else count - embedding),
+        # Each weight that a token meets is one multiply-add, but for the embedding, which is looked up, unless it is the
+        # head too.
+        flops_per_token=2 * (met if dims.tied else met - embedding),
         layers=dims.layers,
         hidden=dims.hidden,
         width=dims.width,
         heads=dims.heads,
         kv_heads=dims.kv_heads,
         vocabulary=dims.vocab,
+        experts=dims.experts,
     )
 
 
+def _idle(config: dict[str, Any], dims: Dimensions) -> int:
+    """Parameters that a token does not meet: those of the experts that it is not routed to."""
+    family = family_of(config)
+    routed = [tensor for tensor in present(family.layer_tensors, family, config) if tensor.routed]
+    one = sum(math.prod(dims.axis(axis) for axis in tensor.axes[1:]) for tensor in routed)
+    return dims.layers * (dims.experts - dims.active) * one
+
+
 def unit_counts(dims: Dimensions) -> dict[Unit, int]:
-    """How many units of each kind there are: in a layer, or layers in the model."""
-    return {"neuron": dims.width, "head": dims.heads, "kv_group": dims.kv_heads, "layer": dims.layers}
+    """How many units of each kind there are: in a layer, or layers in the model; neurons in an expert, where there are."""
+    return {
+        "neuron": dims.width,
+        "head": dims.heads,
+        "kv_group": dims.kv_heads,
+        "layer": dims.layers,
+        "expert": dims.experts,
+    }
 
 
 def shrink(dims: Dimensions, keep: dict[Unit, int]) -> Dimensions:
@@ -83,6 +100,7 @@ def shrink(dims: Dimensions, keep: dict[Unit, int]) -> Dimensions:
         layers=keep.get("layer", dims.layers),
         heads=heads,
         kv_heads=kv_heads,
+        experts=keep.get("expert", dims.experts),
     )
 
 
@@ -90,8 +108,9 @@ def solve(config: dict[str, Any], options: Options, bytes_per_parameter: int) ->
     """How many units of each kind to keep, and what had to be rounded.
 
     With `budget.keep`, each fraction is rounded to whole units (heads: the same number in each KV group). With an amount
-    of parameters, bytes or FLOPs, all kinds keep about the same fraction: the coarse kinds (layers, KV groups, heads) are
-    rounded to it and neurons fill what the budget leaves. The result never exceeds the budget.
+    of parameters, bytes or FLOPs, all kinds keep about the same fraction: the coarse kinds (layers, KV groups, heads,
+    experts) are rounded to it and neurons fill what the budget leaves. The result never exceeds the budget. As many experts
+    stay as a token is routed to.
     Raises NarrowError (block_too_long, unit_not_supported, budget_too_small).
     """
     family, dims = family_of(config), dimensions(config)
@@ -120,6 +139,7 @@ def solve(config: dict[str, Any], options: Options, bytes_per_parameter: int) ->
         return int(getattr(size_of(config, shrink(dims, keep), bytes_per_parameter), field))
 
     multiple = options.method.multiple or (WIDE_MULTIPLE if dims.width >= WIDE else MULTIPLE)
+    multiple = math.lcm(multiple, family.width_multiple)
     total = cost({})
     limit = int(asked * total) if asked <= 1 else int(asked)
     candidates = [keep for keep in _candidates(family, dims, units, multiple) if cost(keep) <= limit]
@@ -130,7 +150,7 @@ def solve(config: dict[str, Any], options: Options, bytes_per_parameter: int) ->
         raise NarrowError(
             "budget_too_small",
             f"Cutting {' and '.join(f'{u}s' for u in units)} can bring this model from {total:,} to {smallest:,} {word}, "
-            f"not to {limit:,}: raise the budget{_more_units(family, dims, units)}.",
+            f"not to {limit:,}: raise the budget{_more_units(family, dims, units)}.{_floor(dims, units)}",
         )
     best = min(candidates, key=lambda keep: _unevenness(dims, keep) - cost(keep) / total)
     if limit >= total:
@@ -143,6 +163,11 @@ def _more_units(family: Family, dims: Dimensions, units: list[Unit]) -> str:
     counts = unit_counts(dims) | {"head": dims.heads // dims.kv_heads}
     more = [unit for unit in family.units if unit not in units and counts[unit] > 1]
     return f" or add {', '.join(more)} to method.units" if more else ""
+
+
+def _floor(dims: Dimensions, units: list[Unit]) -> str:
+    """Why not more experts can go, as a sentence that follows another."""
+    return f" Each token is routed to {dims.active} experts, so as many must stay." if "expert" in units else ""
 
 
 def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: int = 2, skills: int = 1) -> Sizes:
@@ -165,8 +190,8 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
     )
     # fp32 base, gradients of a pass over it, Gram matrices; or student with gradients and two moments beside the base;
     # and in either case the activations of a batch.
-    grams = 8 * small.layers * (dims.width**2 + dims.axis("q") ** 2)
-    activations = 4 * recover.batch_tokens * (small.layers * (10 * dims.hidden + 4 * small.width) + 256)
+    grams = 8 * small.layers * (dims.experts * dims.width**2 + dims.axis("q") ** 2)
+    activations = 4 * recover.batch_tokens * (small.layers * (10 * dims.hidden + 4 * small.active * small.width) + 256)
     memory = 600 * 2**20 + max(8 * before.parameters + grams, 4 * before.parameters + 16 * after.parameters) + activations
     return Sizes(before, after, keep, memory, flops, FIXED_SECONDS + flops * SECONDS_PER_FLOP, notices)
 
@@ -177,10 +202,12 @@ def _candidates(family: Family, dims: Dimensions, units: list[Unit], multiple: i
     layers = range(1, dims.layers + 1) if "layer" in units else [dims.layers]
     groups = range(1, dims.kv_heads + 1) if "kv_group" in units else [dims.kv_heads]
     heads = range(1, per_group + 1) if "head" in units else [per_group]
-    for layer, group, head in product(layers, groups, heads):
+    experts = range(dims.active, dims.experts + 1) if "expert" in units else [dims.experts]
+    for layer, group, head, expert in product(layers, groups, heads, experts):
         if family.heads_divide_hidden and dims.hidden % (group * head):
             continue
         keep: dict[Unit, int] = {"layer": layer, "kv_group": group, "head": group * head, "neuron": min(multiple, dims.width)}
+        keep["expert"] = expert
         yield {unit: keep[unit] for unit in units}
 
 
@@ -211,10 +238,13 @@ def _round_fractions(family: Family, dims: Dimensions, fractions: dict[Unit, flo
     units = list(fractions)
     keep = min(_candidates(family, dims, units, 1), key=distance)
     if "neuron" in fractions:
-        keep["neuron"] = max(1, round(fractions["neuron"] * dims.width))
+        step = family.width_multiple
+        keep["neuron"] = min(dims.width, step * max(1, round(fractions["neuron"] * dims.width / step)))
     notices = [
         f"{fraction:.3g} of {counts[unit]} {unit}s is {fraction * counts[unit]:.1f}; {keep[unit]} are kept."
         for unit, fraction in fractions.items()
         if not math.isclose(fraction * counts[unit], keep[unit])
     ]
+    if round(fractions.get("expert", 1) * dims.experts) < dims.active:
+        notices.append(_floor(dims, ["expert"]).strip())
     return keep, notices

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-Unit = Literal["neuron", "head", "kv_group", "layer"]
+Unit = Literal["neuron", "head", "kv_group", "layer", "expert"]
 Criterion = Literal["reconstruction", "fisher", "attribution", "activation", "magnitude", "random"]
 Objective = Literal["next_token", "distill", "mixed"]
 Role = Literal["keep", "forget", "watch"]

@@ -23,7 +23,7 @@ from narrow_engine.export import onnx as onnx_export
 from narrow_engine.export import safetensors as safetensors_export
 from narrow_engine.families import dimensions
 from narrow_engine.model_files import DTYPES, ModelInfo, inspect_model
-from narrow_engine.models import config_dict, device, greedy, load_model
+from narrow_engine.models import config_dict, device, greedy, layers, load_model
 from narrow_engine.plan import Plan, cuts, make_plan
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.report.card import render_card
@@ -112,8 +112,9 @@ def sparsify(run: Run, out: Path) -> None:
     model = slice_model(base(run), _whole(run))
     settings = train.Settings(lasso.tokens, run.spec.method.recover.batch_tokens, "next_token", learning_rate=lasso.learning_rate)
     blocks = _training_blocks(run, 1)
-    scores = load_file(run.out("score") / "scores.safetensors")["neuron"].sqrt().to(model.device)
-    groups = GroupLasso(model, scores, 1 - keep["neuron"] / scores.shape[1], train.shape(settings, blocks)[1])
+    width = dimensions(config_dict(model)).width
+    scores = load_file(run.out("score") / "scores.safetensors")["neuron"].reshape(-1, width).sqrt().to(model.device)
+    groups = GroupLasso(model, scores, 1 - keep["neuron"] / width, train.shape(settings, blocks)[1])
     curve = train.train(
         model,
         blocks,
@@ -127,7 +128,7 @@ def sparsify(run: Run, out: Path) -> None:
     )
     run.models["sparsify"] = model
     _save_weights(model, out)
-    save_file({"neuron": groups.norms().cpu()}, out / "norms.safetensors")
+    save_file({"neuron": groups.norms().reshape(len(layers(model)), -1).cpu()}, out / "norms.safetensors")
     write_json(out / "curve.json", [point.model_dump() for point in curve])
 
 
@@ -420,9 +421,10 @@ def _whole(run: Run) -> Plan:
     layers = range(dims.layers)
     return Plan(
         layers=list(layers),
-        neurons=[list(range(dims.width)) for _ in layers],
+        neurons=[list(range(dims.experts * dims.width)) for _ in layers],
         heads=[list(range(dims.heads)) for _ in layers],
         kv_groups=[list(range(dims.kv_heads)) for _ in layers],
+        experts=[list(range(dims.experts)) for _ in layers],
     )
 
 

@@ -198,7 +198,7 @@ def _optimizers(model: PreTrainedModel, settings: Settings) -> list[torch.optim.
     matrices: list[Tensor] = []
     rest: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        chosen = settings.optimizer == "muon" and name.startswith(prefix) and parameter.ndim == 2
+        chosen = settings.optimizer == "muon" and name.startswith(prefix) and parameter.ndim >= 2
         (matrices if chosen else rest).append(parameter)
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.95), weight_decay=0.0)]
     if matrices:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from narrow_engine.families import dimensions
 from narrow_engine.importance.statistics import LayerStatistics
-from narrow_engine.models import config_dict, family, layers, output_weight
+from narrow_engine.models import config_dict, family, layers, neuron_readers, output_weight
 from narrow_engine.plan import Scores
 
 DAMPING = 1e-3
@@ -25,13 +25,14 @@ def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Sc
     table, dims = family(model), dimensions(config_dict(model))
     neurons, heads, groups = [], [], []
     for layer, statistics in zip(layers(model), found, strict=True):
-        mlp = output_weight(layer, table, table.mlp_out)
+        readers = zip(neuron_readers(layer, table), statistics.mlp, strict=True)
         attention = output_weight(layer, table, table.attention_out)
-        neurons.append(eliminate(mlp, statistics.mlp.gram, 1))
+        neurons.append(torch.cat([eliminate(weight, reader.gram, 1) for weight, reader in readers]))
         heads.append(eliminate(attention, statistics.attention.gram, dims.head_dim))
         groups.append(eliminate(attention, statistics.attention.gram, dims.head_dim * dims.heads // dims.kv_heads))
     return {
         "neuron": torch.stack(neurons),
+        "expert": torch.stack([statistics.experts.mean_output for statistics in found]),
         "head": torch.stack(heads),
         "kv_group": torch.stack(groups),
         "layer": torch.stack([statistics.share for statistics in found]),

@@ -23,7 +23,7 @@ INK, SOFT, LINE, ACCENT, WARN, THIRD = COLOURS
 
 STAGES = ("load", "measure_base", "score", "sparsify", "plan", "slice", "reconstruct", "recover", "measure", "export")
 RUNTIMES = {"torch": "torch", "onnxruntime": "ONNX Runtime"}
-UNITS = {"neuron": "neurons", "head": "query heads", "kv_group": "KV groups", "layer": "layers"}
+UNITS = {"neuron": "neurons", "head": "query heads", "kv_group": "KV groups", "layer": "layers", "expert": "experts"}
 STILL_THERE = 0.5
 """Retention above which a skill to forget is not called forgotten."""
 NAME_CHARACTERS = 30
