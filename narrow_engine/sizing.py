@@ -142,17 +142,14 @@ def solve(config: dict[str, Any], options: Options, bytes_per_parameter: int) ->
     multiple = math.lcm(multiple, family.width_multiple)
     total = cost({})
     limit = int(asked * total) if asked <= 1 else int(asked)
-    candidates = [keep for keep in _candidates(family, dims, units, multiple) if cost(keep) <= limit]
-    if "neuron" in units:
-        candidates = [_fill(dims, keep, limit, cost, multiple) for keep in candidates]
-    if not candidates:
-        smallest = min(cost(keep) for keep in _candidates(family, dims, units, multiple))
+    smallest = cost(next(_candidates(family, dims, units, multiple)))
+    if smallest > limit:
         raise NarrowError(
             "budget_too_small",
             f"Cutting {' and '.join(f'{u}s' for u in units)} can bring this model from {total:,} to {smallest:,} {word}, "
             f"not to {limit:,}: raise the budget{_more_units(family, dims, units)}.{_floor(dims, units)}",
         )
-    best = min(candidates, key=lambda keep: _unevenness(dims, keep) - cost(keep) / total)
+    best = _most_even(dims, _candidates(family, dims, units, multiple), min(limit, total), total, cost, multiple)
     if limit >= total:
         return best, [f"{limit:,} {word} were asked for and the base has {total:,}: nothing is cut."]
     return best, [f"{limit:,} {word} were asked for; whole units make it {cost(best):,}."]
@@ -197,7 +194,7 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
 
 
 def _candidates(family: Family, dims: Dimensions, units: list[Unit], multiple: int) -> Iterator[dict[Unit, int]]:
-    """Every combination of the coarse kinds, with the fewest neurons; neurons are filled in afterwards."""
+    """Every combination of the coarse kinds, the smallest first, with the fewest neurons: they are filled in afterwards."""
     per_group = dims.heads // dims.kv_heads
     layers = range(1, dims.layers + 1) if "layer" in units else [dims.layers]
     groups = range(1, dims.kv_heads + 1) if "kv_group" in units else [dims.kv_heads]
@@ -209,6 +206,36 @@ def _candidates(family: Family, dims: Dimensions, units: list[Unit], multiple: i
         keep: dict[Unit, int] = {"layer": layer, "kv_group": group, "head": group * head, "neuron": min(multiple, dims.width)}
         keep["expert"] = expert
         yield {unit: keep[unit] for unit in units}
+
+
+def _most_even(
+    dims: Dimensions,
+    candidates: Iterator[dict[Unit, int]],
+    limit: int,
+    total: int,
+    cost: Callable[[dict[Unit, int]], int],
+    multiple: int,
+) -> dict[Unit, int]:
+    """The candidate within the limit that is least uneven, less the share of the base that it keeps.
+
+    A model with experts can have hundreds of thousands of them. Those whose coarse kinds are even come first, and the search
+    ends where no other can be better.
+    """
+
+    def coarse(keep: dict[Unit, int]) -> float:
+        return _unevenness(dims, {unit: kept for unit, kept in keep.items() if unit != "neuron"})
+
+    best, least = {}, math.inf
+    for keep in sorted(candidates, key=coarse):
+        if coarse(keep) - limit / total >= least:
+            break
+        if cost(keep) > limit:
+            continue
+        filled = _fill(dims, keep, limit, cost, multiple) if "neuron" in keep else keep
+        value = _unevenness(dims, filled) - cost(filled) / total
+        if value < least:
+            best, least = filled, value
+    return best
 
 
 def _fill(
@@ -225,7 +252,7 @@ def _unevenness(dims: Dimensions, keep: dict[Unit, int]) -> float:
     """How far apart the kept fractions of the kinds are, as the spread of their logarithms."""
     counts = unit_counts(dims)
     logs = [math.log(kept / counts[unit]) for unit, kept in keep.items()]
-    return max(logs) - min(logs)
+    return max(logs, default=0.0) - min(logs, default=0.0)
 
 
 def _round_fractions(family: Family, dims: Dimensions, fractions: dict[Unit, float]) -> tuple[dict[Unit, int], list[str]]:
