@@ -135,7 +135,7 @@ class Budget(BaseModel):
         ),
     ] = None
     keep: Annotated[
-        dict[Literal["neuron", "head", "kv_group", "layer"], KeepAdditionalProperty] | None,
+        dict[Literal["neuron", "head", "kv_group", "layer", "expert"], KeepAdditionalProperty] | None,
         Field(
             description="The fraction of each kind of unit to keep, for those who want a shape rather than a size.",
             examples=[{"neuron": 0.25}],
@@ -170,7 +170,9 @@ class Cut(BaseModel):
     What was kept of one kind of unit.
     """
 
-    unit: Annotated[Literal["neuron", "head", "kv_group", "layer"], Field(title="Unit")]
+    unit: Annotated[
+        Literal["neuron", "head", "kv_group", "layer", "expert"], Field(title="Unit")
+    ]
     kept: Annotated[int, Field(title="Kept")]
     of: Annotated[int, Field(title="Of")]
     per_layer: Annotated[
@@ -330,7 +332,7 @@ class Model(BaseModel):
     bytes: Annotated[int, Field(title="Bytes")]
     sha256: Annotated[str, Field(title="Sha256")]
     units: Annotated[
-        list[Literal["neuron", "head", "kv_group", "layer"]],
+        list[Literal["neuron", "head", "kv_group", "layer", "expert"]],
         Field(description="Kinds of unit that can be cut from it.", title="Units"),
     ]
     config: Annotated[dict[str, Any], Field(title="Config")]
@@ -547,16 +549,26 @@ class Size(BaseModel):
     flops_per_token: Annotated[
         int,
         Field(
-            description="Multiply-adds × 2 of one token's forward pass without attention over the past.",
+            description="Multiply-adds × 2 of one token's forward pass without attention over the past, in the experts it meets.",
             title="Flops Per Token",
         ),
     ]
     layers: Annotated[int, Field(title="Layers")]
     hidden: Annotated[int, Field(title="Hidden")]
-    width: Annotated[int, Field(description="MLP neurons in a layer.", title="Width")]
+    width: Annotated[
+        int,
+        Field(
+            description="MLP neurons in a layer; in an expert, where there are experts.",
+            title="Width",
+        ),
+    ]
     heads: Annotated[int, Field(title="Heads")]
     kv_heads: Annotated[int, Field(title="Kv Heads")]
     vocabulary: Annotated[int, Field(title="Vocabulary")]
+    experts: Annotated[
+        int | None,
+        Field(description="Experts in a layer; 1 in dense models.", title="Experts"),
+    ] = 1
 
 
 class Skill(BaseModel):
@@ -640,7 +652,7 @@ class Plan(BaseModel):
     before: Size
     after: Size
     keep: Annotated[
-        dict[Literal["neuron", "head", "kv_group", "layer"], int],
+        dict[Literal["neuron", "head", "kv_group", "layer", "expert"], int],
         Field(
             description="Units kept in each layer; for `layer`, layers kept.",
             title="Keep",
@@ -669,8 +681,8 @@ class Prune(BaseModel):
     )
     kind: Annotated[Literal["prune"], Field(title="Kind")] = "prune"
     units: Annotated[
-        list[Literal["neuron", "head", "kv_group", "layer"]] | None,
-        Field(max_length=4, min_length=1, title="Units"),
+        list[Literal["neuron", "head", "kv_group", "layer", "expert"]] | None,
+        Field(max_length=5, min_length=1, title="Units"),
     ] = ["neuron"]
     multiple: Annotated[
         Multiple | None,
