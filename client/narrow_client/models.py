@@ -460,7 +460,7 @@ class Multiple(RootModel[int]):
     root: Annotated[
         int,
         Field(
-            description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. By default 64 in MLPs of 4,096 neurons and more, else 8.",
+            description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. By default 64 in MLPs of 4,096 neurons and more, else 8. Neurons of experts are kept in multiples of 8 in any case.",
             ge=1,
             le=1024,
             title="Multiple",
@@ -687,7 +687,7 @@ class Prune(BaseModel):
     multiple: Annotated[
         Multiple | None,
         Field(
-            description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. By default 64 in MLPs of 4,096 neurons and more, else 8.",
+            description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. By default 64 in MLPs of 4,096 neurons and more, else 8. Neurons of experts are kept in multiples of 8 in any case.",
             title="Multiple",
         ),
     ] = None
