@@ -134,9 +134,9 @@ def test_an_expert_that_no_token_reaches_is_worth_nothing(criterion):
 def test_muon_takes_each_expert_for_a_matrix_of_its_own():
     torch.manual_seed(0)
     for rows, columns in ((6, 10), (10, 6)):
-        stack = torch.nn.Parameter(torch.randn(4, rows, columns))
+        stack = torch.nn.Parameter(torch.randn(12, rows, columns))
         single = [torch.nn.Parameter(part.clone()) for part in stack.detach()]
-        gradient = torch.randn(4, rows, columns)
+        gradient = torch.randn(12, rows, columns)
         stack.grad = gradient
         for parameter, part in zip(single, gradient, strict=True):
             parameter.grad = part.clone()
