@@ -66,6 +66,13 @@ def export_onnx(folder: Path, out: Path, ids: Tensor) -> Parity:
     return _parity(model, open_session(path), ids)
 
 
+def check_onnx(folder: Path, out: Path, ids: Tensor) -> Parity:
+    """Compares an export in `out` of the saved model in `folder` again, on other tokens."""
+    with _quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return _parity(model, open_session(out / "model.onnx"), ids.cpu())
+
+
 def open_session(path: Path, threads: int | None = None) -> ort.InferenceSession:
     """An ONNX Runtime session on the CPU, with as many threads as torch has."""
     options = ort.SessionOptions()

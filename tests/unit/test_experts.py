@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from tiny import EXPERTS, tiny_config, tiny_model
 from torch.nn import functional
 
-from narrow_engine import importance
+from narrow_engine import importance, stages
 from narrow_engine.corpus import Blocks
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import dimensions
@@ -18,6 +19,7 @@ from narrow_engine.model_files import inspect_model
 from narrow_engine.models import config_dict, family, head, hidden_states, layers
 from narrow_engine.muon import Muon
 from narrow_engine.plan import make_plan
+from narrow_engine.report.model import Parity
 from narrow_engine.sizing import shrink, size_of, solve
 from narrow_engine.slice import mask_model, slice_model
 from narrow_engine.spec import Options
@@ -129,6 +131,24 @@ def test_an_expert_that_no_token_reaches_is_worth_nothing(criterion):
     assert (scores["expert"][:, 3] == 0).all()
     assert (scores["expert"].amax(1) > 0).all()
     assert torch.isfinite(scores["neuron"]).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "errors", "kept", "notices"),
+    [
+        ("qwen3_moe", [1e-2, 1e-7], 1e-7, 1),
+        ("qwen3_moe", [1e-7], 1e-7, 0),
+        ("qwen3_moe", [1e-2] * 4, 1e-2, 3),
+        ("llama", [1e-2], 1e-2, 0),
+    ],
+)
+def test_a_near_tie_is_told_from_an_error_by_other_tokens(monkeypatch, name, errors, kept, notices):
+    probes, told = [], []
+    monkeypatch.setattr(stages, "_probe", lambda run, number: probes.append(number))
+    run = SimpleNamespace(models={"base": tiny_model(name)}, emit=lambda *event: told.append(event))
+    first, *more = [Parity(max_error=error, relative_error=error) for error in errors]
+    assert stages._despite_ties(run, "slice", first, 1e-4, lambda _: more.pop(0)).relative_error == kept
+    assert (len(told), probes) == (notices, list(range(1, notices + 1)))
 
 
 def test_muon_takes_each_expert_for_a_matrix_of_its_own():
