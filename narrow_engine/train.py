@@ -195,8 +195,9 @@ def _optimizers(model: PreTrainedModel, settings: Settings) -> list[torch.optim.
     """Muon for the matrices of the layers and AdamW for the rest, or AdamW for all.
 
     Experts' matrices and routers are matrices like others: a mixture of 16 experts cut to 8 ended within 0.003 nats of this
-    with AdamW for the experts or for the routers (one run each of 60 steps), so nothing is gained by an exception. The loss has no term for the routers' balance: that is there to keep
-    experts alive through a training from scratch, and would pull the routing of a trained model away from what the data ask.
+    with AdamW for the experts or for the routers (one run each of 60 steps), so nothing is gained by an exception. The loss
+    has no term for the routers' balance: that is there to keep experts alive through a training from scratch, and would pull
+    the routing of a trained model away from what the data ask.
     """
     peak = settings.learning_rate or LEARNING_RATE[settings.optimizer]
     prefix = family(model).layers + "."
