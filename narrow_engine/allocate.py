@@ -38,6 +38,7 @@ from narrow_engine.sizing import (
     shapes,
     shrink,
     size_of,
+    smallest_shape,
     solve,
     unit_counts,
     whole,
@@ -85,8 +86,8 @@ class Workshop:
         """The kinds of which there is a choice."""
         return [unit for unit in self.spec.method.units if unit != "token"]
 
-    def shapes(self, cost: Callable[[Keep], float], limit: float, fill: bool = True) -> list[Keep]:
-        return shapes(self.config, self.spec, cost, limit, self.tokens, fill)
+    def shapes(self, cost: Callable[[Keep], float], limit: float) -> list[Keep]:
+        return shapes(self.config, self.spec, cost, limit, self.tokens)
 
     def plan(self, keep: Keep) -> Plan:
         return make_plan(config_dict(self.base), self.scores, {unit: keep[unit] for unit in keep if unit != "token"})
@@ -234,7 +235,7 @@ def smallest_that_keeps(shop: Workshop, predicted: Callable[[Keep], float], want
     def shape(limit: float) -> Keep:
         return min(shop.shapes(cost, limit), key=predicted)
 
-    small = float(min(cost(keep) for keep in shop.shapes(cost, total, fill=False)))
+    small = float(cost(smallest_shape(shop.config, shop.spec, shop.tokens)))
     large = float(total)
     # Where the refit alone would do, by the curves: the first guess.
     guess, step = small, (total / small) ** (1 / 64)

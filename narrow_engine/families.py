@@ -6,8 +6,11 @@ code, as long as its axes are in `Axis`. This module imports no torch: the API p
 
 Axes:
     hidden     the residual stream
-    width      MLP neurons
-    gate_up    MLP neurons twice, the gates in front (Phi-3, GLM)
+    width      MLP neurons; in a tensor of all experts, those of one expert
+    gate_up    MLP neurons twice, the gates in front (Phi-3, GLM, experts)
+    expert     experts
+    shared     neurons of the expert that sees every token (Qwen2-MoE), which are never cut
+    one        a single number
     q, kv      heads × head_dim of the query heads, of the key/value heads, head by head
     q_k_v      all of q, then all of the keys, then all of the values (Phi-3, GPT-2)
     qkv        query, key and value of each head side by side (GPT-NeoX)
@@ -16,13 +19,14 @@ Axes:
     context    positions, where they are embedded
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from narrow_engine.errors import NarrowError
 from narrow_engine.spec import Unit
 
-Axis = Literal["hidden", "width", "gate_up", "q", "kv", "q_k_v", "qkv", "head_dim", "vocab", "context"]
+Axis = Literal["hidden", "width", "gate_up", "expert", "shared", "one", "q", "kv", "q_k_v", "qkv", "head_dim", "vocab", "context"]
 
 PARTS: dict[Axis, tuple[Axis, ...]] = {"gate_up": ("width", "width"), "q_k_v": ("q", "kv", "kv")}
 """Fused axes, as the axes that lie end to end along them."""
@@ -32,16 +36,34 @@ PARTS: dict[Axis, tuple[Axis, ...]] = {"gate_up": ("width", "width"), "q_k_v": (
 class Tensor:
     """A parameter: its name inside the layer or the model, and what each axis counts.
 
-    `when` names the config key that decides whether the tensor exists; empty if it always does.
+    `when` names the config key that decides whether the tensor exists; empty if it always does. `saved` is what it is
+    called in files, where that differs: a name for each part of a fused axis that is saved in parts, with a * for the
+    number of the expert where each expert is saved on its own.
     """
 
     name: str
     axes: tuple[Axis, ...]
     when: str = ""
+    saved: tuple[str, ...] = ()
+
+    @property
+    def routed(self) -> bool:
+        """Whether it holds the experts themselves: a token meets those that it is routed to."""
+        return self.axes[0] == "expert" and len(self.axes) == 3
 
     @property
     def module(self) -> str:
         return self.name.rpartition(".")[0]
+
+    @property
+    def reads(self) -> bool:
+        """Whether it is a weight that reads the residual stream."""
+        return len(self.axes) > 1 and self.axes[-1] == "hidden"
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes to the residual stream: an output projection or its bias."""
+        return "hidden" in self.axes and not self.reads and not self.is_norm
 
     @property
     def is_norm(self) -> bool:
@@ -62,10 +84,17 @@ class Family:
     attention_out: str = "self_attn.o_proj"
     """Reads the heads, writes the residual stream."""
     mlp_out: str = "mlp.down_proj"
-    """Reads the neurons, writes the residual stream."""
+    """Reads the neurons, writes the residual stream. Where there are experts, the module of them all."""
+    mlp: str = "mlp"
+    """The whole MLP: what it returns is what is written."""
+    router: str = ""
+    """Gives each token its experts; empty where there are none."""
     units: tuple[Unit, ...] = ("neuron", "head", "kv_group", "layer", "residual", "token")
     hidden_key: str = "hidden_size"
     width_key: str = "intermediate_size"
+    multiple: int = 1
+    """The stock code runs no width and no hidden size that is not a multiple of this. Its grouped product of experts takes rows
+    of 16 bytes and multiples of that: eight numbers in bfloat16."""
     layers_key: str = "num_hidden_layers"
     heads_key: str = "num_attention_heads"
     context_key: str = "max_position_embeddings"
@@ -73,6 +102,12 @@ class Family:
     """Config key of the number of key/value heads; empty where each query head has its own."""
     head_dim_key: str = "head_dim"
     """Config key of a head's size; empty where it is always hidden ÷ heads, so that no head can be cut alone."""
+    experts_key: str = ""
+    """Config key of the number of experts; empty where there are none."""
+    active_key: str = "num_experts_per_tok"
+    """Config key of the number of experts that a token is routed to."""
+    shared_key: str = ""
+    """Config key of the width of the expert that sees every token, in families that have one."""
     heads_divide_hidden: bool = False
     """Whether stock transformers refuses a number of heads that does not divide the hidden size."""
     writes_normed: bool = False
@@ -91,16 +126,18 @@ class Family:
     """Config lists with an entry a layer."""
     defaults: dict[str, int | bool] = field(default_factory=dict)
     """What transformers takes for keys that config.json leaves out, other than false and one key/value head a query head."""
-    on_disk: tuple[tuple[str, str], ...] = ()
-    """In-memory name and saved name, where transformers renames."""
+    aliases: tuple[tuple[str, str], ...] = ()
+    """Config keys that transformers reads as another: the name in some files, and the key."""
+    only: tuple[tuple[str, Any], ...] = ()
+    """Config keys that must have this value, if they are there, for the table to be true of every layer."""
 
     @property
     def readers(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The modules of a layer that read the normalised stream: the attention's, and the MLP's."""
-        writing = (self.attention_out, self.mlp_out)
-        reading = [t for t in self.layer_tensors if len(t.axes) == 2 and "hidden" in t.axes and t.module not in writing]
-        mlp = tuple(t.module for t in reading if "width" in t.axes or "gate_up" in t.axes)
-        return tuple(t.module for t in reading if t.module not in mlp), mlp
+        reading = {t.module: t.axes[0] in ("q", "kv", "q_k_v", "qkv") for t in self.layer_tensors if t.reads}
+        return tuple(m for m, attention in reading.items() if attention), tuple(
+            m for m, attention in reading.items() if not attention
+        )
 
     @property
     def qk_normed(self) -> bool:
@@ -148,6 +185,25 @@ def _fused_mlp() -> tuple[Tensor, ...]:
     return (*_linear("mlp.gate_up_proj", "gate_up", "hidden"), *_linear("mlp.down_proj", "hidden", "width"))
 
 
+def _experts(block: str, router: str, saved_router: str, gate_up: tuple[str, ...], down: str) -> tuple[Tensor, ...]:
+    """Router and experts; of the experts the names in files, in the block."""
+    return (
+        Tensor(f"{router}.weight", ("expert", "hidden"), saved=(saved_router,)),
+        Tensor(f"{block}.experts.gate_up_proj", ("expert", "gate_up", "hidden"), saved=gate_up),
+        Tensor(f"{block}.experts.down_proj", ("expert", "hidden", "width"), saved=(down,)),
+    )
+
+
+def _qwen_experts() -> tuple[Tensor, ...]:
+    return _experts(
+        "mlp",
+        "mlp.gate",
+        "mlp.gate.weight",
+        ("mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"),
+        "mlp.experts.*.down_proj.weight",
+    )
+
+
 def _outer(*norms: Tensor) -> tuple[Tensor, ...]:
     return (
         Tensor("model.embed_tokens.weight", ("vocab", "hidden")),
@@ -167,6 +223,8 @@ _LLAMA_OUTER = _outer(*_norms("model.norm"))
 _NO_HEADS: tuple[Unit, ...] = ("neuron", "layer", "token")
 _LAYER_NORM: tuple[Unit, ...] = ("neuron", "head", "kv_group", "layer", "token")
 """LayerNorm subtracts the mean over all hidden dimensions, the silenced ones too: no slice of it is equal to that."""
+_MOE: tuple[Unit, ...] = ("neuron", "expert", "head", "kv_group", "layer", "residual", "token")
+_SPARSE_EVERYWHERE: tuple[tuple[str, Any], ...] = (("decoder_sparse_step", 1), ("mlp_only_layers", []))
 
 _ALL = (
     Family(
@@ -355,7 +413,7 @@ _ALL = (
         (
             Tensor("gpt_neox.embed_in.weight", ("vocab", "hidden")),
             *_norms("gpt_neox.final_layer_norm", bias=True),
-            Tensor("lm_head.weight", ("vocab", "hidden")),
+            Tensor("lm_head.weight", ("vocab", "hidden"), saved=("embed_out.weight",)),
         ),
         layers="gpt_neox.layers",
         body="gpt_neox",
@@ -366,7 +424,6 @@ _ALL = (
         head_dim_key="",
         per_layer_keys=(),
         defaults={"attention_bias": True},
-        on_disk=(("lm_head.weight", "embed_out.weight"),),
     ),
     Family(
         "gpt2",
@@ -403,6 +460,113 @@ _ALL = (
         per_layer_keys=(),
         defaults={"tie_word_embeddings": True},
     ),
+    Family(
+        "mixtral",
+        (
+            *_attention(None, None),
+            *_experts(
+                "mlp",
+                "mlp.gate",
+                "block_sparse_moe.gate.weight",
+                ("block_sparse_moe.experts.*.w1.weight", "block_sparse_moe.experts.*.w3.weight"),
+                "block_sparse_moe.experts.*.w2.weight",
+            ),
+            *_LLAMA_NORMS,
+        ),
+        _LLAMA_OUTER,
+        mlp_out="mlp.experts",
+        router="mlp.gate",
+        multiple=8,
+        units=_MOE,
+        experts_key="num_local_experts",
+        defaults={"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2},
+        aliases=(("num_experts", "num_local_experts"),),
+    ),
+    Family(
+        "qwen3_moe",
+        (*_attention("attention_bias", "attention_bias"), *_qk_norms(), *_qwen_experts(), *_LLAMA_NORMS),
+        _LLAMA_OUTER,
+        mlp_out="mlp.experts",
+        router="mlp.gate",
+        multiple=8,
+        units=_MOE,
+        width_key="moe_intermediate_size",
+        experts_key="num_local_experts",
+        defaults={
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 768,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+        },
+        aliases=(("num_experts", "num_local_experts"),),
+        only=_SPARSE_EVERYWHERE,
+    ),
+    Family(
+        "qwen2_moe",
+        (
+            *_attention("qkv_bias", None),
+            *_qwen_experts(),
+            *_linear("mlp.shared_expert.gate_proj", "shared", "hidden"),
+            *_linear("mlp.shared_expert.up_proj", "shared", "hidden"),
+            *_linear("mlp.shared_expert.down_proj", "hidden", "shared"),
+            *_linear("mlp.shared_expert_gate", "one", "hidden"),
+            *_LLAMA_NORMS,
+        ),
+        _LLAMA_OUTER,
+        mlp_out="mlp.experts",
+        router="mlp.gate",
+        multiple=8,
+        units=_MOE,
+        width_key="moe_intermediate_size",
+        experts_key="num_experts",
+        shared_key="shared_expert_intermediate_size",
+        defaults={
+            "num_key_value_heads": 16,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "qkv_bias": True,
+        },
+        only=_SPARSE_EVERYWHERE,
+    ),
+    Family(
+        "olmoe",
+        (*_attention("attention_bias", "attention_bias"), *_qk_norms(flat=True), *_qwen_experts(), *_LLAMA_NORMS),
+        _LLAMA_OUTER,
+        mlp_out="mlp.experts",
+        router="mlp.gate",
+        multiple=8,
+        units=("neuron", "expert", "layer", "token"),
+        head_dim_key="",
+        experts_key="num_experts",
+        defaults={"num_experts": 64, "num_experts_per_tok": 8},
+        aliases=(("num_local_experts", "num_experts"),),
+    ),
+    Family(
+        "granitemoe",
+        (
+            *_attention("attention_bias", "attention_bias"),
+            *_experts(
+                "block_sparse_moe",
+                "block_sparse_moe.router",
+                "block_sparse_moe.router.layer.weight",
+                ("block_sparse_moe.input_linear.weight",),
+                "block_sparse_moe.output_linear.weight",
+            ),
+            *_LLAMA_NORMS,
+        ),
+        _LLAMA_OUTER,
+        mlp_out="block_sparse_moe.experts",
+        mlp="block_sparse_moe",
+        router="block_sparse_moe.router",
+        multiple=8,
+        units=_MOE,
+        experts_key="num_local_experts",
+        write_scale_key="residual_multiplier",
+        logit_scale=("logits_scaling", -1),
+        defaults={"num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
 )
 
 FAMILIES = {family.model_type: family for family in _ALL}
@@ -433,6 +597,11 @@ class Dimensions:
     vocab: int
     context: int
     tied: bool
+    experts: int = 1
+    """One in dense models, whose MLP every token meets."""
+    active: int = 1
+    """Experts that a token is routed to."""
+    shared: int = 0
 
     def axis(self, axis: Axis) -> int:
         if axis in PARTS:
@@ -440,6 +609,9 @@ class Dimensions:
         lengths: dict[Axis, int] = {
             "hidden": self.hidden,
             "width": self.width,
+            "expert": self.experts,
+            "shared": self.shared,
+            "one": 1,
             "q": self.heads * self.head_dim,
             "kv": self.kv_heads * self.head_dim,
             "qkv": 3 * self.heads * self.head_dim,
@@ -462,7 +634,7 @@ CONTEXT = 2048
 def dimensions(config: dict[str, Any]) -> Dimensions:
     """The lengths in a config.json. Raises NarrowError (unsupported_architecture, bad_config)."""
     family = family_of(config)
-    values: dict[str, Any] = {**family.defaults, **{k: v for k, v in config.items() if v is not None}}
+    values = _values(family, config)
 
     def length(key: str, default: int | None = None, limit: int = LIMIT) -> int:
         value = values.get(key, default)
@@ -484,6 +656,7 @@ def dimensions(config: dict[str, Any]) -> Dimensions:
         raise NarrowError(
             "bad_config", f"config.json: {heads} query heads cannot be shared equally by {kv_heads} key/value heads."
         )
+    experts = length(family.experts_key, limit=COUNT_LIMIT) if family.experts_key else 1
     return Dimensions(
         hidden=hidden,
         width=length(family.width_key, 4 * hidden),
@@ -494,20 +667,63 @@ def dimensions(config: dict[str, Any]) -> Dimensions:
         vocab=length("vocab_size"),
         context=length(family.context_key, CONTEXT),
         tied=bool(values.get("tie_word_embeddings", False)),
+        experts=experts,
+        active=length(family.active_key, limit=experts) if family.experts_key else 1,
+        shared=length(family.shared_key) if family.shared_key else 0,
     )
+
+
+def _values(family: Family, config: dict[str, Any]) -> dict[str, Any]:
+    """A config under the family's own keys, with its defaults. Raises NarrowError (bad_config, unsupported_architecture)."""
+    given = {key: value for key, value in config.items() if value is not None}
+    for alias, key in family.aliases:
+        if alias in given and given.setdefault(key, given[alias]) != given[alias]:
+            raise NarrowError("bad_config", f"config.json: {alias!r} and {key!r} are one number under two names, but differ.")
+    for key, value in family.only:
+        if given.get(key, value) != value:
+            raise NarrowError(
+                "unsupported_architecture",
+                f"config.json: {key!r} is {str(given[key])[:60]}, but Narrow takes {family.model_type} models only where it is "
+                f"{value}, so that all layers are alike.",
+            )
+    return {**family.defaults, **given}
 
 
 def tensor_shapes(config: dict[str, Any], dims: Dimensions) -> dict[str, tuple[int, ...]]:
     """In-memory name → shape of every parameter; a tied head is left out, since it is the embedding."""
+    return {name: _shape(tensor, dims) for name, tensor in _tensors(config, dims)}
+
+
+def saved_shapes(config: dict[str, Any], dims: Dimensions) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor in the files of such a model, one after the other: a config can ask for billions."""
+    for name, tensor in _tensors(config, dims):
+        prefix = name.removesuffix(tensor.name)
+        shape = list(_shape(tensor, dims))
+        number = next((n for n, axis in enumerate(tensor.axes) if axis in PARTS), None)
+        for position, saved in enumerate(tensor.saved or (tensor.name,)):
+            if number is not None and len(tensor.saved) > 1:
+                shape[number] = dims.axis(PARTS[tensor.axes[number]][position])
+            if "*" not in saved:
+                yield prefix + saved, tuple(shape)
+                continue
+            for expert in range(dims.experts):
+                yield prefix + saved.replace("*", str(expert)), tuple(shape[1:])
+
+
+def saved_names(config: dict[str, Any], name: str) -> tuple[str, ...]:
+    """What an outer tensor is called in files."""
     family = family_of(config)
-    return {
-        **{t.name: _shape(t, dims) for t in present(family.outer_tensors, family, config) if not _tied_head(t, family, dims)},
-        **{
-            f"{family.layers}.{layer}.{t.name}": _shape(t, dims)
-            for layer in range(dims.layers)
-            for t in present(family.layer_tensors, family, config)
-        },
-    }
+    return next((t.saved for t in family.outer_tensors if t.name == name), ()) or (name,)
+
+
+def _tensors(config: dict[str, Any], dims: Dimensions) -> Iterator[tuple[str, Tensor]]:
+    family = family_of(config)
+    for tensor in present(family.outer_tensors, family, config):
+        if not (dims.tied and tensor.name == f"{family.head}.weight"):
+            yield tensor.name, tensor
+    for layer in range(dims.layers):
+        for tensor in present(family.layer_tensors, family, config):
+            yield f"{family.layers}.{layer}.{tensor.name}", tensor
 
 
 def present(tensors: tuple[Tensor, ...], family: Family, config: dict[str, Any]) -> list[Tensor]:
@@ -518,7 +734,3 @@ def present(tensors: tuple[Tensor, ...], family: Family, config: dict[str, Any])
 
 def _shape(tensor: Tensor, dims: Dimensions) -> tuple[int, ...]:
     return tuple(dims.axis(axis) for axis in tensor.axes)
-
-
-def _tied_head(tensor: Tensor, family: Family, dims: Dimensions) -> bool:
-    return dims.tied and tensor.name == f"{family.head}.weight"

@@ -9,13 +9,14 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from narrow_engine.errors import NarrowError
-from narrow_engine.families import dimensions, family_of, tensor_shapes
+from narrow_engine.families import dimensions, family_of, saved_names, saved_shapes
 from narrow_engine.spec import Unit
 
 HEADER_LIMIT = 16 * 2**20
@@ -100,8 +101,8 @@ def inspect_model(folder: Path) -> ModelInfo:
         raise NarrowError(
             "wrong_tensors", f"config.json asks for {dims.layers} layers, but the weights hold {len(headers)} tensors in all."
         )
-    expected = tensor_shapes(config, dims)
-    _compare(expected, headers, dict(family.on_disk), family.head if dims.tied else "")
+    head = f"{family.head}.weight"
+    expected = _compare(saved_shapes(config, dims), headers, saved_names(config, head) if dims.tied else ())
 
     files = [p for p in sorted(folder.iterdir()) if accepted_name(p.name) and p.is_file() and not p.is_symlink()]
     return ModelInfo(
@@ -109,7 +110,7 @@ def inspect_model(folder: Path) -> ModelInfo:
         config=config,
         parameters=sum(math.prod(shape) for shape in expected.values()),
         bytes=sum(p.stat().st_size for p in weights),
-        dtype=headers[_saved_name(next(iter(expected)), dict(family.on_disk))][0],
+        dtype=headers[next(iter(expected))][0],
         sha256=files_sha256(files),
         units=list(family.units),
     )
@@ -218,27 +219,24 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _compare(
-    expected: dict[str, tuple[int, ...]],
+    wanted: Iterator[tuple[str, tuple[int, ...]]],
     found: dict[str, tuple[str, tuple[int, ...]]],
-    on_disk: dict[str, str],
-    tied: str,
-) -> None:
-    wanted = {_saved_name(name, on_disk): shape for name, shape in expected.items()}
-    for name, shape in wanted.items():
+    spare: tuple[str, ...],
+) -> dict[str, tuple[int, ...]]:
+    """The wanted tensors, all of which are among the found; these hold no other but the spare ones (a tied head)."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, shape in wanted:
         if name not in found:
             raise NarrowError("wrong_tensors", f"The weights lack {name!r}, which config.json asks for.")
         if found[name][1] != shape:
             raise NarrowError(
                 "wrong_tensors", f"{name!r} has shape {list(found[name][1])}, but config.json asks for {list(shape)}."
             )
-    spare = {_saved_name(f"{tied}.weight", on_disk)} if tied else set()
-    for name in found.keys() - wanted.keys() - spare:
+        expected[name] = shape
+    for name in found.keys() - expected.keys() - set(spare):
         if not name.endswith(_BUFFERS):
             raise NarrowError("wrong_tensors", f"The weights hold {name[:80]!r}, which config.json has no place for.")
-
-
-def _saved_name(name: str, on_disk: dict[str, str]) -> str:
-    return on_disk.get(name, name)
+    return expected
 
 
 def files_sha256(files: list[Path]) -> str:

@@ -1,10 +1,12 @@
 """Loading a model, and the few things that every stage asks of it: its layers, its hidden states, its head."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from narrow_engine.errors import NarrowError
@@ -40,6 +42,8 @@ def load_model(folder: Path) -> PreTrainedModel:
         "return_dict": True,
     }.items():
         setattr(model.config, key, value)
+    if family(model).router:
+        model.config.output_router_logits = False
     model.to(device())
     _try_out(model)
     return model.eval()
@@ -82,20 +86,27 @@ def layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def along(model: PreTrainedModel, axis: Axis) -> list[list[Tensor]]:
-    """For each layer, views of its parameters that have an axis, that axis first; a fused tensor gives one for each part."""
+    """For each layer, views of its parameters that have an axis, that axis first; a fused tensor gives one for each part.
+
+    Along an axis of the experts' own, one list for each expert of each layer.
+    """
     table, config = family(model), config_dict(model)
     dims = dimensions(config)
+    inside = axis == "width"
     found: list[list[Tensor]] = []
     for layer in layers(model):
-        views: list[Tensor] = []
+        rows: list[list[Tensor]] = [[] for _ in range(dims.experts if inside else 1)]
         for tensor in present(table.layer_tensors, table, config):
             parameter = layer.get_parameter(tensor.name).detach()
-            for number, whole in enumerate(tensor.axes):
-                parts = PARTS.get(whole, (whole,))
-                if axis in parts:
-                    pieces = torch.split(parameter, [dims.axis(part) for part in parts], dim=number)
-                    views += [piece.movedim(number, 0) for piece, part in zip(pieces, parts, strict=True) if part == axis]
-        found.append(views)
+            own = inside and tensor.routed
+            axes, wholes = (tensor.axes[1:], list(parameter)) if own else (tensor.axes, [parameter] * len(rows))
+            for row, whole in zip(rows, wholes, strict=True):
+                for number, fused in enumerate(axes):
+                    parts = PARTS.get(fused, (fused,))
+                    if axis in parts:
+                        pieces = torch.split(whole, [dims.axis(part) for part in parts], dim=number)
+                        row += [piece.movedim(number, 0) for piece, part in zip(pieces, parts, strict=True) if part == axis]
+        found += rows
     return found
 
 
@@ -104,6 +115,33 @@ def output_weight(layer: nn.Module, table: Family, name: str) -> Tensor:
     axes = next(tensor.axes for tensor in table.layer_tensors if tensor.name == f"{name}.weight")
     weight = layer.get_parameter(f"{name}.weight").detach()
     return weight if axes[0] == "hidden" else weight.T
+
+
+def neuron_readers(layer: nn.Module, table: Family) -> list[Tensor]:
+    """The weights that read a layer's neurons, one of each expert, as views [outputs, inputs]."""
+    if not table.router:
+        return [output_weight(layer, table, table.mlp_out)]
+    return list(layer.get_parameter(f"{table.mlp_out}.down_proj").detach())
+
+
+class Routed(NamedTuple):
+    """An expert and the tokens that are routed to it, of which there is one at least."""
+
+    expert: int
+    tokens: Tensor
+    """Their numbers, [m]."""
+    inputs: Tensor
+    """What the expert's output projection reads, times the router's gate: [m, width]. The gates are linear in the output."""
+
+
+def routed(experts: nn.Module, tokens: Tensor, chosen: Tensor, gates: Tensor) -> Iterator[Routed]:
+    """What goes on inside a module of experts that is called so: tokens [n, hidden], and of each token the numbers and the
+    gates of its experts, [n, k]."""
+    activation = experts.get_submodule("act_fn")
+    for expert in sorted(set(chosen.flatten().tolist())):
+        rows, places = (chosen == expert).nonzero(as_tuple=True)
+        gate, up = functional.linear(tokens[rows], experts.get_parameter("gate_up_proj")[expert]).chunk(2, -1)
+        yield Routed(expert, rows, activation(gate) * up * gates[rows, places, None])
 
 
 def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.Optimizer):
-    """Takes 2-D parameters only. State: one momentum buffer a parameter."""
+    """Takes matrices, and stacks of them [n, rows, columns] (experts). State: one momentum buffer a parameter."""
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
         super().__init__(list(parameters), {"lr": lr, "momentum": momentum})
@@ -32,12 +32,15 @@ class Muon(torch.optim.Optimizer):
                 buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
                 buffer.lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(buffer, group["momentum"])
-                wide = update if update.shape[0] <= update.shape[1] else update.T
-                by_shape.setdefault((wide.shape[0], wide.shape[1]), []).append((parameter, wide))
-            for rows in by_shape.values():
-                for (parameter, _), update in zip(rows, orthogonalize(torch.stack([w for _, w in rows])), strict=True):
-                    update = update if parameter.shape[0] <= parameter.shape[1] else update.T
-                    parameter.add_(update, alpha=-group["lr"] * 0.2 * max(parameter.shape) ** 0.5)
+                wide = update if update.shape[-2] <= update.shape[-1] else update.mT
+                rows, columns = wide.shape[-2:]
+                by_shape.setdefault((rows, columns), []).append((parameter, wide.reshape(-1, rows, columns)))
+            for (_, longest), members in by_shape.items():
+                stacks = [stack for _, stack in members]
+                updates = torch.split(orthogonalize(torch.cat(stacks)), [len(stack) for stack in stacks])
+                for (parameter, _), update in zip(members, updates, strict=True):
+                    update = update if parameter.shape[-2] <= parameter.shape[-1] else update.mT
+                    parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * 0.2 * longest**0.5)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -12,18 +12,22 @@ from narrow_engine.sizing import shrink, unit_counts
 from narrow_engine.spec import Unit
 
 Scores = dict[Unit, Tensor]
-"""Larger is more important: neuron [layers, width], head [layers, heads], kv_group [layers, kv_heads], layer [layers],
-residual [hidden], token [vocab]."""
+"""Larger is more important: neuron [layers, experts × width], expert [layers, experts], head [layers, heads], kv_group
+[layers, kv_heads], layer [layers], residual [hidden], token [vocab]. A dense model's MLP is its one expert."""
 
 
 class Plan(BaseModel):
-    """Kept units, ascending. `layers`, `residual`, `tokens`: numbers in the base; the others: a list for each *kept* layer."""
+    """Kept units, ascending. `layers`, `residual`, `tokens`: numbers in the base; the others: a list for each *kept* layer.
+
+    Neurons are numbered through all experts of a layer: neuron i of expert e is e · width + i.
+    """
 
     layers: list[int]
     residual: list[int]
     neurons: list[list[int]]
     kv_groups: list[list[int]]
     heads: list[list[int]]
+    experts: list[list[int]]
     tokens: list[int]
 
     @staticmethod
@@ -40,15 +44,25 @@ def make_plan(config: dict[str, Any], scores: Scores, keep: dict[Unit, int]) -> 
     small = shrink(dims, keep)
     layers = _best(scores["layer"], small.layers) if "layer" in keep else list(range(dims.layers))
     per_group = small.heads // small.kv_heads
-    neurons, kv_groups, heads = [], [], []
+    neurons, kv_groups, heads, experts = [], [], [], []
     for layer in layers:
-        neurons.append(_best(scores["neuron"][layer], small.width) if "neuron" in keep else list(range(dims.width)))
+        chosen = _best(scores["expert"][layer], small.experts) if "expert" in keep else list(range(dims.experts))
+        experts.append(chosen)
+        neurons.append([neuron for expert in chosen for neuron in _neurons(dims, expert, scores, layer, small.width)])
         groups = _best(scores["kv_group"][layer], small.kv_heads) if "kv_group" in keep else list(range(dims.kv_heads))
         kv_groups.append(groups)
         heads.append([head for group in groups for head in _heads(dims, group, scores, layer, per_group)])
     residual = _best(scores["residual"], small.hidden) if "residual" in keep else list(range(dims.hidden))
     tokens = _best(scores["token"], small.vocab) if "token" in keep else list(range(dims.vocab))
-    return Plan(layers=layers, residual=residual, neurons=neurons, kv_groups=kv_groups, heads=heads, tokens=tokens)
+    return Plan(
+        layers=layers,
+        residual=residual,
+        neurons=neurons,
+        kv_groups=kv_groups,
+        heads=heads,
+        experts=experts,
+        tokens=tokens,
+    )
 
 
 def whole_plan(config: dict[str, Any], tokens: list[int] | None = None) -> Plan:
@@ -60,17 +74,29 @@ def whole_plan(config: dict[str, Any], tokens: list[int] | None = None) -> Plan:
 def cuts(config: dict[str, Any], plan: Plan, units: list[Unit]) -> list[Cut]:
     """What the plan keeps of each kind, for the report."""
     whole: dict[Unit, list[int]] = {"layer": plan.layers, "residual": plan.residual, "token": plan.tokens}
-    by_layer: dict[Unit, list[list[int]]] = {"neuron": plan.neurons, "head": plan.heads, "kv_group": plan.kv_groups}
+    by_layer: dict[Unit, list[int]] = {
+        "neuron": [len(row) // len(experts) for row, experts in zip(plan.neurons, plan.experts, strict=True)],
+        "head": [len(row) for row in plan.heads],
+        "kv_group": [len(row) for row in plan.kv_groups],
+        "expert": [len(row) for row in plan.experts],
+    }
     counts = unit_counts(dimensions(config))
     return [
         Cut(
             unit=unit,
-            kept=len(whole[unit] if unit in whole else by_layer[unit][0]),
+            kept=len(whole[unit]) if unit in whole else by_layer[unit][0],
             of=counts[unit],
-            per_layer=plan.layers if unit == "layer" else [len(row) for row in by_layer.get(unit, [])],
+            per_layer=plan.layers if unit == "layer" else by_layer.get(unit, []),
         )
         for unit in units
     ]
+
+
+def _neurons(dims: Dimensions, expert: int, scores: Scores, layer: int, count: int) -> list[int]:
+    first = expert * dims.width
+    if count == dims.width:
+        return list(range(first, first + dims.width))
+    return [first + neuron for neuron in _best(scores["neuron"][layer, first : first + dims.width], count)]
 
 
 def _heads(dims: Dimensions, group: int, scores: Scores, layer: int, count: int) -> list[int]:

@@ -6,6 +6,9 @@ model* and Y is what the stream lacks: the base's stream after the layer, less t
 each layer also makes up for what the layers before it, and whole layers that were dropped after it, got wrong. Ridge
 pulls towards the kept weights W₀: plain least squares overfits small calibration sets (arXiv 2510.07782).
 
+Experts share the work: what they write adds up. They are solved one after the other, each on the tokens that the cut model
+routes to it, for what is lacking with all the others as they are by then. One that no token reaches stays as it is.
+
 Where heads were cut, the attention's output projection is solved first, in the same way. Where hidden dimensions were cut,
 so are the projections that read the stream: what they read of it is predicted from the dimensions that are left, x ≈ T x',
 and W T takes the place of W; the head too, unless it is the embedding as well. Families that normalise what a
@@ -24,7 +27,7 @@ from transformers import PreTrainedModel
 
 from narrow_engine.corpus import Blocks
 from narrow_engine.families import Dimensions, Family, dimensions
-from narrow_engine.models import config_dict, family, hidden_states, layers, output_weight
+from narrow_engine.models import config_dict, family, hidden_states, layers, output_weight, routed
 from narrow_engine.plan import Plan
 from narrow_engine.slice import slice_tensor
 
@@ -60,7 +63,7 @@ def refit(
     for position, (first, last) in enumerate(zip(plan.layers, following, strict=True)):
         progress(position, len(plan.layers))
         kept, dropped = base_calls[first], base_calls[first + 1 : last]
-        spans = [_span(kept, dropped, stream, table) for stream in targets]
+        spans = [_span(kept, dropped, stream, table, residual_cut) for stream in targets]
         call = cut_calls[position]
         if residual_cut:
             _refit_readers(kept, call, table, table.readers[0], plan, dims, position, [s.attention_in for s in spans], streams)
@@ -77,20 +80,24 @@ def refit(
             )
         if residual_cut:
             _refit_readers(kept, call, table, table.readers[1], plan, dims, position, [s.mlp_in for s in spans], streams)
-        _solve(
-            call.layer.get_submodule(table.mlp_out),
-            output_weight(call.layer, table, table.mlp_out),
-            (
+        module = call.layer.get_submodule(table.mlp_out)
+        passes = ((span, *call.tap(stream, table.mlp_out)) for span, stream in zip(spans, streams, strict=True))
+        if table.router:
+            _solve_experts(module, [(tapped, (span.end[..., plan.residual] - end) / scale) for span, end, tapped in passes])
+        else:
+            _solve(
+                module,
+                output_weight(call.layer, table, table.mlp_out),
                 (
-                    tapped.inputs,
-                    span.mlp[..., plan.residual]
-                    if table.writes_normed
-                    else (span.end[..., plan.residual] - end) / scale + tapped.outputs,
-                )
-                for span, stream in zip(spans, streams, strict=True)
-                for end, tapped in [call.tap(stream, table.mlp_out)]
-            ),
-        )
+                    (
+                        tapped.inputs,
+                        span.mlp[..., plan.residual]
+                        if table.writes_normed
+                        else (span.end[..., plan.residual] - end) / scale + tapped.outputs,
+                    )
+                    for span, end, tapped in passes
+                ),
+            )
         targets = [span.end for span in spans]
         streams = [call(stream) for stream in streams]
     if residual_cut and not dims.tied:
@@ -115,17 +122,17 @@ def _refit_readers(
     """Solves anew the modules of a layer that read the stream together, given what they read in the base."""
     predictor = _predictor(wanted, (cut.tap(stream, names[0])[1].inputs for stream in streams), plan.residual)
     for tensor in table.layer_tensors:
-        if tensor.module in names and "hidden" in tensor.axes:
+        if tensor.module in names and tensor.reads:
             weight = base.layer.get_parameter(tensor.name).detach()
             predicted = torch.zeros_like(weight)
-            predicted[:, plan.residual] = weight @ predictor
+            predicted[..., plan.residual] = weight @ predictor
             cut.layer.get_parameter(tensor.name).copy_(slice_tensor(predicted, tensor, table, plan, dims, position))
 
 
 def _predictor(wanted: Iterable[Tensor], given: Iterable[Tensor], kept: list[int]) -> Tensor:
     """T, [hidden, kept]: the least-squares map from what the cut model's stream holds to what the base's does."""
     gram = cross = torch.zeros(())
-    for y, x in zip((t.flatten(0, 1) for t in wanted), (t.flatten(0, 1) for t in given), strict=True):
+    for y, x in zip((t.flatten(0, -2) for t in wanted), (t.flatten(0, -2) for t in given), strict=True):
         gram = gram + (x.T @ x).double()
         cross = cross + (y.T @ x).double()
     start = torch.zeros_like(cross)
@@ -145,16 +152,36 @@ def _solve(module: nn.Module, weight: Tensor, pairs: Any) -> None:
         h, y = inputs.flatten(0, 1), (wanted - bias).flatten(0, 1)
         gram += (h.T @ h).double()
         cross += (y.T @ h).double()
+    weight.copy_(_ridge_solution(gram, cross, weight))
+
+
+def _solve_experts(experts: nn.Module, batches: list[tuple[Any, Tensor]]) -> None:
+    """Solves the experts' projections from (what the experts are called with, what the stream lacks [rows, length, hidden])."""
+    tokens = torch.cat([tapped.inputs for tapped, _ in batches])
+    chosen, gates = (torch.cat([tapped.routing[i] for tapped, _ in batches]) for i in range(2))
+    lacking = torch.cat([lack.flatten(0, 1) for _, lack in batches])
+    for expert, rows, h in routed(experts, tokens, chosen, gates):
+        weight = experts.get_parameter("down_proj")[expert]
+        wanted = lacking[rows] + h @ weight.T
+        weight.copy_(_ridge_solution((h.T @ h).double(), (wanted.T @ h).double(), weight))
+        lacking[rows] = wanted - h @ weight.T
+
+
+def _ridge_solution(gram: Tensor, cross: Tensor, weight: Tensor) -> Tensor:
+    """The weight nearest to Y hᵀ = W h hᵀ, from Σ h hᵀ and Σ Y hᵀ, that stays near `weight`."""
     ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-12)
     system = gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    weight.copy_(torch.linalg.solve(system, (cross + ridge * weight.double()).T).T)
+    solved: Tensor = torch.linalg.solve(system, (cross + ridge * weight.double()).T).T
+    return solved
 
 
 class _Tapped(NamedTuple):
-    """Input and output of a projection."""
+    """Input and output of a projection, or of the experts."""
 
     inputs: Tensor
     outputs: Tensor
+    routing: tuple[Tensor, ...]
+    """What experts are called with as well: the numbers and the gates of each token's experts."""
 
 
 @dataclass
@@ -174,7 +201,7 @@ class _Call:
         kept: dict[str, _Tapped] = {}
 
         def keep(name: str) -> Callable[..., None]:
-            return lambda _, args, out: kept.__setitem__(name, _Tapped(args[0], out))
+            return lambda _, args, out: kept.__setitem__(name, _Tapped(args[0], out, args[1:]))
 
         hooks = [self.layer.get_submodule(name).register_forward_hook(keep(name)) for name in names]
         try:
@@ -196,12 +223,14 @@ class _Span(NamedTuple):
     end: Tensor
 
 
-def _span(kept: _Call, dropped: list[_Call], start: Tensor, table: Family) -> _Span:
-    read_attention, read_mlp = (names[0] for names in table.readers)
-    end, *taps = kept.tap(start, read_attention, table.attention_out, read_mlp, table.mlp_out)
+def _span(kept: _Call, dropped: list[_Call], start: Tensor, table: Family, readers: bool) -> _Span:
+    """What is read is kept only where it is asked for, and else empty."""
+    names = [names[0] for names in table.readers] if readers else []
+    end, attention, mlp, *read = kept.tap(start, table.attention_out, table.mlp_out, *names)
     for call in dropped:
         end = call(end)
-    return _Span(start, taps[0].inputs, taps[1].outputs, taps[2].inputs, taps[3].outputs, end)
+    attention_in, mlp_in = (tapped.inputs for tapped in read) if read else (start[:0], start[:0])
+    return _Span(start, attention_in, attention.outputs, mlp_in, mlp.outputs, end)
 
 
 def _calls(model: PreTrainedModel, ids: Tensor) -> list[_Call]:

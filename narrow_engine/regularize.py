@@ -10,7 +10,7 @@ With a fixed λ the groups die in a cliff, hundreds within a few steps, and wher
 follows the target: with τ the size of the group that is last to go in its layer, λ makes a group of that size decay by
 e^−DECAY over the schedule unless the loss holds it up, and at each step exactly as many of the smallest as the schedule
 wants by now are set to zero. A dead group is projected back ever after, since an adaptive optimizer's momentum would
-move it. Each layer has the same target: stock models have one width.
+move it. Each layer, and each expert of it, has the same target: stock models have one width.
 """
 
 import torch
@@ -27,8 +27,8 @@ DECAY = 3.0
 class GroupLasso:
     """An `AfterStep` for `train`: call it after each optimizer step.
 
-    `scores` is [layers, width], larger for neurons that the penalty should spare; `target` is the share of neurons that
-    must be exactly zero in every layer once REACHED of `steps` are done.
+    `scores` is [layers × experts, width], larger for neurons that the penalty should spare; `target` is the share of neurons
+    that must be exactly zero in every layer, and every expert of it, once REACHED of `steps` are done.
     """
 
     def __init__(self, model: PreTrainedModel, scores: Tensor, target: float, steps: int) -> None:
@@ -43,7 +43,7 @@ class GroupLasso:
         return self.dead.double().mean().item()
 
     def norms(self) -> Tensor:
-        """Norm of each group, [layers, width]: zero for the dead, so that a plan made from it keeps the living."""
+        """Norm of each group, [layers × experts, width]: zero for the dead, so that a plan made from it keeps the living."""
         rows = [torch.stack([_squares(part) for part in parts]).sum(0).sqrt() for parts in self.groups]
         return torch.stack(rows).detach().double()
 

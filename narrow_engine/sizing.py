@@ -6,21 +6,21 @@ transformers, vLLM and ONNX tools read one width from the config.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from narrow_engine.errors import NarrowError
-from narrow_engine.families import Dimensions, Family, dimensions, family_of, tensor_shapes
+from narrow_engine.families import Dimensions, Family, dimensions, family_of, present, tensor_shapes
 from narrow_engine.report.model import Size
 from narrow_engine.spec import PLURAL, Options, Quantity, Unit
 
 WIDE, WIDE_MULTIPLE, MULTIPLE = 4096, 64, 8
 """Neurons are kept in multiples where a budget leaves the choice, since odd widths waste vector lanes and tiles."""
 
-STEPS = 48
-"""Numbers of one kind of unit that are tried, at most: combinations of the kinds multiply."""
+CANDIDATES = 8000
+"""Combinations of the coarse kinds that are looked at, about: where there are more, each kind takes longer steps."""
 
 MEASURES: dict[Quantity, tuple[str, str]] = {
     "parameters": ("parameters", "parameters"),
@@ -60,28 +60,41 @@ def parameters(config: dict[str, Any], dims: Dimensions) -> int:
 
 def size_of(config: dict[str, Any], dims: Dimensions, bytes_per_parameter: int) -> Size:
     count = parameters(config, dims)
+    met = count - _idle(config, dims)
     embedding = dims.vocab * dims.hidden
     return Size(
         parameters=count,
         bytes=count * bytes_per_parameter,
-        # Each weight is one multiply-add a token, but for the embedding, which is looked up, unless it is the head too.
-        flops_per_token=2 * (count if dims.tied else count - embedding),
+        # Each weight that a token meets is one multiply-add, but for the embedding, which is looked up, unless it is the
+        # head too.
+        flops_per_token=2 * (met if dims.tied else met - embedding),
         layers=dims.layers,
         hidden=dims.hidden,
         width=dims.width,
         heads=dims.heads,
         kv_heads=dims.kv_heads,
         vocabulary=dims.vocab,
+        experts=dims.experts,
     )
 
 
+def _idle(config: dict[str, Any], dims: Dimensions) -> int:
+    """Parameters that a token does not meet: those of the experts that it is not routed to."""
+    family = family_of(config)
+    routed = [tensor for tensor in present(family.layer_tensors, family, config) if tensor.routed]
+    one = sum(math.prod(dims.axis(axis) for axis in tensor.axes[1:]) for tensor in routed)
+    return dims.layers * (dims.experts - dims.active) * one
+
+
 def unit_counts(dims: Dimensions) -> Keep:
-    """How many units of each kind there are: in a layer, or in the model for layers, hidden dimensions and tokens."""
+    """How many units of each kind there are: in a layer (neurons: in an expert), or in the model for layers, hidden dimensions
+    and tokens."""
     return {
         "neuron": dims.width,
         "head": dims.heads,
         "kv_group": dims.kv_heads,
         "layer": dims.layers,
+        "expert": dims.experts,
         "residual": dims.hidden,
         "token": dims.vocab,
     }
@@ -98,6 +111,7 @@ def shrink(dims: Dimensions, keep: Keep) -> Dimensions:
         layers=keep.get("layer", dims.layers),
         heads=heads,
         kv_heads=kv_heads,
+        experts=keep.get("expert", dims.experts),
         vocab=keep.get("token", dims.vocab),
     )
 
@@ -113,7 +127,8 @@ def solve(
 
     With `budget.keep`, each fraction is rounded to whole units (heads: the same number in each KV group). With an amount
     of parameters, bytes or FLOPs, the shape with the least `loss` that does not exceed it; without `loss`, which takes
-    measuring, the one whose kinds keep most nearly the same fraction. With a budget that only measuring can meet, all.
+    measuring, the one whose kinds keep most nearly the same fraction. With a budget that only measuring can meet, all. As
+    many experts stay as a token is routed to.
 
     How many `tokens` a trimmed vocabulary keeps is known once the target's text is read. Until then the vocabulary counts
     whole or, where that does not fit, as large as fits.
@@ -149,11 +164,11 @@ def solve(
         small = shapes(config, options, cost, limit, least, fill=False)
         found = [_fill("token", dims.vocab, keep, limit, cost, 1) for keep in small]
     if not found:
-        smallest = min(cost(keep) for keep in shapes(config, options, lambda keep: 0, 0, least, fill=False))
+        smallest = cost(smallest_shape(config, options, least))
         raise NarrowError(
             "budget_too_small",
             f"Cutting {' and '.join(PLURAL[u] for u in units)} can bring this model from {total:,} to {smallest:,} {word}, "
-            f"not to {limit:,}: raise the budget{_more_units(family, dims, units)}.",
+            f"not to {limit:,}: raise the budget{_more_units(family, dims, units)}.{_floor(dims, units)}",
         )
     best = min(found, key=loss or (lambda keep: _unevenness(dims, keep) - cost(keep) / total))
     notices = [f"{limit:,} {word} were asked for; whole units make it {cost(best):,}."]
@@ -208,11 +223,20 @@ def shapes(
     `cost` must be linear in the neurons. Without `fill`, the fewest neurons. A vocabulary that is trimmed keeps `tokens`.
     """
     family, dims, units = family_of(config), dimensions(config), options.method.units
-    multiple = options.method.multiple or (WIDE_MULTIPLE if dims.width >= WIDE else MULTIPLE)
+    multiple = _multiple(family, dims, options)
     found = [keep for keep in _candidates(family, dims, units, multiple, tokens or dims.vocab) if cost(keep) <= limit]
     if fill and "neuron" in units:
         return [_fill("neuron", dims.width, keep, limit, cost, multiple) for keep in found]
     return found
+
+
+def smallest_shape(config: dict[str, Any], options: Options, tokens: int | None = None) -> Keep:
+    family, dims = family_of(config), dimensions(config)
+    return next(_candidates(family, dims, options.method.units, _multiple(family, dims, options), tokens or dims.vocab))
+
+
+def _multiple(family: Family, dims: Dimensions, options: Options) -> int:
+    return math.lcm(options.method.multiple or (WIDE_MULTIPLE if dims.width >= WIDE else MULTIPLE), family.multiple)
 
 
 def _more_units(family: Family, dims: Dimensions, units: list[Unit]) -> str:
@@ -220,6 +244,11 @@ def _more_units(family: Family, dims: Dimensions, units: list[Unit]) -> str:
     counts = unit_counts(dims) | {"head": dims.heads // dims.kv_heads}
     more = [unit for unit in family.units if unit not in units and counts[unit] > 1]
     return f" or add {', '.join(more)} to method.units" if more else ""
+
+
+def _floor(dims: Dimensions, units: list[Unit]) -> str:
+    """Why not more experts can go, as a sentence that follows another."""
+    return f" Each token is routed to {dims.active} experts, so as many must stay." if "expert" in units else ""
 
 
 def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: int = 2, skills: int = 1) -> Sizes:
@@ -250,36 +279,52 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
     )
     # fp32 base, gradients of a pass over it, Gram matrices; or student with gradients and two moments beside the base;
     # and in either case the activations of a batch.
-    grams = 8 * small.layers * (dims.width**2 + dims.axis("q") ** 2)
-    activations = 4 * recover.batch_tokens * (small.layers * (10 * dims.hidden + 4 * small.width) + 256)
+    grams = 8 * small.layers * (dims.experts * dims.width**2 + dims.axis("q") ** 2)
+    activations = 4 * recover.batch_tokens * (small.layers * (10 * dims.hidden + 4 * small.active * small.width) + 256)
     memory = 600 * 2**20 + max(8 * before.parameters + grams, 4 * before.parameters + 16 * after.parameters) + activations
     return Sizes(before, after, keep, memory, flops, FIXED_SECONDS + flops * SECONDS_PER_FLOP, notices)
 
 
 def _candidates(
-    family: Family, dims: Dimensions, units: list[Unit], multiple: int, tokens: int, residual: Sequence[int] = ()
+    family: Family,
+    dims: Dimensions,
+    units: list[Unit],
+    multiple: int,
+    tokens: int,
+    given: Mapping[Unit, Sequence[int]] | None = None,
 ) -> Iterator[Keep]:
-    """Every combination of the coarse kinds, with the fewest neurons; neurons are filled in afterwards.
+    """Combinations of the coarse kinds, the smallest first, with the fewest neurons: they are filled in afterwards.
 
-    `residual` are the numbers of hidden dimensions to try, by default multiples.
+    `given` are the numbers of each kind to try, heads in a KV group among them; else as many as make about CANDIDATES.
     """
-    per_group = dims.heads // dims.kv_heads
-    layers = _steps(dims.layers, 1) if "layer" in units else [dims.layers]
-    groups = _steps(dims.kv_heads, 1) if "kv_group" in units else [dims.kv_heads]
-    heads = _steps(per_group, 1) if "head" in units else [per_group]
-    residual = residual or (_steps(dims.hidden, multiple) if "residual" in units else [dims.hidden])
-    for layer, group, head, hidden in product(layers, groups, heads, residual):
+    whole_groups = dims.heads // dims.kv_heads
+    kinds: list[tuple[Unit, int, int, int]] = [
+        ("layer", 1, dims.layers, 1),
+        ("kv_group", 1, dims.kv_heads, 1),
+        ("head", 1, whole_groups, 1),
+        ("expert", dims.active, dims.experts, 1),
+        ("residual", multiple, dims.hidden, multiple),
+    ]
+    free = [most for unit, least, most, _ in kinds if unit in units and least < most]
+    most_steps = max(2, int(CANDIDATES ** (1 / max(1, len(free)))))
+    numbers: list[Sequence[int]] = [
+        [most] if unit not in units else given[unit] if given else _steps(least, most, step, most_steps)
+        for unit, least, most, step in kinds
+    ]
+    for layer, group, head, expert, hidden in product(*numbers):
         if family.heads_divide_hidden and hidden % (group * head):
             continue
-        keep: Keep = {"layer": layer, "kv_group": group, "head": group * head, "residual": hidden, "token": tokens}
-        keep["neuron"] = min(multiple, dims.width)
+        if hidden < dims.hidden and hidden % family.multiple:
+            continue
+        keep: Keep = {"layer": layer, "kv_group": group, "head": group * head, "expert": expert, "residual": hidden}
+        keep |= {"token": tokens, "neuron": min(multiple, dims.width)}
         yield {unit: keep[unit] for unit in units}
 
 
-def _steps(count: int, multiple: int) -> list[int]:
-    """What may be kept of `count` units: whole multiples and all; of very many, every second, third, ... multiple."""
-    whole = range(multiple, count, multiple)
-    return [*whole[:: -(-len(whole) // STEPS) or 1], count]
+def _steps(least: int, most: int, step: int, count: int) -> list[int]:
+    """About `count` numbers from `least` to `most`, both among them, in whole steps but for the last."""
+    whole = range(least, most, step)
+    return [*whole[:: -(-len(whole) // count) or 1], most]
 
 
 def _fill(unit: Unit, of: int, keep: Keep, limit: float, cost: Callable[[Keep], float], multiple: int) -> Keep:
@@ -293,8 +338,8 @@ def _fill(unit: Unit, of: int, keep: Keep, limit: float, cost: Callable[[Keep], 
 def _unevenness(dims: Dimensions, keep: Keep) -> float:
     """How far apart the kept fractions of the kinds are, as the spread of their logarithms; what text needs is not chosen."""
     counts = unit_counts(dims)
-    logs = [math.log(kept / counts[unit]) for unit, kept in keep.items() if unit != "token"] or [0.0]
-    return max(logs) - min(logs)
+    logs = [math.log(kept / counts[unit]) for unit, kept in keep.items() if unit != "token"]
+    return max(logs, default=0.0) - min(logs, default=0.0)
 
 
 def round_fractions(config: dict[str, Any], fractions: dict[Unit, float], tokens: int | None = None) -> tuple[Keep, list[str]]:
@@ -305,17 +350,28 @@ def round_fractions(config: dict[str, Any], fractions: dict[Unit, float], tokens
     def distance(keep: Keep) -> float:
         return sum(abs(keep[unit] / counts[unit] - fraction) for unit, fraction in fractions.items())
 
-    units = list(fractions)
-    # Where heads must divide the hidden size, the nearest size that any number of heads divides is not far.
-    hidden = round(fractions.get("residual", 1) * dims.hidden)
-    near = range(max(1, hidden - dims.heads), min(dims.hidden, hidden + dims.heads) + 1)
+    def near(unit: Unit, least: int, most: int, reach: int = 0) -> range:
+        nearest = min(most, max(least, round(fractions.get(unit, 1) * most)))
+        return range(max(least, nearest - reach), min(most, nearest + reach) + 1)
+
+    given: dict[Unit, Sequence[int]] = {
+        "layer": near("layer", 1, dims.layers),
+        "kv_group": range(1, dims.kv_heads + 1),
+        "head": range(1, dims.heads // dims.kv_heads + 1),
+        "expert": near("expert", dims.active, dims.experts),
+        # Where heads must divide the hidden size, the nearest size that any number of heads divides is not far.
+        "residual": near("residual", 1, dims.hidden, max(dims.heads, family.multiple)),
+    }
     vocabulary = tokens or max(1, round(fractions.get("token", 1.0) * dims.vocab))
-    keep = min(_candidates(family, dims, units, 1, vocabulary, near if "residual" in fractions else ()), key=distance)
+    keep = min(_candidates(family, dims, list(fractions), 1, vocabulary, given), key=distance)
     if "neuron" in fractions:
-        keep["neuron"] = max(1, round(fractions["neuron"] * dims.width))
+        step = family.multiple
+        keep["neuron"] = min(dims.width, step * max(1, round(fractions["neuron"] * dims.width / step)))
     notices = [
         f"{fraction:.3g} of {counts[unit]} {PLURAL[unit]} is {fraction * counts[unit]:.1f}; {keep[unit]} are kept."
         for unit, fraction in fractions.items()
         if not math.isclose(fraction * counts[unit], keep[unit])
     ]
+    if round(fractions.get("expert", 1) * dims.experts) < dims.active:
+        notices.append(_floor(dims, ["expert"]).strip())
     return keep, notices

@@ -9,12 +9,13 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from narrow_engine.families import PARTS, Axis, Dimensions, Family, dimensions, present
 from narrow_engine.families import Tensor as Parameter
-from narrow_engine.models import config_dict, family, head, hidden_states, layers, output_weight
+from narrow_engine.models import config_dict, family, head, hidden_states, layers, neuron_readers, output_weight
 from narrow_engine.plan import Plan
 from narrow_engine.report.model import Parity
 from narrow_engine.vocabulary import renumber_config
@@ -51,10 +52,10 @@ def slice_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
 def slice_tensor(value: Tensor, tensor: Parameter, table: Family, plan: Plan, dims: Dimensions, position: int = 0) -> Tensor:
     """What is left of one of the model's tensors, or of one of the layer that the plan keeps at `position`."""
-    for number, axis in enumerate(tensor.axes):
-        rows = _kept(axis, plan, position, dims)
-        if rows is not None:
-            value = value.index_select(number, torch.tensor(rows, device=value.device))
+    if tensor.routed:
+        value = torch.stack([_cut(value[e], tensor.axes[1:], plan, position, dims, e) for e in plan.experts[position]])
+    else:
+        value = _cut(value, tensor.axes, plan, position, dims)
     if len(plan.residual) == dims.hidden:
         return value
     offset = table.norm_offset if tensor.is_norm else 0
@@ -84,35 +85,52 @@ def _fold(tensor: Parameter, table: Family, plan: Plan, dims: Dimensions) -> flo
 def mask_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """The base with everything outside the plan silenced and nothing removed: what slicing must be equal to.
 
-    A neuron or head is silenced where it is read, a layer and a hidden dimension where the residual stream is written. A token
-    that is never fed is silent already: `compare` looks at the others.
+    A neuron or head is silenced where it is read, a layer and a hidden dimension where the residual stream is written, an
+    expert by its logit in the router. A token that is never fed is silent already: `compare` looks at the others.
     """
     masked = copy.deepcopy(model)
     table, dims = family(model), dimensions(config_dict(model))
-    readers: tuple[tuple[str, Axis], ...] = ((table.attention_out, "q"), (table.mlp_out, "width"))
     for number, layer in enumerate(layers(masked)):
         with torch.no_grad():
-            for name, axis in readers:
-                if number not in plan.layers:
+            if number not in plan.layers:
+                for name in (table.attention_out, table.mlp):
                     for parameter in layer.get_submodule(name).parameters():
                         parameter.zero_()
-                    continue
-                weight = output_weight(layer, table, name)
-                silent = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-                silent[_kept(axis, plan, plan.layers.index(number), dims)] = False
-                weight[:, silent] = 0
-    gone = torch.ones(dims.hidden, dtype=torch.bool, device=model.device)
-    gone[plan.residual] = False
-    with torch.no_grad():
-        embedding = masked.get_input_embeddings().weight
-        embedding[:, gone] = 0
-        for layer in layers(masked):
-            for name, _ in readers:
-                output_weight(layer, table, name)[gone] = 0
-                for key, parameter in layer.get_submodule(name).named_parameters():
-                    if key == "bias":
-                        parameter[gone] = 0
+                continue
+            position = plan.layers.index(number)
+            _silence(output_weight(layer, table, table.attention_out), _kept("q", plan, position, dims))
+            for expert, weight in enumerate(neuron_readers(layer, table)):
+                _silence(weight, _kept("width", plan, position, dims, expert))
+            if table.router:
+                _never_route(layer.get_submodule(table.router), plan.experts[position])
+    if len(plan.residual) < dims.hidden:
+        gone = torch.tensor(sorted(set(range(dims.hidden)) - set(plan.residual)), device=model.device)
+        with torch.no_grad():
+            masked.get_input_embeddings().weight[:, gone] = 0
+            for layer in layers(masked):
+                for tensor in present(table.layer_tensors, table, config_dict(model)):
+                    if tensor.writes:
+                        layer.get_parameter(tensor.name).index_fill_(tensor.axes.index("hidden"), gone, 0.0)
     return masked
+
+
+def _silence(weight: Tensor, kept: list[int] | None) -> None:
+    silent = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    silent[kept] = False
+    weight[:, silent] = 0
+
+
+def _never_route(router: nn.Module, kept: list[int]) -> None:
+    """Gives all experts but the kept the logit −∞, so that what the router does with logits is done among the kept.
+
+    Routers have no bias: a further input that is always 1 carries one.
+    """
+    weight = router.get_parameter("weight")
+    bias = torch.full((len(weight), 1), -torch.inf, dtype=weight.dtype, device=weight.device)
+    bias[kept] = 0
+    router.weight = nn.Parameter(torch.cat([weight, bias], 1))
+    router.hidden_dim = weight.shape[1] + 1  # type: ignore[assignment]
+    router.register_forward_pre_hook(lambda _, args: (functional.pad(args[0], (0, 1), value=1.0),))
 
 
 @torch.no_grad()
@@ -129,18 +147,30 @@ def compare(one: PreTrainedModel, other: PreTrainedModel, ids: Tensor, tokens: l
     return Parity(max_error=error, relative_error=error / max(first.abs().max().item(), 1e-9))
 
 
-def _kept(axis: Axis, plan: Plan, position: int, dims: Dimensions) -> list[int] | None:
+def _cut(value: Tensor, axes: tuple[Axis, ...], plan: Plan, position: int, dims: Dimensions, expert: int = 0) -> Tensor:
+    """A tensor of the layer at `position` of the plan, or one expert's part of it, without what is cut."""
+    for number, axis in enumerate(axes):
+        rows = _kept(axis, plan, position, dims, expert)
+        if rows is not None:
+            value = value.index_select(number, torch.tensor(rows, device=value.device))
+    return value
+
+
+def _kept(axis: Axis, plan: Plan, position: int, dims: Dimensions, expert: int = 0) -> list[int] | None:
     """Kept indices along an axis of the layer at `position` of the plan; None for an axis that is never cut."""
     if axis in PARTS:
         found, start = [], 0
         for part in PARTS[axis]:
-            found += [start + index for index in _kept(part, plan, position, dims) or ()]
+            found += [start + index for index in _kept(part, plan, position, dims, expert) or ()]
             start += dims.axis(part)
         return found
     if axis == "vocab":
         return plan.tokens
     if axis == "width":
-        return plan.neurons[position]
+        first = expert * dims.width
+        return [neuron - first for neuron in plan.neurons[position] if first <= neuron < first + dims.width]
+    if axis == "expert":
+        return plan.experts[position]
     if axis == "q":
         return _expand(plan.heads[position], dims.head_dim)
     if axis == "qkv":
@@ -164,7 +194,7 @@ def _renumbered(config: dict[str, Any], plan: Plan, dims: Dimensions) -> dict[st
 def _sliced_config(table: Family, config: dict[str, Any], plan: Plan, dims: Dimensions) -> dict[str, Any]:
     changes: dict[str, Any] = {
         table.layers_key: len(plan.layers),
-        table.width_key: len(plan.neurons[0]),
+        table.width_key: len(plan.neurons[0]) // len(plan.experts[0]),
         table.heads_key: len(plan.heads[0]),
         "vocab_size": len(plan.tokens),
         **_renumbered(config, plan, dims),
@@ -172,6 +202,8 @@ def _sliced_config(table: Family, config: dict[str, Any], plan: Plan, dims: Dime
     if len(plan.residual) < dims.hidden:
         changes[table.hidden_key] = len(plan.residual)
         changes[EPSILON] = config[EPSILON] * dims.hidden / len(plan.residual)
+    if table.experts_key:
+        changes[table.experts_key] = len(plan.experts[0])
     if table.kv_heads_key:
         changes[table.kv_heads_key] = len(plan.kv_groups[0])
     if table.head_dim_key:

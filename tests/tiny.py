@@ -9,7 +9,9 @@ FAMILIES = (
     *("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "granite", "seed_oss", "ernie4_5", "hunyuan_v1_dense"),
     *("arcee", "nemotron", "starcoder2", "stablelm", "olmo", "olmo2", "exaone4", "cohere", "cohere2", "phi3", "glm", "glm4"),
     *("gemma", "gemma2", "gemma3_text", "gpt_neox", "gpt2"),
+    *("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "granitemoe"),
 )
+EXPERTS = FAMILIES[-5:]
 
 
 EXTRA = {
@@ -21,6 +23,17 @@ EXTRA = {
     "ernie4_5": {"use_bias": True},
     "starcoder2": {"use_bias": True},
     "stablelm": {"use_qkv_bias": True},
+    "mixtral": {"num_local_experts": 6},
+    "qwen3_moe": {"num_local_experts": 6, "norm_topk_prob": True},
+    "qwen2_moe": {"num_experts": 6, "shared_expert_intermediate_size": 20},
+    "olmoe": {"num_experts": 6},
+    "granitemoe": {
+        "num_local_experts": 6,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 4.0,
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.3,
+    },
 }
 """What makes a family special, turned on."""
 
@@ -28,6 +41,7 @@ MISSING = {
     "gpt_neox": ("num_key_value_heads", "head_dim", "mlp_bias"),
     "gpt2": ("num_key_value_heads", "head_dim", "mlp_bias"),
     "stablelm": ("head_dim",),
+    "olmoe": ("head_dim",),
 }
 DIVIDED = tuple(MISSING)
 """Families whose heads are always hidden ÷ heads wide."""
@@ -38,7 +52,9 @@ RENAMED = {
         "num_hidden_layers": "n_layer",
         "num_attention_heads": "n_head",
         "max_position_embeddings": "n_positions",
-    }
+    },
+    "qwen3_moe": {"intermediate_size": "moe_intermediate_size"},
+    "qwen2_moe": {"intermediate_size": "moe_intermediate_size"},
 }
 
 
@@ -59,6 +75,7 @@ def tiny_config(family: str, **changes):
         "rms_norm_eps": 0.01,  # large enough to show where a cut forgets it
         "attention_bias": True,
         "mlp_bias": True,
+        "num_experts_per_tok": 2,
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": 0,

@@ -219,9 +219,9 @@ def _sample(report: Report) -> Panel:
 
 def plan_view(plan: Plan) -> RenderableType:
     """A dry run: what would come out and what the job would need."""
-    kept = [
-        f"{count:,} {unit}s" + ("" if unit in ("layer", "residual", "token") else " a layer") for unit, count in plan.keep.items()
-    ]
+    whole = dict.fromkeys(("layer", "residual", "token"), "")
+    inside = {**whole, "neuron": " an expert" if (plan.before.experts or 1) > 1 else " a layer"}
+    kept = [f"{count:,} {unit}s{inside.get(unit, ' a layer')}" for unit, count in plan.keep.items()]
     table = Table.grid(padding=(0, 2))
     table.add_row(Text("kept", style="dim"), Text(plain(", ".join(kept))))
     table.add_row(Text("memory, estimated", style="dim"), Text(f"{plan.memory_bytes / 1e9:.1f} GB"))

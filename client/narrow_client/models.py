@@ -177,7 +177,7 @@ class Budget(BaseModel):
         ),
     ] = None
     keep: Annotated[
-        dict[Literal["neuron", "head", "kv_group", "layer", "residual", "token"], KeepAdditionalProperty] | None,
+        dict[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"], KeepAdditionalProperty] | None,
         Field(
             description="The fraction of each kind of unit to keep, for those who want a shape rather than a size.",
             examples=[{"neuron": 0.25}],
@@ -213,7 +213,7 @@ class Cut(BaseModel):
     """
 
     unit: Annotated[
-        Literal["neuron", "head", "kv_group", "layer", "residual", "token"],
+        Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"],
         Field(title="Unit"),
     ]
     kept: Annotated[int, Field(title="Kept")]
@@ -379,7 +379,7 @@ class Model(BaseModel):
     bytes: Annotated[int, Field(title="Bytes")]
     sha256: Annotated[str, Field(title="Sha256")]
     units: Annotated[
-        list[Literal["neuron", "head", "kv_group", "layer", "residual", "token"]],
+        list[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"]],
         Field(description="Kinds of unit that can be cut from it.", title="Units"),
     ]
     config: Annotated[dict[str, Any], Field(title="Config")]
@@ -507,7 +507,7 @@ class Multiple(RootModel[int]):
     root: Annotated[
         int,
         Field(
-            description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. By default 64 in MLPs of 4,096 neurons and more, else 8.",
+            description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. By default 64 in MLPs of 4,096 neurons and more, else 8. Neurons of experts are kept in multiples of 8 in any case.",
             ge=1,
             le=1024,
             title="Multiple",
@@ -596,16 +596,26 @@ class Size(BaseModel):
     flops_per_token: Annotated[
         int,
         Field(
-            description="Multiply-adds × 2 of one token's forward pass without attention over the past.",
+            description="Multiply-adds × 2 of one token's forward pass without attention over the past, in the experts it meets.",
             title="Flops Per Token",
         ),
     ]
     layers: Annotated[int, Field(title="Layers")]
     hidden: Annotated[int, Field(title="Hidden")]
-    width: Annotated[int, Field(description="MLP neurons in a layer.", title="Width")]
+    width: Annotated[
+        int,
+        Field(
+            description="MLP neurons in a layer; in an expert, where there are experts.",
+            title="Width",
+        ),
+    ]
     heads: Annotated[int, Field(title="Heads")]
     kv_heads: Annotated[int, Field(title="Kv Heads")]
     vocabulary: Annotated[int, Field(title="Vocabulary")]
+    experts: Annotated[
+        int | None,
+        Field(description="Experts in a layer; 1 in dense models.", title="Experts"),
+    ] = 1
 
 
 class Skill(BaseModel):
@@ -688,7 +698,7 @@ class Trial(BaseModel):
     """
 
     keep: Annotated[
-        dict[Literal["neuron", "head", "kv_group", "layer", "residual", "token"], int],
+        dict[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"], int],
         Field(title="Keep"),
     ]
     parameters: Annotated[int, Field(title="Parameters")]
@@ -717,14 +727,14 @@ class Allocation(BaseModel):
     """
 
     keep: Annotated[
-        dict[Literal["neuron", "head", "kv_group", "layer", "residual", "token"], int],
+        dict[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"], int],
         Field(
             description="Units kept of each kind: in every layer, or in the model.",
             title="Keep",
         ),
     ]
     sensitivity: Annotated[
-        dict[Literal["neuron", "head", "kv_group", "layer", "residual", "token"], list[Trial]] | None,
+        dict[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"], list[Trial]] | None,
         Field(
             description="Each kind cut alone, by how much is kept of it.",
             title="Sensitivity",
@@ -757,7 +767,7 @@ class Plan(BaseModel):
     before: Size
     after: Size
     keep: Annotated[
-        dict[Literal["neuron", "head", "kv_group", "layer", "residual", "token"], int],
+        dict[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"], int],
         Field(
             description="Units kept in each layer; for `layer`, `residual` and `token`, in the model.",
             title="Keep",
@@ -786,10 +796,10 @@ class Prune(BaseModel):
     )
     kind: Annotated[Literal["prune"], Field(title="Kind")] = "prune"
     units: Annotated[
-        list[Literal["neuron", "head", "kv_group", "layer", "residual", "token"]] | None,
+        list[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"]] | None,
         Field(
             description="What may be cut. With token, the vocabulary is trimmed to what the target's text uses before anything else.",
-            max_length=6,
+            max_length=7,
             min_length=1,
             title="Units",
         ),
@@ -797,7 +807,7 @@ class Prune(BaseModel):
     multiple: Annotated[
         Multiple | None,
         Field(
-            description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. By default 64 in MLPs of 4,096 neurons and more, else 8.",
+            description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. By default 64 in MLPs of 4,096 neurons and more, else 8. Neurons of experts are kept in multiples of 8 in any case.",
             title="Multiple",
         ),
     ] = None

@@ -1,7 +1,8 @@
 """‖h‖ · ‖w‖: the norm of a unit's activations times that of the weights that read it. Forward passes only.
 
 Wanda's metric (Sun et al., arXiv 2306.11695, equation 1) summed over the unit's structure. A layer's score is the share
-of the residual stream's energy that it writes.
+of the residual stream's energy that it writes; an expert's the mean of gate · ‖output‖ over the tokens that are routed to
+it (REAP, Lasby et al., arXiv 2510.13999).
 """
 
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from narrow_engine.families import dimensions
 from narrow_engine.importance.statistics import LayerStatistics
-from narrow_engine.models import config_dict, family, layers, output_weight
+from narrow_engine.models import config_dict, family, layers, neuron_readers, output_weight
 from narrow_engine.plan import Scores
 
 
@@ -18,12 +19,14 @@ def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Sc
     table, dims = family(model), dimensions(config_dict(model))
     neurons, heads = [], []
     for layer, statistics in zip(layers(model), found, strict=True):
-        neurons.append(_energy(output_weight(layer, table, table.mlp_out), statistics.mlp.gram).sqrt())
+        readers = zip(neuron_readers(layer, table), statistics.mlp, strict=True)
+        neurons.append(torch.cat([_energy(weight, reader.gram).sqrt() for weight, reader in readers]))
         attention = _energy(output_weight(layer, table, table.attention_out), statistics.attention.gram)
         heads.append(attention.reshape(dims.heads, -1).sum(1))
     by_head = torch.stack(heads)
     return {
         "neuron": torch.stack(neurons),
+        "expert": torch.stack([statistics.experts.mean_output for statistics in found]),
         "head": by_head.sqrt(),
         "kv_group": by_head.reshape(len(found), dims.kv_heads, -1).sum(2).sqrt(),
         "layer": torch.stack([statistics.share for statistics in found]),

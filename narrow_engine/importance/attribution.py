@@ -9,7 +9,8 @@ from narrow_engine.plan import Scores
 
 def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Scores:
     return {
-        "neuron": torch.stack([layer.mlp.effect.abs() for layer in found]),
+        "neuron": torch.stack([torch.cat([reader.effect for reader in layer.mlp]).abs() for layer in found]),
+        "expert": torch.stack([layer.experts.effect.abs() for layer in found]),
         "head": torch.stack([layer.attention.effect.abs() for layer in found]),
         "kv_group": torch.stack([layer.group_effect.abs() for layer in found]),
         "layer": torch.stack([layer.effect.abs() for layer in found]),

@@ -12,7 +12,8 @@ from narrow_engine.plan import Scores
 
 def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Scores:
     return {
-        "neuron": torch.stack([layer.mlp.effect_squared for layer in found]),
+        "neuron": torch.stack([torch.cat([reader.effect_squared for reader in layer.mlp]) for layer in found]),
+        "expert": torch.stack([layer.experts.effect_squared for layer in found]),
         "head": torch.stack([layer.attention.effect_squared for layer in found]),
         "kv_group": torch.stack([layer.group_effect_squared for layer in found]),
         "layer": torch.stack([layer.effect_squared for layer in found]),

@@ -13,8 +13,9 @@ def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Sc
     dims = dimensions(config_dict(model))
     random = torch.Generator().manual_seed(seed)
     return {
-        "neuron": torch.rand(dims.layers, dims.width, generator=random),
+        "neuron": torch.rand(dims.layers, dims.experts * dims.width, generator=random),
         "head": torch.rand(dims.layers, dims.heads, generator=random),
         "kv_group": torch.rand(dims.layers, dims.kv_heads, generator=random),
         "layer": torch.rand(dims.layers, generator=random),
+        "expert": torch.rand(dims.layers, dims.experts, generator=random),
     }

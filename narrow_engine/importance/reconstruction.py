@@ -5,6 +5,9 @@ of inputs u and refitting the rest raises Σ ‖Δy‖² by tr(W_u [G⁻¹]_uu�
 arXiv 2208.11580, equation 3, for blocks). Units go one after the other, cheapest first, and W and G⁻¹ follow, so a
 unit's score is the error at which it goes: a copy of another unit costs nothing until the other is gone. Scores rise
 along the order, which makes a plan of any size the same elimination, stopped earlier or later.
+
+Neurons of experts go expert by expert. An expert's own score is Σ ‖what it writes‖², the error of the layer's output
+without it.
 """
 
 import torch
@@ -13,7 +16,7 @@ from transformers import PreTrainedModel
 
 from narrow_engine.families import dimensions
 from narrow_engine.importance.statistics import LayerStatistics
-from narrow_engine.models import config_dict, family, layers, output_weight
+from narrow_engine.models import config_dict, family, layers, neuron_readers, output_weight
 from narrow_engine.plan import Scores
 
 DAMPING = 1e-3
@@ -23,19 +26,27 @@ STEPS = 256
 
 def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Scores:
     table, dims = family(model), dimensions(config_dict(model))
-    neurons, heads, groups = [], [], []
+    neurons, heads, groups, experts = [], [], [], []
     for layer, statistics in zip(layers(model), found, strict=True):
-        mlp = output_weight(layer, table, table.mlp_out)
+        readers = list(zip(neuron_readers(layer, table), statistics.mlp, strict=True))
         attention = output_weight(layer, table, table.attention_out)
-        neurons.append(eliminate([mlp], [statistics.mlp.gram], 1))
+        neurons.append(torch.cat([eliminate([weight], [reader.gram], 1) for weight, reader in readers]))
+        experts.append(torch.stack([written_energy(weight, reader.gram) for weight, reader in readers]))
         heads.append(eliminate([attention], [statistics.attention.gram], dims.head_dim))
         groups.append(eliminate([attention], [statistics.attention.gram], dims.head_dim * dims.heads // dims.kv_heads))
     return {
         "neuron": torch.stack(neurons),
+        "expert": torch.stack(experts),
         "head": torch.stack(heads),
         "kv_group": torch.stack(groups),
         "layer": torch.stack([statistics.share for statistics in found]),
     }
+
+
+def written_energy(weight: Tensor, gram: Tensor) -> Tensor:
+    """Σ ‖W h‖² = tr(W G Wᵀ)."""
+    w = weight.double()
+    return ((w @ gram) * w).sum()
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from narrow_engine.corpus import Blocks
-from narrow_engine.families import dimensions
+from narrow_engine.families import dimensions, present
 from narrow_engine.importance.reconstruction import eliminate
 from narrow_engine.losses import objective
 from narrow_engine.models import along, config_dict, family, head, hidden_states, layers
@@ -54,11 +54,12 @@ def score(
 
 def _readers(model: PreTrainedModel) -> list[Tensor]:
     """The weights [outputs, hidden] that read the stream at each place, in order, the head's last."""
-    places = [names for _ in layers(model) for names in family(model).readers]
-    owners = [layer for layer in layers(model) for _ in family(model).readers]
+    table, config = family(model), config_dict(model)
+    reading = [tensor for tensor in present(table.layer_tensors, table, config) if tensor.reads]
     found = [
-        torch.cat([layer.get_parameter(f"{name}.weight").detach().double() for name in names])
-        for layer, names in zip(owners, places, strict=True)
+        torch.cat([layer.get_parameter(t.name).detach().double().flatten(0, -2) for t in reading if t.module in place])
+        for layer in layers(model)
+        for place in table.readers
     ]
     return [*found, model.get_output_embeddings().weight.detach().double()]
 
@@ -68,7 +69,7 @@ def _moments(model: PreTrainedModel, blocks: Blocks, tokens: int, progress: Call
     """Σ x xᵀ over tokens at each place, float64 [hidden, hidden]."""
     grams: list[Tensor] = []
     for read, _ in _passes(model, blocks, tokens, progress):
-        rows = [x.flatten(0, 1) for x in read]
+        rows = [x.flatten(0, -2) for x in read]
         found = [(x.T @ x).double() for x in rows]
         grams = [old + new for old, new in zip(grams, found, strict=True)] if grams else found
     return grams
@@ -84,9 +85,9 @@ def _effects(model: PreTrainedModel, blocks: Blocks, tokens: int, progress: Call
         for read, targets in _passes(model, blocks, tokens, progress, every=True):
             for x in read:
                 x.retain_grad()
-            stream = read[-1].flatten(0, 1)
+            stream = read[-1].flatten(0, -2)
             (objective(stream, head(model), targets).total * stream.shape[0]).backward()  # type: ignore[no-untyped-call]
-            each = torch.stack([-(x * _gradient(x)).flatten(0, 1).double() for x in read]).sum(0).detach()
+            each = torch.stack([-(x * _gradient(x)).flatten(0, -2).double() for x in read]).sum(0).detach()
             effect = effect + each.sum(0)
             squared = squared + each.square().sum(0)
     finally:
@@ -104,21 +105,21 @@ def _gradient(x: Tensor) -> Tensor:
 def _passes(
     model: PreTrainedModel, blocks: Blocks, tokens: int, progress: Callable[[int, int], None], every: bool = False
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """For each batch: what is read of the stream at each place, [rows, length, hidden], and the next tokens.
+    """For each batch: what is read of the stream at each place, [..., hidden], and the next tokens.
 
     Projections at one place read the same; with `every` each gives its own copy, whose gradient is its own alone.
     """
     read: list[Tensor] = []
 
-    def tap(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    def tap(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         read.append(args[0].view_as(args[0]))
-        return (read[-1],)
+        return (read[-1], *args[1:])  # experts are called with their routing as well
 
     names = [name for place in family(model).readers for name in place[: None if every else 1]]
     hooks = [layer.get_submodule(name).register_forward_pre_hook(tap) for layer in layers(model) for name in names]
     dims, total = dimensions(config_dict(model)), max(1, tokens // blocks.length)
     # What is read lives at once, with its gradients and what the layers keep for them: about 256 MiB of it.
-    rows = max(1, min(8, 2**25 // (dims.layers * (8 * dims.hidden + dims.width) * blocks.length)))
+    rows = max(1, min(8, 2**25 // (dims.layers * (8 * dims.hidden + dims.active * dims.width) * blocks.length)))
     try:
         for first in range(0, total, rows):
             progress(first, total)

@@ -4,6 +4,9 @@ The units of a layer are read by two projections: neurons by the MLP's output pr
 the input h of each (and with the gradient g of the summed loss with respect to h) a unit u has, at every token, the effect
 e = Σ −h·g over its dimensions: the first-order change of the loss if it were set to zero. The criteria differ only in
 how they add e, h or the weights up.
+
+Where there are experts, each reads its neurons by a projection of its own, and h is what the tokens that are routed to it
+have there, times the router's gate. An expert that no token is routed to has zeros everywhere.
 """
 
 from collections.abc import Callable
@@ -14,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from narrow_engine.corpus import Blocks
-from narrow_engine.families import dimensions
+from narrow_engine.families import Dimensions, dimensions
 from narrow_engine.losses import objective
-from narrow_engine.models import config_dict, family, head, hidden_states, layers
+from narrow_engine.models import config_dict, family, head, hidden_states, layers, routed
 
 
 @dataclass
@@ -32,8 +35,26 @@ class Reader:
 
 
 @dataclass
+class Experts:
+    """Statistics of a layer's experts, [experts] each; zeros in dense models."""
+
+    tokens: Tensor
+    """How many are routed to an expert."""
+    output: Tensor
+    """Σ ‖what the expert writes‖, the gate included."""
+    effect: Tensor
+    effect_squared: Tensor
+
+    @property
+    def mean_output(self) -> Tensor:
+        return self.output / self.tokens.clamp(min=1)
+
+
+@dataclass
 class LayerStatistics:
-    mlp: Reader
+    mlp: list[Reader]
+    """Of each expert: one in dense models."""
+    experts: Experts
     attention: Reader
     group_effect: Tensor
     """Σ e of KV groups, [kv_heads]."""
@@ -55,17 +76,17 @@ def collect(
     """
     dims = dimensions(config_dict(model))
     table = family(model)
-    found = [_empty(dims.width, dims.heads, dims.kv_heads, dims.axis("q"), model.device) for _ in range(dims.layers)]
+    found = [_empty(dims, model.device) for _ in range(dims.layers)]
     stream_energy = torch.zeros(dims.layers, 2, dtype=torch.float64)
     taps = [
-        (_Tap(layer.get_submodule(table.attention_out)), _Tap(layer.get_submodule(table.mlp_out)), _Output(layer))
+        (_Tap(layer, table.attention_out, table.attention_out), _Tap(layer, table.mlp_out, table.mlp), _Output(layer))
         for layer in layers(model)
     ]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     total = max(1, tokens // blocks.length)
     # The inputs and outputs of all the readers live at once: about 256 MiB of them.
-    rows = max(1, min(8, 2**26 // (dims.layers * (dims.width + dims.axis("q") + 2 * dims.hidden) * blocks.length)))
+    rows = max(1, min(8, 2**26 // (dims.layers * (dims.active * dims.width + dims.axis("q") + 2 * dims.hidden) * blocks.length)))
     try:
         for first in range(0, total, rows):
             progress(first, total)
@@ -94,15 +115,19 @@ def collect(
     return found
 
 
-def _empty(width: int, heads: int, kv_heads: int, q: int, device: torch.device) -> LayerStatistics:
+def _empty(dims: Dimensions, device: torch.device) -> LayerStatistics:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=device)
 
+    def reader(inputs: int, units: int) -> Reader:
+        return Reader(zeros(inputs, inputs), zeros(units), zeros(units))
+
     return LayerStatistics(
-        mlp=Reader(zeros(width, width), zeros(width), zeros(width)),
-        attention=Reader(zeros(q, q), zeros(heads), zeros(heads)),
-        group_effect=zeros(kv_heads),
-        group_effect_squared=zeros(kv_heads),
+        mlp=[reader(dims.width, dims.width) for _ in range(dims.experts)],
+        experts=Experts(*(zeros(dims.experts) for _ in range(4))),
+        attention=reader(dims.axis("q"), dims.heads),
+        group_effect=zeros(dims.kv_heads),
+        group_effect_squared=zeros(dims.kv_heads),
         effect=zeros(),
         effect_squared=zeros(),
         share=zeros(),
@@ -110,12 +135,18 @@ def _empty(width: int, heads: int, kv_heads: int, q: int, device: torch.device) 
 
 
 def _add(layer: LayerStatistics, attention: "_Tap", mlp: "_Tap", heads: int, kv_heads: int) -> None:
-    for reader, tap in ((layer.mlp, mlp), (layer.attention, attention)):
+    readers = [(layer.attention, attention)]
+    if mlp.routing:
+        _add_experts(layer, mlp)
+    else:
+        readers.insert(0, (layer.mlp[0], mlp))
+    for reader, tap in readers:
         rows = tap.input.flatten(0, 1)
         reader.gram += (rows.T @ rows).double()
     if not attention.output.requires_grad:
         return
-    for reader, tap, units in ((layer.mlp, mlp, layer.mlp.effect.shape[0]), (layer.attention, attention, heads)):
+    for reader, tap in readers:
+        units = reader.effect.shape[0]
         effect = -(tap.input * tap.gradient("input")).reshape(-1, units, tap.input.shape[-1] // units).sum(2).double()
         reader.effect += effect.sum(0)
         reader.effect_squared += effect.square().sum(0)
@@ -129,25 +160,49 @@ def _add(layer: LayerStatistics, attention: "_Tap", mlp: "_Tap", heads: int, kv_
     layer.effect_squared += whole.square().sum()
 
 
+def _add_experts(layer: LayerStatistics, mlp: "_Tap") -> None:
+    """What is at the input of an expert's projection follows from what the experts are called with, and the gradient there
+    from the one at what they write."""
+    slope = mlp.gradient("output").flatten(0, 1) if mlp.output.requires_grad else None
+    for expert, tokens, inputs in routed(mlp.reader, mlp.input, *mlp.routing):
+        reader, whole = layer.mlp[expert], layer.experts
+        weight = mlp.reader.get_parameter("down_proj")[expert]
+        reader.gram += (inputs.T @ inputs).double()
+        whole.tokens[expert] += len(tokens)
+        whole.output[expert] += (inputs @ weight.T).norm(dim=1).double().sum()
+        if slope is not None:
+            effect = -(inputs * (slope[tokens] @ weight)).double()
+            reader.effect += effect.sum(0)
+            reader.effect_squared += effect.square().sum(0)
+            whole.effect[expert] += effect.sum()
+            whole.effect_squared[expert] += effect.sum(1).square().sum()
+
+
 class _Tap:
-    """Keeps input and output of a projection, with their gradients where the pass has any."""
+    """Keeps the input of a projection, or of the experts, and what is written, with their gradients where there are any."""
 
     input: Tensor
+    routing: tuple[Tensor, ...]
+    """What experts are called with as well: the numbers and the gates of each token's experts."""
     output: Tensor
 
-    def __init__(self, module: nn.Module) -> None:
-        self.hooks = [module.register_forward_pre_hook(self._before), module.register_forward_hook(self._forward)]
+    def __init__(self, layer: nn.Module, reader: str, writer: str) -> None:
+        self.reader = layer.get_submodule(reader)
+        self.hooks = [
+            self.reader.register_forward_pre_hook(self._before),
+            layer.get_submodule(writer).register_forward_hook(self._forward),
+        ]
 
-    def _before(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    def _before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         # The weights need no gradient, so the first reader's input starts the graph; from there on it is carried along.
         hidden = args[0]
         if torch.is_grad_enabled():
             hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_(True)
             hidden.retain_grad()
-        self.input = hidden
-        return (hidden,)
+        self.input, self.routing = hidden, args[1:]
+        return (hidden, *self.routing)
 
-    def _forward(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+    def _forward(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if torch.is_grad_enabled():
             output.retain_grad()
         self.output = output
@@ -158,7 +213,7 @@ class _Tap:
         return found
 
     def clear(self) -> None:
-        del self.input, self.output
+        del self.input, self.routing, self.output
 
     def remove(self) -> None:
         for hook in self.hooks:

@@ -12,13 +12,16 @@ Variant = Literal["base", "cut", "recovered"]
 class Size(BaseModel):
     parameters: int
     bytes: int = Field(description="Of the weights, as saved.")
-    flops_per_token: int = Field(description="Multiply-adds × 2 of one token's forward pass without attention over the past.")
+    flops_per_token: int = Field(
+        description="Multiply-adds × 2 of one token's forward pass without attention over the past, in the experts it meets."
+    )
     layers: int
     hidden: int
-    width: int = Field(description="MLP neurons in a layer.")
+    width: int = Field(description="MLP neurons in a layer; in an expert, where there are experts.")
     heads: int
     kv_heads: int
     vocabulary: int
+    experts: int = Field(1, description="Experts in a layer; 1 in dense models.")
 
 
 class Interval(BaseModel):

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from tiny import write_jsonl
+from tiny import tiny_model, write_jsonl
 
 from narrow_engine import corpus
 from narrow_engine.events import read_events
@@ -90,6 +90,26 @@ def test_a_whole_run_with_every_part(spec, tmp_path):
     assert "<html" in (result / "report.html").read_text()
     assert (result / "model" / "README.md").exists()
     numbered(tmp_path / "run")
+
+
+def test_a_model_with_experts_loses_experts_and_neurons(spec, tmp_path, tokenizer_file):
+    base = tmp_path / "base"
+    tiny_model("qwen3_moe", initializer_range=0.1).save_pretrained(base)
+    shutil.copy(tokenizer_file, base / "tokenizer.json")
+    method = {**OPTIONS["method"], "units": ["expert", "neuron"]}
+    code, told = finish(start(spec(base={"path": str(base)}, method=method, budget={"parameters": 0.6}), tmp_path / "run"))
+    assert code == 0, told
+    report = Report.model_validate_json((tmp_path / "run" / "result" / "report.json").read_text())
+    assert report.after.parameters <= 0.6 * report.before.parameters
+    assert report.after.experts < report.before.experts == 6
+    assert {cut.unit: cut.per_layer for cut in report.cuts} == {
+        "expert": [report.after.experts] * 3,
+        "neuron": [report.after.width] * 3,
+    }
+    assert report.parity["slice"].relative_error < 1e-5
+    assert report.parity["reload"].relative_error < 1e-5
+    assert report.skills["python"].recovered.loss < report.skills["python"].cut.loss
+    assert "in each expert" in (tmp_path / "run" / "result" / "report.html").read_text()
 
 
 def test_kill_9_anywhere_and_again_gives_the_same_model(spec, tmp_path):

@@ -72,7 +72,8 @@ def test_every_criterion_scores_every_unit(name, criterion):
     model = tiny_model(name)
     dims = dimensions(config_dict(model))
     scores = importance.CRITERIA[criterion](model, collected(model), 0)
-    shapes = {"neuron": (3, dims.width), "head": (3, dims.heads), "kv_group": (3, dims.kv_heads), "layer": (3,)}
+    shapes = {"neuron": (3, dims.experts * dims.width), "expert": (3, dims.experts), "layer": (3,)}
+    shapes |= {"head": (3, dims.heads), "kv_group": (3, dims.kv_heads)}
     for unit, shape in shapes.items():
         assert scores[unit].shape == shape
         assert torch.isfinite(scores[unit]).all()
@@ -85,8 +86,8 @@ def test_a_forward_pass_is_enough_for_activations():
     found = importance.collect(model, Blocks(TOKENS, 32, 0), 256, False, lambda *_: None)
     with_gradients = collected(model)
     for a, b in zip(found, with_gradients, strict=True):
-        assert torch.allclose(a.mlp.gram, b.mlp.gram)
-        assert a.mlp.effect.abs().sum() == 0
+        assert torch.allclose(a.mlp[0].gram, b.mlp[0].gram)
+        assert a.mlp[0].effect.abs().sum() == 0
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -124,10 +125,14 @@ def without(inputs, wanted, gone, size):
     return (inputs[:, rest] @ torch.linalg.lstsq(inputs[:, rest], wanted).solution - wanted).square().sum().item()
 
 
-def logits_error(base, cut):
+def error(base, cut):
+    """Of the last hidden states; of the logits where the cut model has fewer hidden dimensions."""
     batch = Blocks(TOKENS, 32, 3).batch(0, 8)[:, :-1]
     with torch.no_grad():
-        return (base(batch).logits - cut(batch).logits).square().mean().item()
+        one, other = hidden_states(base, batch), hidden_states(cut, batch)
+        if one.shape != other.shape:
+            one, other = base(batch).logits, cut(batch).logits
+        return (one - other).square().mean().item()
 
 
 WITH_RESIDUAL = [name for name in FAMILIES if "residual" in TABLE[name].units]
@@ -178,27 +183,29 @@ def test_hidden_dimensions_that_copy_others_go_first_and_are_made_up_for():
     assert {index % 28 for index in scores.argsort()[:4].tolist()} == {0, 1, 2, 3}
     plan = make_plan(config_dict(model), {"residual": scores}, {"residual": 28})
     cut = slice_model(model, plan)
-    before = logits_error(model, cut)
+    before = error(model, cut)
     refit(model, cut, plan, Blocks(TOKENS, 32, 0), 2048, lambda *_: None)
-    assert logits_error(model, cut) < 1e-3 * before
+    assert error(model, cut) < 1e-3 * before
 
 
-@pytest.mark.parametrize(
-    "keep", [{"neuron": 24}, {"head": 2}, {"neuron": 30, "head": 2, "layer": 2}, {"layer": 2}, {"residual": 24}]
-)
-@pytest.mark.parametrize("name", FAMILIES)
+KEEP = ({"neuron": 24}, {"head": 2}, {"neuron": 32, "head": 2, "layer": 2}, {"layer": 2}, {"expert": 3}, {"residual": 24})
+
+
+@pytest.mark.parametrize(("name", "keep"), [(n, keep) for n in FAMILIES for keep in KEEP if keep.keys() <= set(TABLE[n].units)])
 def test_refit_brings_the_cut_model_nearer_to_the_base(name, keep):
     model = tiny_model(name, initializer_range=0.15)
-    if set(keep) - set(family(model).units):
-        pytest.skip(f"{name} cannot lose all of them")
-    scores = importance.CRITERIA["fisher"](model, collected(model), 0) | {"residual": residual(model, "fisher")}
+    scores = importance.CRITERIA["fisher"](model, collected(model), 0)
+    if "residual" in keep:
+        scores["residual"] = residual(model, "fisher")
     plan = make_plan(config_dict(model), scores, keep)
     cut = slice_model(model, plan)
-    before = logits_error(model, cut)
+    before = error(model, cut)
     refit(model, cut, plan, Blocks(TOKENS, 32, 0), 2048, lambda *_: None)
-    # A linear solve cannot reach past a norm: where layers alone are dropped from such families there is nothing to refit.
-    bound = 0.95 if "layer" not in keep or len(keep) > 1 else 1.0001 if family(model).writes_normed else 1.0
-    assert logits_error(model, cut) < bound * before
+    # A linear solve cannot reach past a norm: where layers alone are dropped from such families there is nothing to refit. Nor
+    # does it see that a random router sends tokens elsewhere once the stream moves.
+    alone = 1.05 if family(model).router else 1.0001 if family(model).writes_normed else 1.0
+    bound = 0.95 if "layer" not in keep or len(keep) > 1 else alone
+    assert error(model, cut) < bound * before
 
 
 def test_refit_restores_what_is_redundant():
@@ -212,6 +219,6 @@ def test_refit_restores_what_is_redundant():
     scores = importance.CRITERIA["reconstruction"](model, collected(model, 2048), 0)
     plan = make_plan(config_dict(model), scores, {"neuron": 24})
     cut = slice_model(model, plan)
-    before = logits_error(model, cut)
+    before = error(model, cut)
     refit(model, cut, plan, Blocks(TOKENS, 32, 0), 2048, lambda *_: None)
-    assert logits_error(model, cut) < 1e-3 * before
+    assert error(model, cut) < 1e-3 * before

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import DIVIDED, FAMILIES, tiny_model
+from tiny import DIVIDED, EXPERTS, FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
 from narrow_engine.families import FAMILIES as TABLE
@@ -15,13 +15,12 @@ from narrow_engine.sizing import parameters, solve, unit_counts
 from narrow_engine.slice import compare, mask_model, slice_model
 from narrow_engine.spec import Options
 
-UNITS = ("neuron", "head", "kv_group", "layer", "residual", "token")
-
 
 def scores_for(dims, seed):
     generator = torch.Generator().manual_seed(seed)
     shapes = {
-        "neuron": (dims.layers, dims.width),
+        "neuron": (dims.layers, dims.experts * dims.width),
+        "expert": (dims.layers, dims.experts),
         "head": (dims.layers, dims.heads),
         "kv_group": (dims.layers, dims.kv_heads),
         "layer": (dims.layers,),
@@ -44,15 +43,11 @@ def check(model, keep, seed):
     return small, plan, ids
 
 
-@pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "unit"), [(family, unit) for family in FAMILIES for unit in TABLE[family].units])
 def test_each_unit_of_each_family_is_sliced_exactly(family, unit):
     model = tiny_model(family)
-    if unit not in TABLE[family].units:
-        pytest.skip(f"{family} cannot lose a {unit} in stock transformers")
-    small, plan, ids = check(
-        model, {unit: {"neuron": 21, "head": 2, "kv_group": 1, "layer": 2, "token": 200, "residual": 20}[unit]}, 1
-    )
+    kept = {"neuron": 24 if family in EXPERTS else 21, "head": 2, "kv_group": 1, "layer": 2, "expert": 3}
+    small, plan, ids = check(model, {unit: {**kept, "token": 200, "residual": 20}[unit]}, 1)
     if unit == "token":  # what is left of the vocabulary computes what it did; under other numbers it does not
         plan.tokens[:20] = range(20)
     assert compare(model, small, ids, plan.tokens).relative_error > 1e-2, "the cut must change something"
@@ -69,8 +64,14 @@ def test_any_mix_of_units_and_shapes_is_exact(data):
     heads = kv_heads * per_group
     hidden = heads * (head_dim if family in DIVIDED else data.draw(st.integers(1, 3)) * 4)
     layers, width = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 24))
+    if family in EXPERTS:
+        width = 8 * (width // 8 + 1)
     shape = {"hidden_size": hidden, "intermediate_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     shape |= {"num_key_value_heads": kv_heads, "head_dim": head_dim}
+    if family in EXPERTS:
+        experts = data.draw(st.integers(1, 6))
+        shape |= {TABLE[family].experts_key: experts, "num_experts_per_tok": data.draw(st.integers(1, experts))}
+        shape |= {"norm_topk_prob": data.draw(st.booleans())}
     tied = data.draw(st.booleans())
     model = tiny_model(family, seed=data.draw(st.integers(0, 99)), tie_word_embeddings=tied, **shape)
     units = data.draw(st.lists(st.sampled_from(TABLE[family].units), min_size=1, unique=True))
@@ -82,7 +83,7 @@ def test_any_mix_of_units_and_shapes_is_exact(data):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_sliced_model_loads_in_stock_transformers_and_generates(family, tmp_path):
-    keep = {"neuron": 16, "head": 2, "kv_group": 2, "layer": 2, "residual": 24, "token": 250}
+    keep = {"neuron": 16, "head": 2, "kv_group": 2, "layer": 2, "expert": 4, "residual": 24, "token": 250}
     small, _, ids = check(tiny_model(family), {u: n for u, n in keep.items() if u in TABLE[family].units}, 3)
     small.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()

@@ -9,6 +9,8 @@ from tiny import tiny_model
 
 from narrow_engine.corpus import Blocks
 from narrow_engine.errors import Cancelled
+from narrow_engine.families import dimensions
+from narrow_engine.models import config_dict
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.train import Settings, shape, train
 
@@ -41,16 +43,18 @@ def run(model, settings, folder, stop_at=None, **extra):
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("objective", ["next_token", "mixed", "distill"])
-def test_a_run_that_was_stopped_ends_with_the_same_weights(tmp_path, optimizer, objective):
+@pytest.mark.parametrize(
+    ("family", "objective", "optimizer"),
+    [*(("llama", o, p) for o in ("next_token", "mixed", "distill") for p in ("adamw", "muon")), ("qwen3_moe", "mixed", "muon")],
+)
+def test_a_run_that_was_stopped_ends_with_the_same_weights(tmp_path, family, objective, optimizer):
     settings = Settings(32 * 4 * 12, 128, objective, 1.0, optimizer, 3e-3)
-    teacher = tiny_model("llama", seed=1)
-    whole, broken = tiny_model("llama"), tiny_model("llama")
+    teacher = tiny_model(family, seed=1)
+    whole, broken = tiny_model(family), tiny_model(family)
     curve = run(whole, settings, tmp_path / "whole", teacher=teacher)
     with pytest.raises(Cancelled):
         run(broken, settings, tmp_path / "broken", stop_at=5, teacher=teacher)
-    resumed = tiny_model("llama", seed=9)
+    resumed = tiny_model(family, seed=9)
     again = run(resumed, settings, tmp_path / "broken", teacher=teacher)
     for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -76,11 +80,12 @@ def test_training_learns(tmp_path, optimizer):
 
 
 @pytest.mark.parametrize("target", [0.5, 0.75])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "mixtral"])
 def test_group_lasso_reaches_its_target_with_exact_zeros_in_every_layer(tmp_path, family, target):
     model = tiny_model(family)
     settings = Settings(32 * 4 * 40, 128, "next_token", 1.0, "adamw", 1e-3)
-    groups = GroupLasso(model, torch.rand(3, 48, dtype=torch.float64) + 0.1, target, shape(settings, blocks())[1])
+    rows = 3 * dimensions(config_dict(model)).experts
+    groups = GroupLasso(model, torch.rand(rows, 48, dtype=torch.float64) + 0.1, target, shape(settings, blocks())[1])
     curve = run(model, settings, tmp_path / "a", after_step=groups)
     zero = groups.norms() == 0
     assert (zero.sum(1) == round(48 * target)).all()
