@@ -150,7 +150,7 @@ def solve(
             )
     budget = options.budget
     if budget.keep is not None:
-        return round_fractions(config, {unit: budget.keep[unit] for unit in units}, tokens)
+        return round_fractions(config, {unit: budget.keep.get(unit, 1.0) for unit in units}, tokens)
     amount = budget.amount()
     if amount is None:
         told = "How much can be cut is measured by the job: shown is the base, which is the most it can be."
@@ -207,7 +207,7 @@ def leaves_a_choice(options: Options) -> bool:
 
 def vocabulary_is_fixed(options: Options) -> bool:
     """Whether the budget says how many tokens a trimmed vocabulary keeps, and not the target's text."""
-    return options.budget.keep is not None or options.method.units == ["token"]
+    return "token" in (options.budget.keep or ()) or options.method.units == ["token"]
 
 
 def shapes(
@@ -259,7 +259,7 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
     dims = dimensions(config)
     keep, notices = solve(config, options, bytes_per_parameter)
     small = shrink(dims, keep)
-    if "token" in keep and len(keep) > 1 and options.budget.keep is None:
+    if "token" in keep and not vocabulary_is_fixed(options):
         notices.append(
             "The vocabulary counts whole here: the job trims it to what the target's text uses, and keeps more of the rest."
             if keep["token"] == dims.vocab

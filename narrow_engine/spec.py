@@ -79,7 +79,8 @@ class Budget(Model):
     keep: dict[Unit, Annotated[float, Field(gt=0, le=1)]] | None = Field(
         None,
         min_length=1,
-        description="The fraction of each kind of unit to keep, for those who want a shape rather than a size.",
+        description="The fraction of each kind of unit to keep, for those who want a shape rather than a size. Kinds not "
+        "named stay whole; of a vocabulary that is not named, what the text uses stays.",
         examples=[{"neuron": 0.25}],
     )
 
@@ -133,10 +134,11 @@ class Prune(Model):
 
     kind: Literal["prune"] = "prune"
     units: list[Unit] = Field(
-        default=["neuron"],
+        default=["neuron", "token"],
         min_length=1,
         max_length=len(UNITS),
-        description="What may be cut. With token, the vocabulary is trimmed to what the target's text uses before anything else.",
+        description="What may be cut. With token, the vocabulary is trimmed to what the target's text and that of skills to keep "
+        "use, before anything else.",
     )
     multiple: int | None = Field(
         None,
@@ -172,8 +174,9 @@ class Options(Model):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.budget.keep is not None and set(self.budget.keep) != set(self.method.units):
-            raise ValueError("'budget.keep' must name the same kinds of unit as 'method.units'")
+        other = set(self.budget.keep or ()) - set(self.method.units)
+        if other:
+            raise ValueError(f"'budget.keep' names {sorted(other)[0]!r}, which is not among 'method.units': add it there")
         measured = self.budget.retention is not None or self.budget.latency is not None
         if measured and self.method.units == ["token"]:
             raise ValueError("a budget of retention or latency needs more in 'units' than 'token': the text decides about tokens")

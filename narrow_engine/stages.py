@@ -61,7 +61,8 @@ def load(run: Run, out: Path) -> None:
     target, tokens = _tokenize(run, spec.target, reader), None
     if "token" in spec.method.units:
         tokens = _trim(run, model, reader, target, room["token"])
-        solve(info.config, spec, DTYPES[info.dtype], len(tokens))
+        solve(info.config, spec, DTYPES[info.dtype], len(tokens) if tokens else reader.size)
+    if tokens:
         vocabulary.write_files(spec.base.path, out / "tokenizer", tokens)
         changes = {**vocabulary.renumber_config(info.config, tokens), "vocab_size": len(tokens)}
         narrow = _reader(out / "tokenizer", {**info.config, **changes})
@@ -106,16 +107,23 @@ def _tokenize(run: Run, data: DatasetPath, reader: _Reader, quiet: bool = False)
     return found
 
 
-def _trim(run: Run, model: PreTrainedModel, reader: _Reader, target: corpus.Documents, room: int) -> list[int]:
-    """The tokens of the base to keep: all that the target needs, or as many as the budget says outright."""
+def _trim(run: Run, model: PreTrainedModel, reader: _Reader, target: corpus.Documents, room: int) -> list[int] | None:
+    """The tokens of the base to keep: all that the target and the skills to keep need, or as many as the budget says outright.
+
+    None, with a notice, where the tokenizer is of a kind that cannot be trimmed and the budget does not insist.
+    """
     fixed = vocabulary_is_fixed(run.spec)
+    texts = [target, *(_tokenize(run, skill, reader, quiet=True) for skill in run.spec.skills if skill.role == "keep")]
+    counts = np.sum([np.bincount(text.tokens, minlength=reader.size) for text in texts], 0)
     configs = [config_dict(model), model.generation_config.to_dict() if model.generation_config else {}]
-    tokens = vocabulary.choose(
-        reader.tokenizer,
-        np.bincount(target.tokens, minlength=reader.size),
-        {number for number in vocabulary.named_ids(*configs) if 0 <= number < reader.size},
-        room if fixed else None,
-    )
+    named = {number for number in vocabulary.named_ids(*configs) if 0 <= number < reader.size}
+    try:
+        tokens = vocabulary.choose(reader.tokenizer, counts, named, room if fixed else None)
+    except NarrowError as error:
+        if fixed:
+            raise
+        run.emit("notice", "load", f"The vocabulary stays whole. {error}", {"code": error.code})
+        return None
     if not fixed and reader.size >= vocabulary.LARGE:
         run.emit(
             "notice",
@@ -191,7 +199,8 @@ def score(run: Run, out: Path) -> None:
 def allocate(run: Run, out: Path) -> None:
     """How many units of each kind stay: by arithmetic, or by trials where the budget leaves a choice."""
     info = _info(run)
-    config, size, tokens = info["model"]["config"], DTYPES[info["model"]["dtype"]], info["tokens"] and len(info["tokens"])
+    config, size = info["model"]["config"], DTYPES[info["model"]["dtype"]]
+    tokens = len(info["tokens"]) if info["tokens"] else config["vocab_size"]
     if leaves_a_choice(run.spec):
         results = run.work("allocate") / "trials.json"
         found, told = choose_shape(
@@ -243,6 +252,8 @@ def plan(run: Run, out: Path) -> None:
         scores["neuron"] = load_file(norms)["neuron"]
     if info["tokens"]:
         scores["token"] = torch.zeros(info["model"]["config"]["vocab_size"]).index_fill_(0, torch.tensor(info["tokens"]), 1.0)
+    else:
+        scores["token"] = torch.ones(info["model"]["config"]["vocab_size"])
     made = make_plan(info["model"]["config"], scores, _allocation(run).keep)
     (out / "plan.json").write_text(made.model_dump_json())
 

@@ -179,7 +179,7 @@ class Budget(BaseModel):
     keep: Annotated[
         dict[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"], KeepAdditionalProperty] | None,
         Field(
-            description="The fraction of each kind of unit to keep, for those who want a shape rather than a size.",
+            description="The fraction of each kind of unit to keep, for those who want a shape rather than a size. Kinds not named stay whole; of a vocabulary that is not named, what the text uses stays.",
             examples=[{"neuron": 0.25}],
             title="Keep",
         ),
@@ -798,12 +798,12 @@ class Prune(BaseModel):
     units: Annotated[
         list[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"]] | None,
         Field(
-            description="What may be cut. With token, the vocabulary is trimmed to what the target's text uses before anything else.",
+            description="What may be cut. With token, the vocabulary is trimmed to what the target's text and that of skills to keep use, before anything else.",
             max_length=7,
             min_length=1,
             title="Units",
         ),
-    ] = ["neuron"]
+    ] = ["neuron", "token"]
     multiple: Annotated[
         Multiple | None,
         Field(

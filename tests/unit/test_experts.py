@@ -190,7 +190,7 @@ def test_as_many_experts_stay_as_a_token_is_routed_to_and_that_is_said():
 def test_neurons_of_experts_are_kept_in_what_the_stock_product_takes():
     config = tiny_config("mixtral").to_dict()
     keep, _ = solve(config, Options.model_validate({"budget": {"keep": {"neuron": 0.44}}}), 2)
-    assert keep == {"neuron": 24}
+    assert keep["neuron"] == 24
     slim = Options.model_validate({"budget": {"parameters": 0.7}, "method": {"multiple": 1}})
     assert solve(config, slim, 2)[0]["neuron"] % 8 == 0
 

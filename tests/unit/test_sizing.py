@@ -82,7 +82,7 @@ def test_wide_models_keep_neurons_in_whole_tiles():
 def test_the_dry_run_says_what_the_cut_makes():
     config = tiny_config("llama").to_dict()
     sizes = plan_sizes(config, Options.model_validate({"budget": {"keep": {"neuron": 0.5}}}))
-    assert sizes.keep == {"neuron": 24}
+    assert sizes.keep == {"neuron": 24, "token": 320}
     assert (sizes.before.width, sizes.after.width) == (48, 24)
     assert sizes.after.parameters == parameters(config, shrink(dimensions(config), {"neuron": 24}))
     assert sizes.memory_bytes > sizes.before.bytes
