@@ -23,7 +23,9 @@ from transformers import PreTrainedModel
 from narrow_engine.corpus import Blocks
 from narrow_engine.families import dimensions
 from narrow_engine.models import config_dict, family, hidden_states, layers, output_weight
+from narrow_engine.muon import Muon
 from narrow_engine.plan import Plan
+from narrow_engine.train import training_dtype
 
 RIDGE = 1e-3
 """ρ, relative to the mean diagonal of Σ h hᵀ."""
@@ -37,6 +39,8 @@ def refit(
     blocks: Blocks,
     tokens: int,
     progress: Callable[[int, int], None],
+    passes: int = 0,
+    rate: float = 2e-3,
 ) -> None:
     """Refits `cut` in place on about `tokens` calibration tokens. `progress` is called with (done, total) layers."""
     table = family(base)
@@ -52,6 +56,17 @@ def refit(
         # Layers dropped in front count towards the first kept one, as those behind a kept one do.
         targets = [base_calls[layer](stream) for stream in targets]
     following = [*plan.layers[1:], len(base_calls)]
+    def solve_mlp(call: _Call, spans: list[_Span]) -> None:
+        _solve(
+            call.layer.get_submodule(table.mlp_out),
+            output_weight(call.layer, table, table.mlp_out),
+            (
+                (tapped.inputs, span.mlp if table.writes_normed else (span.end - end) / scale + tapped.outputs)
+                for span, stream in zip(spans, streams, strict=True)
+                for end, tapped in [call.tap(stream, table.mlp_out)]
+            ),
+        )
+
     for position, (first, last) in enumerate(zip(plan.layers, following, strict=True)):
         progress(position, len(plan.layers))
         kept, dropped = base_calls[first], base_calls[first + 1 : last]
@@ -67,15 +82,10 @@ def refit(
                     for _, tapped in [call.tap(stream, table.attention_out)]
                 ),
             )
-        _solve(
-            call.layer.get_submodule(table.mlp_out),
-            output_weight(call.layer, table, table.mlp_out),
-            (
-                (tapped.inputs, span.mlp if table.writes_normed else (span.end - end) / scale + tapped.outputs)
-                for span, stream in zip(spans, streams, strict=True)
-                for end, tapped in [call.tap(stream, table.mlp_out)]
-            ),
-        )
+        solve_mlp(call, spans)
+        if passes:
+            _follow(call, streams, [span.end for span in spans], passes, rate)
+            solve_mlp(call, spans)
         targets = [span.end for span in spans]
         streams = [call(stream) for stream in streams]
     progress(len(plan.layers), len(plan.layers))
@@ -93,6 +103,26 @@ def _solve(module: nn.Module, weight: Tensor, pairs: Any) -> None:
     ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-12)
     system = gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     weight.copy_(torch.linalg.solve(system, (cross + ridge * weight.double()).T).T)
+
+
+def _follow(call: "_Call", streams: list[Tensor], ends: list[Tensor], passes: int, rate: float) -> None:
+    """Trains all of a layer so that from `streams` it makes `ends`: `passes` times over the batches."""
+    matrices = [p for p in call.layer.parameters() if p.ndim == 2]
+    rest = [p for p in call.layer.parameters() if p.ndim != 2]
+    optimizers: list[torch.optim.Optimizer] = [Muon(matrices, lr=rate)]
+    if rest:
+        optimizers.append(torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.0))
+    low = training_dtype(streams[0].device)
+    steps = passes * len(streams)
+    for step in range(steps):
+        stream, end = streams[step % len(streams)], ends[step % len(streams)]
+        with torch.enable_grad(), torch.autocast(stream.device.type, low, enabled=low != torch.float32):
+            (call(stream).float() - end).square().mean().backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (1 - step / steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
 
 class _Tapped(NamedTuple):
