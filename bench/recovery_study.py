@@ -24,10 +24,9 @@ from tokenizers import Tokenizer
 from narrow_engine import corpus, importance, models, reconstruct, skills
 from narrow_engine.losses import objective
 from narrow_engine.models import head, hidden_states, layers
-from narrow_engine.muon import Muon
+from narrow_engine.muon import Muon, training_dtype
 from narrow_engine.plan import make_plan
 from narrow_engine.slice import slice_model
-from narrow_engine.train import training_dtype
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE.parent / "demo" / "base"
@@ -70,53 +69,34 @@ DEFAULT: dict[str, Any] = {
 }
 PREPARE = ("cut", "source", "calibration", "passes", "local_rate")
 
-LOCAL = {"passes": 4, "local_rate": 2e-2}
+LOCAL = {"passes": 4, "local_rate": 0.025}
 ARMS: dict[str, dict[str, Any]] = {
     "default": {},
     "base": {"cut": False, "share": (0.0, 0.0)},
     # Layer-wise training before.
-    "local 4": {"passes": 4, "local_rate": 5e-3},
-    "local 4, 1e-2": {"passes": 4, "local_rate": 1e-2},
-    "local 4, 2e-2": {"passes": 4, "local_rate": 2e-2},
-    "local 8, 2e-2": {"passes": 8, "local_rate": 2e-2},
-    "local 4, 4e-2": {"passes": 4, "local_rate": 4e-2},
-    "local 2 of 131k": {"passes": 2, "local_rate": 2e-2, "calibration": 131_072},
-    "local 4 of 131k": {"passes": 4, "local_rate": 2e-2, "calibration": 131_072},
-    "local + rate 4e-3": LOCAL | {"rate": 4e-3},
-    "local + batch 2048": LOCAL | {"batch": 2048},
-    "local + online": LOCAL | {"teacher": "online"},
-    "local + streams": LOCAL | {"streams": 1.0},
-    "local + share 0.25": LOCAL | {"share": (0.25, 0.25)},
-    "local + share 0": LOCAL | {"share": (0.0, 0.0)},
-    "local + momentum 0.9": LOCAL | {"momentum": 0.9},
-    # Who teaches.
-    "next token": {"share": (0.0, 0.0)},
-    "distill": {"share": (1.0, 1.0)},
-    "online": {"teacher": "online"},
-    "online, distill": {"teacher": "online", "share": (1.0, 1.0)},
-    "corrected": {"teacher": "corrected"},
-    "corrected, distill": {"teacher": "corrected", "share": (1.0, 1.0)},
-    "corrected first": {"teacher": "corrected", "source": "corrected"},
-    "corrected half, half": {"teacher": "corrected", "source": "corrected", "corrected": 0.5, "tokens": 0.5},
-    # Weight of the KL.
-    "share 0.25": {"share": (0.25, 0.25)},
-    "share 0.75": {"share": (0.75, 0.75)},
-    "share 1 to 0": {"share": (1.0, 0.0)},
-    "share 0 to 1": {"share": (0.0, 1.0)},
+    "local": LOCAL,
+    "local, rate 0.05": LOCAL | {"local_rate": 0.05},
+    "local, 2 passes": LOCAL | {"passes": 2},
+    "local, 8 passes": LOCAL | {"passes": 8},
+    "local, 131k": LOCAL | {"calibration": 131_072, "passes": 2},
+    # And then: who teaches.
+    "local, next token": LOCAL | {"share": (0.0, 0.0)},
+    "local, distill": LOCAL | {"share": (1.0, 1.0)},
+    "local, share 0.25": LOCAL | {"share": (0.25, 0.25)},
+    "local, share 1 to 0": LOCAL | {"share": (1.0, 0.0)},
+    "local, online": LOCAL | {"teacher": "online"},
+    "local, corrected": LOCAL | {"teacher": "corrected"},
+    "local, corrected first": LOCAL | {"teacher": "corrected", "source": "corrected"},
+    "local, corrected half": LOCAL | {"teacher": "corrected", "source": "corrected", "corrected": 0.5, "tokens": 0.5},
     # Rates, batches.
-    "rate 1e-3": {"rate": 1e-3},
-    "rate 4e-3": {"rate": 4e-3},
-    "rate 8e-3": {"rate": 8e-3},
-    "batch 2048": {"batch": 2048},
-    "batch 1024": {"batch": 1024},
-    "batch 2048, rate 4e-3": {"batch": 2048, "rate": 4e-3},
-    "rest 0.25": {"rest": 0.25},
-    "rest 0.5": {"rest": 0.5},
-    "rest 2": {"rest": 2.0},
-    "momentum 0.9": {"momentum": 0.9},
-    "momentum 0.85": {"momentum": 0.85},
-    "streams": {"streams": 1.0},
-    "streams, first third": {"streams": 1.0, "streams_until": 1 / 3},
+    "local, recovery at 1e-3": LOCAL | {"rate": 1e-3},
+    "local, recovery at 4e-3": LOCAL | {"rate": 4e-3},
+    "local, batch 2048": LOCAL | {"batch": 2048},
+    "local, batch 1024": LOCAL | {"batch": 1024},
+    "local, momentum 0.9": LOCAL | {"momentum": 0.9},
+    "local, rest 0.5": LOCAL | {"rest": 0.5},
+    "local, rest 2": LOCAL | {"rest": 2.0},
+    "local, streams": LOCAL | {"streams": 1.0},
 }
 
 

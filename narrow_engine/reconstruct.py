@@ -14,6 +14,7 @@ No training comes near this per token: at three quarters of the neurons cut it c
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +24,15 @@ from transformers import PreTrainedModel
 from narrow_engine.corpus import Blocks
 from narrow_engine.families import dimensions
 from narrow_engine.models import config_dict, family, hidden_states, layers, output_weight
-from narrow_engine.muon import Muon
+from narrow_engine.muon import Muon, training_dtype
 from narrow_engine.plan import Plan
-from narrow_engine.train import training_dtype
 
 RIDGE = 1e-3
 """ρ, relative to the mean diagonal of Σ h hᵀ."""
+
+PASSES, RATE = 4, 0.025
+"""Training of a layer: how often it goes through the calibration tokens, and the change of a step at the start, relative
+to the weights."""
 
 
 @torch.no_grad()
@@ -39,10 +43,11 @@ def refit(
     blocks: Blocks,
     tokens: int,
     progress: Callable[[int, int], None],
-    passes: int = 0,
-    rate: float = 2e-3,
+    passes: int = PASSES,
+    rate: float = RATE,
 ) -> None:
-    """Refits `cut` in place on about `tokens` calibration tokens. `progress` is called with (done, total) layers."""
+    """Refits `cut` in place on about `tokens` calibration tokens. `progress` is called with (done, total) layers, before every
+    step of training too, and may raise to stop. `passes` is how often training goes through the tokens; 0 is none."""
     table = family(base)
     rows = max(1, min(8, 4096 // blocks.length))
     count = max(1, tokens // blocks.length // rows)
@@ -56,6 +61,7 @@ def refit(
         # Layers dropped in front count towards the first kept one, as those behind a kept one do.
         targets = [base_calls[layer](stream) for stream in targets]
     following = [*plan.layers[1:], len(base_calls)]
+
     def solve_mlp(call: _Call, spans: list[_Span]) -> None:
         _solve(
             call.layer.get_submodule(table.mlp_out),
@@ -83,10 +89,11 @@ def refit(
                 ),
             )
         solve_mlp(call, spans)
-        if passes:
-            _follow(call, streams, [span.end for span in spans], passes, rate)
-            solve_mlp(call, spans)
         targets = [span.end for span in spans]
+        if passes and len(ids) > 1:
+            kept_training = _follow(call, streams, targets, passes, rate, partial(progress, position, len(plan.layers)))
+            if kept_training and not table.writes_normed:
+                solve_mlp(call, spans)
         streams = [call(stream) for stream in streams]
     progress(len(plan.layers), len(plan.layers))
 
@@ -105,24 +112,52 @@ def _solve(module: nn.Module, weight: Tensor, pairs: Any) -> None:
     weight.copy_(torch.linalg.solve(system, (cross + ridge * weight.double()).T).T)
 
 
-def _follow(call: "_Call", streams: list[Tensor], ends: list[Tensor], passes: int, rate: float) -> None:
-    """Trains all of a layer so that from `streams` it makes `ends`: `passes` times over the batches."""
-    matrices = [p for p in call.layer.parameters() if p.ndim == 2]
-    rest = [p for p in call.layer.parameters() if p.ndim != 2]
-    optimizers: list[torch.optim.Optimizer] = [Muon(matrices, lr=rate)]
-    if rest:
-        optimizers.append(torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=0.0))
-    low = training_dtype(streams[0].device)
-    steps = passes * len(streams)
+def _follow(call: "_Call", streams: list[Tensor], ends: list[Tensor], passes: int, rate: float, tell: Callable[[], None]) -> bool:
+    """Trains all of a layer to make `ends` of `streams`. Returns whether that is kept: the last batch judges and is not
+    trained on, and a layer that gets worse on it is put back."""
+    layer, low = call.layer, training_dtype(streams[0].device)
+    before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
+    error = _error(call, streams[-1], ends[-1])
+    optimizers = _optimizers(layer, rate)
+    steps = passes * (len(streams) - 1)
     for step in range(steps):
-        stream, end = streams[step % len(streams)], ends[step % len(streams)]
+        tell()
+        stream, end = streams[step % (len(streams) - 1)], ends[step % (len(streams) - 1)]
         with torch.enable_grad(), torch.autocast(stream.device.type, low, enabled=low != torch.float32):
-            (call(stream).float() - end).square().mean().backward()  # type: ignore[no-untyped-call]
+            _error(call, stream, end).backward()  # type: ignore[no-untyped-call]
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * (1 - step / steps)
+                group["lr"] = group["peak"] * (1 - step / steps)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+    better = bool(_error(call, streams[-1], ends[-1]) < error)
+    if not better:
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(before[name])
+    return better
+
+
+def _error(call: "_Call", stream: Tensor, end: Tensor) -> Tensor:
+    return (call(stream).float() - end).square().mean()
+
+
+def _optimizers(layer: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices and AdamW for the rest, so that the first steps change a weight by `rate` of its kind's RMS."""
+    found: list[torch.optim.Optimizer] = []
+    for kind in (True, False):
+        parameters = [p for p in layer.parameters() if (p.ndim == 2) == kind]
+        if parameters:
+            size = torch.cat([p.detach().flatten() for p in parameters]).square().mean().sqrt().item()
+            # A step of Muon has an RMS of 0.2 · its rate, one of AdamW about its rate.
+            found.append(
+                Muon(parameters, rate * size / 0.2)
+                if kind
+                else torch.optim.AdamW(parameters, rate * size, (0.9, 0.95), weight_decay=0.0)
+            )
+    for optimizer in found:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return found
 
 
 class _Tapped(NamedTuple):
