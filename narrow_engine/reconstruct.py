@@ -1,6 +1,7 @@
-"""Least-squares refit: what reads the cut units is solved anew, so that the cut model follows the base's residual stream.
+"""Refit: layer by layer, the cut model learns to follow the base's residual stream. No labels, no backward pass through more
+than one layer.
 
-Layer by layer, from the first to the last, both models run on the calibration tokens. The cut layer's MLP output
+From the first layer to the last, both models run on the calibration tokens. First the cut layer's MLP output
 projection W becomes the minimiser of Σ ‖Y − W h‖² + ρ ‖W − W₀‖², where h are the kept neurons' activations *in the cut
 model* and Y is what the stream lacks: the base's stream after the layer, less the cut model's stream without the MLP. So
 each layer also makes up for what the layers before it, and whole layers that were dropped after it, got wrong. Ridge
@@ -9,7 +10,9 @@ pulls towards the kept weights W₀: plain least squares overfits small calibrat
 Where heads were cut, the attention's output projection is solved first, in the same way. Families that normalise what a
 layer writes (Gemma 2) cannot be followed in the stream by a linear solve; there Y is the base's projection output.
 
-No training comes near this per token: at three quarters of the neurons cut it closes most of the gap (bench/quality.py).
+Then all weights of the layer are trained a few passes on ‖stream after the base's layer − stream after the cut one‖², from
+the cut model's stream, and W is solved once more. Nothing after it comes near this per second: see
+docs/explanation/recovery.md.
 """
 
 from collections.abc import Callable
@@ -26,13 +29,14 @@ from narrow_engine.families import dimensions
 from narrow_engine.models import config_dict, family, hidden_states, layers, output_weight
 from narrow_engine.muon import Muon, training_dtype
 from narrow_engine.plan import Plan
+from narrow_engine.sizing import REFIT_PASSES
 
 RIDGE = 1e-3
 """ρ, relative to the mean diagonal of Σ h hᵀ."""
 
-PASSES, RATE = 4, 0.025
-"""Training of a layer: how often it goes through the calibration tokens, and the change of a step at the start, relative
-to the weights."""
+RATE = 0.025
+"""The change of a step at the start of a layer's training, relative to the weights: what is right for one model's
+weights would wreck another's, which may be ten times smaller."""
 
 
 @torch.no_grad()
@@ -43,7 +47,7 @@ def refit(
     blocks: Blocks,
     tokens: int,
     progress: Callable[[int, int], None],
-    passes: int = PASSES,
+    passes: int = REFIT_PASSES,
     rate: float = RATE,
 ) -> None:
     """Refits `cut` in place on about `tokens` calibration tokens. `progress` is called with (done, total) layers, before every

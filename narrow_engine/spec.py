@@ -122,7 +122,11 @@ class Prune(Model):
     importance: Criterion = "reconstruction"
     calibration_tokens: int = Field(65_536, ge=1, le=10**9, description="Tokens of the target that scores and refit see.")
     regularizer: GroupLasso | None = None
-    refit: bool = Field(True, description="Least-squares refit of the projections that read the cut units.")
+    refit: bool = Field(
+        True,
+        description="Refit layer by layer towards the base's residual stream: least squares for the projections that read the "
+        "cut units, and a short training of the whole layer. No labels are used.",
+    )
     recover: Recover = Field(default_factory=Recover)
 
     @model_validator(mode="after")

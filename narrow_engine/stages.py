@@ -158,7 +158,7 @@ def cut(run: Run, out: Path) -> None:
 
 
 def reconstruct(run: Run, out: Path) -> None:
-    """Least-squares refit of what reads the cut units, towards the base's residual stream."""
+    """Refits the cut model layer by layer, towards the base's residual stream."""
     small = _model(run, "slice")
     if run.spec.method.refit:
         least_squares.refit(
