@@ -4,8 +4,8 @@
 
 Cuts base-s from 1,024 to 256 neurons in every layer, as bench/quality.py does, and recovers. An arm is what it does
 differently from DEFAULT: see ARMS. Choices were made on the first half of the validation documents (`choose`, seed 0,
-Python and medical); what is reported is the second half (`report`). Mathematics was not looked at before the end, and
-all of its validation part is reported. Losses are nats a token above the untouched base's.
+Python and medical); `report` is the second half, `quality` what bench/quality.py measures. Mathematics was not looked at
+before the end. Losses are nats a token above the untouched base's.
 
 Each finished arm is a row of bench/out/recovery_study.json and is not run again; prepared models are kept beside it.
 """
@@ -84,6 +84,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "local, distill": LOCAL | {"share": (1.0, 1.0)},
     "local, share 0.25": LOCAL | {"share": (0.25, 0.25)},
     "local, share 1 to 0": LOCAL | {"share": (1.0, 0.0)},
+    "local, batch 2048, share 0.75": LOCAL | {"share": (0.75, 0.75), "batch": 2048},
+    "local, batch 2048, share 1 to 0": LOCAL | {"share": (1.0, 0.0), "batch": 2048},
+    "local, batch 2048, share 0 to 1": LOCAL | {"share": (0.0, 1.0), "batch": 2048},
+    "local, batch 2048, corrected": LOCAL | {"teacher": "corrected", "batch": 2048},
+    "local, batch 2048, corrected first": LOCAL | {"teacher": "corrected", "source": "corrected", "batch": 2048},
     "local, online": LOCAL | {"teacher": "online"},
     "local, corrected": LOCAL | {"teacher": "corrected"},
     "local, corrected first": LOCAL | {"teacher": "corrected", "source": "corrected"},
@@ -99,6 +104,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "local, batch 2048, rest 0.5": LOCAL | {"batch": 2048, "rest": 0.5},
     "base, batch 2048": {"cut": False, "share": (0.0, 0.0), "batch": 2048},
     "local, momentum 0.9": LOCAL | {"momentum": 0.9},
+    "local, batch 2048, rest 2": LOCAL | {"batch": 2048, "rest": 2.0},
     "local, rest 0.5": LOCAL | {"rest": 0.5},
     "local, rest 2": LOCAL | {"rest": 2.0},
     "local, streams": LOCAL | {"streams": 1.0},
@@ -215,13 +221,13 @@ class Study:
     """The models and texts of one domain and seed, made when first asked for and kept."""
 
     def __init__(self, domain: str, seed: int, tokens: int, part: str) -> None:
-        self.domain, self.seed, self.tokens, self.part = domain, seed, tokens, part
+        self.domain, self.seed, self.tokens = domain, seed, tokens
         self.training = read(TRAIN[domain])
-        validation = read(VALIDATION[domain])
-        first, second = halves(validation)
-        if domain == "math":
-            second = validation
-        self.parts = {part: corpus.sample(second if part == "report" else first, MEASURED, LENGTH, 0)}
+        whole = read(VALIDATION[domain])
+        first, second = halves(whole)
+        self.parts = {"choose": corpus.sample(first, MEASURED, LENGTH, 0)}
+        if part == "report":  # the second half, and what bench/quality.py measures
+            self.parts = {"report": second, "quality": corpus.sample(whole, 65_536, LENGTH, 0)}
         self.base = models.load_model(BASE)
         self.untouched = {k: skills.loss_of(self.base, v, LENGTH) for k, v in self.parts.items()}
 
@@ -267,11 +273,11 @@ class Study:
         uniform = {"neuron": torch.zeros(6, 1024)} if arm["cut"] else {}
         model, seconds = self.kept(name, lambda: prepare(self.base, source, self.training, self.seed, arm), uniform)
         spent.append(seconds)
-        before = self.gaps(model) if arm["cut"] else {self.part: 0.0}
+        before = self.gaps(model) if arm["cut"] else dict.fromkeys(self.parts, 0.0)
         started = time.monotonic(), time.process_time()
         recover(model, teacher, self.training, self.seed, arm, self.tokens)
         training = [round(time.monotonic() - started[0], 1), round(time.process_time() - started[1], 1)]
-        return {"before": before[self.part], "final": self.gaps(model)[self.part], "prepare_seconds": spent, "seconds": training}
+        return {"before": before, "final": self.gaps(model), "prepare_seconds": spent, "seconds": training}
 
 
 def main() -> None:

@@ -34,6 +34,9 @@ from narrow_engine.sizing import REFIT_PASSES
 RIDGE = 1e-3
 """ρ, relative to the mean diagonal of Σ h hᵀ."""
 
+BATCH, BATCHES = 4096, 8
+"""Tokens of a batch at most, and batches at least."""
+
 RATE = 0.025
 """The change of a step at the start of a layer's training, relative to the weights: what is right for one model's
 weights would wreck another's, which may be ten times smaller."""
@@ -53,7 +56,7 @@ def refit(
     """Refits `cut` in place on about `tokens` calibration tokens. `progress` is called with (done, total) layers, before every
     step of training too, and may raise to stop. `passes` is how often training goes through the tokens; 0 is none."""
     table = family(base)
-    rows = max(1, min(8, 4096 // blocks.length))
+    rows = max(1, min(BATCH, tokens // BATCHES) // blocks.length)
     count = max(1, tokens // blocks.length // rows)
     ids = [blocks.batch(first * rows, rows)[:, :-1].to(base.device) for first in range(count)]
     base_calls, cut_calls = _calls(base, ids[0]), _calls(cut, ids[0])

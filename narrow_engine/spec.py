@@ -103,7 +103,7 @@ class Recover(Model):
     optimizer: Literal["muon", "adamw"] = "muon"
     learning_rate: float | None = Field(None, gt=0, le=1, description="Peak; by default the optimizer's measured best.")
     schedule: Literal["linear", "constant"] = "linear"
-    batch_tokens: int = Field(4096, ge=1, le=2**22, description="Tokens of one optimizer step.")
+    batch_tokens: int = Field(2048, ge=1, le=2**22, description="Tokens of one optimizer step.")
     temperature: float = Field(1.0, gt=0, le=100, description="Softens both distributions of the distillation term.")
 
 

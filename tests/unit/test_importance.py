@@ -144,6 +144,27 @@ def test_refit_brings_the_cut_model_nearer_to_the_base(name, keep):
     assert stream_error(model, cut) < bound * before
 
 
+def test_training_the_layers_brings_more_than_least_squares_alone():
+    model = tiny_model("llama", initializer_range=0.15)
+    plan = make_plan(config_dict(model), importance.CRITERIA["fisher"](model, collected(model), 0), {"neuron": 12})
+    errors = []
+    for passes in (0, 4):
+        cut = slice_model(model, plan)
+        refit(model, cut, plan, Blocks(TOKENS, 32, 0), 8192, lambda *_: None, passes)
+        errors.append(stream_error(model, cut))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_training_that_makes_a_layer_worse_is_undone():
+    model = tiny_model("llama", initializer_range=0.15)
+    plan = make_plan(config_dict(model), importance.CRITERIA["fisher"](model, collected(model), 0), {"neuron": 12})
+    plain, wrecked = slice_model(model, plan), slice_model(model, plan)
+    refit(model, plain, plan, Blocks(TOKENS, 32, 0), 2048, lambda *_: None, 0)
+    refit(model, wrecked, plan, Blocks(TOKENS, 32, 0), 2048, lambda *_: None, 1, 100.0)
+    for one, other in zip(plain.parameters(), wrecked.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_refit_restores_what_is_redundant():
     """Half of the neurons are copies: without them, least squares gives back the base's function."""
     model = tiny_model("llama", initializer_range=0.15)
