@@ -53,6 +53,7 @@ DEFAULT: dict[str, Any] = {
     "local_rate": 2e-3,
     # Recovery.
     "tokens": 1.0,  # share of --tokens
+    "skip": 0.0,  # and the share that is passed over before
     "batch": 4096,
     "rate": 2e-3,
     "rest": 1.0,  # AdamW's rate (embeddings, head, norms) ÷ Muon's
@@ -89,6 +90,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "local, batch 2048, share 0 to 1": LOCAL | {"share": (0.0, 1.0), "batch": 2048},
     "local, batch 2048, corrected": LOCAL | {"teacher": "corrected", "batch": 2048},
     "local, batch 2048, corrected first": LOCAL | {"teacher": "corrected", "source": "corrected", "batch": 2048},
+    "local, batch 2048, corrected on other blocks": LOCAL
+    | {"teacher": "corrected", "corrected": 0.5, "tokens": 0.5, "skip": 0.5, "batch": 2048},
     "local, online": LOCAL | {"teacher": "online"},
     "local, corrected": LOCAL | {"teacher": "corrected"},
     "local, corrected first": LOCAL | {"teacher": "corrected", "source": "corrected"},
@@ -189,7 +192,7 @@ def recover(model, teacher, training, seed: int, arm: dict[str, Any], tokens: in
     low = training_dtype(model.device)
     for step in range(steps):
         done = step / steps
-        batch = blocks.batch(step * rows, rows)
+        batch = blocks.batch(round(tokens * arm["skip"]) // LENGTH + step * rows, rows)
         ids, targets = batch[:, :-1], batch[:, 1:].flatten()
         first, last = arm["share"]
         share = first + (last - first) * done
