@@ -135,7 +135,7 @@ def main() -> None:
                     settings, teacher = train.Settings(options.tokens, 4096, "next_token", 1.0, "muon"), None
                 elif arm == "narrow":
                     model, prepared = cut(base, training, seed, "reconstruction", True)
-                    settings, teacher = train.Settings(options.tokens, 4096, "mixed", 1.0, "muon"), base
+                    settings, teacher = train.Settings(options.tokens, 2048, "mixed", 1.0, "muon"), base
                 else:
                     model, prepared = cut(base, training, seed, "attribution", False)
                     settings, teacher = paper, None

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from narrow_engine import corpus, models, train
+from narrow_engine import corpus, models, muon, train
 from narrow_engine.losses import Head, objective
 from narrow_engine.plan import make_plan
 from narrow_engine.slice import mask_model, slice_model
@@ -80,7 +80,7 @@ def steps(limit: float) -> list[dict]:
     small, masked = slice_model(base, plan), mask_model(base, plan)
     tokens = torch.randint(8192, (20_000,)).numpy().astype("uint32")
     batch = corpus.Blocks(tokens, LENGTH, 0).batch(0, ROWS)
-    low = train.training_dtype(torch.device("cpu"))
+    low = muon.training_dtype(torch.device("cpu"))
 
     def ours(model, objective_name: str, optimizer: str):
         settings = train.Settings(1, ROWS * LENGTH, objective_name, 1.0, optimizer)
@@ -141,7 +141,7 @@ def main() -> None:
             row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             rows.append(row)
             print(f"| {kind} | {vocabulary:,} | {row['seconds'] * 1e3:.0f} | {row['bytes'] / 2**20:.0f} |", flush=True)
-    dtype = train.training_dtype(torch.device("cpu"))
+    dtype = muon.training_dtype(torch.device("cpu"))
     a = torch.randn(2048, 2048).to(dtype)
     limit = 2 * 2048**3 / median(lambda: a @ a)
     print(f"\n{options.threads} threads, {dtype}: {limit / 1e9:.0f} GFLOP/s\n")

@@ -31,6 +31,7 @@ from narrow_engine.reconstruct import refit
 from narrow_engine.report.model import Allocation, Trial
 from narrow_engine.run import write_json
 from narrow_engine.sizing import (
+    REFIT_PASSES,
     Keep,
     cost_and_limit,
     parameters,
@@ -154,7 +155,9 @@ def _attempt(shop: Workshop, keep: Keep, part: int) -> Trial:
     plan = shop.plan(keep)
     model = slice_model(shop.base, plan)
     if method.refit:
-        refit(shop.base, model, plan, blocks, min(CALIBRATION_TOKENS, method.calibration_tokens), shop.progress)
+        # The curves need no more than least squares; what may be chosen is refitted as it will be.
+        passes = REFIT_PASSES if part else 0
+        refit(shop.base, model, plan, blocks, min(CALIBRATION_TOKENS, method.calibration_tokens), shop.progress, passes)
 
     def gap() -> float:
         measured = skills.measure(model.eval(), [], shop.judge, length, shop.progress)[0]

@@ -3,10 +3,12 @@
 Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), with Moonshot's scale
 0.2 · √max(rows, columns) (arXiv 2502.16982, equation 4), so that learning rate and weight decay mean what they mean for
 AdamW. `torch.optim.Muon` iterates in bfloat16, which is several times slower than float32 on a CPU without bfloat16
-units; here the iteration runs in the matrices' own precision, batched over matrices of one shape.
+units; here the iteration runs in whatever is faster, batched over matrices of one shape.
 """
 
+import time
 from collections.abc import Iterable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -37,7 +39,8 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault((rows, columns), []).append((parameter, wide.reshape(-1, rows, columns)))
             for (_, longest), members in by_shape.items():
                 stacks = [stack for _, stack in members]
-                updates = torch.split(orthogonalize(torch.cat(stacks)), [len(stack) for stack in stacks])
+                made = orthogonalize(torch.cat(stacks).to(training_dtype(stacks[0].device))).to(stacks[0].dtype)
+                updates = torch.split(made, [len(stack) for stack in stacks])
                 for (parameter, _), update in zip(members, updates, strict=True):
                     update = update if parameter.shape[-2] <= parameter.shape[-1] else update.mT
                     parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * 0.2 * longest**0.5)
@@ -51,3 +54,24 @@ def orthogonalize(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x
+
+
+@cache
+def training_dtype(device: torch.device) -> torch.dtype:
+    """What matrix products of a training step run in: bfloat16 where that is faster, which only a trial can tell.
+
+    On CPUs with bfloat16 units it is two to five times faster than float32, on others as much slower. Weights,
+    gradients' sums and optimizer states are float32 either way.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        taken = []
+        for _ in range(8):
+            started = time.perf_counter()
+            a @ b
+            taken.append(time.perf_counter() - started)
+        times[dtype] = min(taken)
+    return torch.bfloat16 if times[torch.bfloat16] * 1.5 < times[torch.float32] else torch.float32

@@ -1,6 +1,7 @@
-"""Least-squares refit: what reads the cut units is solved anew, so that the cut model follows the base's residual stream.
+"""Refit: layer by layer, the cut model learns to follow the base's residual stream. No labels, no backward pass through more
+than one layer.
 
-Layer by layer, from the first to the last, both models run on the calibration tokens. The cut layer's MLP output
+From the first layer to the last, both models run on the calibration tokens. First the cut layer's MLP output
 projection W becomes the minimiser of Σ ‖Y − W h‖² + ρ ‖W − W₀‖², where h are the kept neurons' activations *in the cut
 model* and Y is what the stream lacks: the base's stream after the layer, less the cut model's stream without the MLP. So
 each layer also makes up for what the layers before it, and whole layers that were dropped after it, got wrong. Ridge
@@ -14,11 +15,14 @@ so are the projections that read the stream: what they read of it is predicted f
 and W T takes the place of W; the head too, unless it is the embedding as well. Families that normalise what a
 layer writes (Gemma 2) cannot be followed in the stream by a linear solve; there Y is the base's projection output.
 
-No training comes near this per token: at three quarters of the neurons cut it closes most of the gap (bench/quality.py).
+Then all weights of the layer are trained a few passes on ‖stream after the base's layer − stream after the cut one‖², from
+the cut model's stream, and W is solved once more. Nothing after it comes near this per second: see
+docs/explanation/recovery.md.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,11 +32,20 @@ from transformers import PreTrainedModel
 from narrow_engine.corpus import Blocks
 from narrow_engine.families import Dimensions, Family, dimensions
 from narrow_engine.models import config_dict, family, hidden_states, layers, output_weight, routed
+from narrow_engine.muon import Muon, training_dtype
 from narrow_engine.plan import Plan
+from narrow_engine.sizing import REFIT_PASSES
 from narrow_engine.slice import slice_tensor
 
 RIDGE = 1e-3
 """ρ, relative to the mean diagonal of Σ h hᵀ."""
+
+BATCH, BATCHES = 4096, 8
+"""Tokens of a batch at most, and batches at least."""
+
+RATE = 0.025
+"""The change of a step at the start of a layer's training, relative to the weights: what is right for one model's
+weights would wreck another's, which may be ten times smaller."""
 
 
 @torch.no_grad()
@@ -43,17 +56,19 @@ def refit(
     blocks: Blocks,
     tokens: int,
     progress: Callable[[int, int], None],
+    passes: int = REFIT_PASSES,
+    rate: float = RATE,
 ) -> None:
-    """Refits `cut` in place on about `tokens` calibration tokens. `progress` is called with (done, total) layers."""
+    """Refits `cut` in place on about `tokens` calibration tokens. `progress` is called with (done, total) layers, before every
+    step of training too, and may raise to stop. `passes` is how often training goes through the tokens; 0 is none."""
     table = family(base)
-    rows = max(1, min(8, 4096 // blocks.length))
+    rows = max(1, min(BATCH, tokens // BATCHES) // blocks.length)
     count = max(1, tokens // blocks.length // rows)
     ids = [blocks.batch(first * rows, rows)[:, :-1].to(base.device) for first in range(count)]
     base_calls, cut_calls = _calls(base, ids[0]), _calls(cut, ids[0])
     targets = [_first_stream(base, batch) for batch in ids]
     dims = dimensions(config_dict(base))
     residual_cut = len(plan.residual) < dims.hidden
-    attention_cut = residual_cut or len(plan.heads[0]) < dims.heads
     streams = [stream[..., plan.residual] for stream in targets]
     scale = getattr(base.config, table.write_scale_key) if table.write_scale_key else 1.0
     for layer in range(plan.layers[0]):
@@ -61,43 +76,22 @@ def refit(
         targets = [base_calls[layer](stream) for stream in targets]
     following = [*plan.layers[1:], len(base_calls)]
     for position, (first, last) in enumerate(zip(plan.layers, following, strict=True)):
-        progress(position, len(plan.layers))
-        kept, dropped = base_calls[first], base_calls[first + 1 : last]
+        tell = partial(progress, position, len(plan.layers))
+        tell()
+        kept, dropped, call = base_calls[first], base_calls[first + 1 : last], cut_calls[position]
         spans = [_span(kept, dropped, stream, table, residual_cut) for stream in targets]
-        call = cut_calls[position]
+        wanted = [_Wanted(*(end[..., plan.residual] for end in (s.start, s.attention, s.mlp, s.end))) for s in spans]
         if residual_cut:
             _refit_readers(kept, call, table, table.readers[0], plan, dims, position, [s.attention_in for s in spans], streams)
-        if attention_cut:
-            _solve(
-                call.layer.get_submodule(table.attention_out),
-                output_weight(call.layer, table, table.attention_out),
-                (
-                    (tapped.inputs, wanted if table.writes_normed else wanted + (span.start[..., plan.residual] - stream) / scale)
-                    for span, stream in zip(spans, streams, strict=True)
-                    for _, tapped in [call.tap(stream, table.attention_out)]
-                    for wanted in [span.attention[..., plan.residual]]
-                ),
-            )
+        if residual_cut or len(plan.heads[0]) < dims.heads:
+            _solve_attention(call, table, scale, wanted, streams)
         if residual_cut:
             _refit_readers(kept, call, table, table.readers[1], plan, dims, position, [s.mlp_in for s in spans], streams)
-        module = call.layer.get_submodule(table.mlp_out)
-        passes = ((span, *call.tap(stream, table.mlp_out)) for span, stream in zip(spans, streams, strict=True))
-        if table.router:
-            _solve_experts(module, [(tapped, (span.end[..., plan.residual] - end) / scale) for span, end, tapped in passes])
-        else:
-            _solve(
-                module,
-                output_weight(call.layer, table, table.mlp_out),
-                (
-                    (
-                        tapped.inputs,
-                        span.mlp[..., plan.residual]
-                        if table.writes_normed
-                        else (span.end[..., plan.residual] - end) / scale + tapped.outputs,
-                    )
-                    for span, end, tapped in passes
-                ),
-            )
+        _solve_mlp(call, table, scale, wanted, streams)
+        if passes and len(ids) > 1:
+            better = _follow(call, streams, [w.end for w in wanted], passes, rate, tell)
+            if better and not table.writes_normed:
+                _solve_mlp(call, table, scale, wanted, streams)
         targets = [span.end for span in spans]
         streams = [call(stream) for stream in streams]
     if residual_cut and not dims.tied:
@@ -143,6 +137,45 @@ def _predictor(wanted: Iterable[Tensor], given: Iterable[Tensor], kept: list[int
     return solved.T.float()
 
 
+class _Wanted(NamedTuple):
+    """The dimensions that are kept of the base's streams and of what its projections wrote."""
+
+    start: Tensor
+    attention: Tensor
+    mlp: Tensor
+    end: Tensor
+
+
+def _solve_attention(call: "_Call", table: Family, scale: float, wanted: list[_Wanted], streams: list[Tensor]) -> None:
+    """Solves the attention's output projection for what it wrote in the base, and for what the stream lacks by then."""
+    _solve(
+        call.layer.get_submodule(table.attention_out),
+        output_weight(call.layer, table, table.attention_out),
+        (
+            (tapped.inputs, base.attention if table.writes_normed else base.attention + (base.start - stream) / scale)
+            for base, stream in zip(wanted, streams, strict=True)
+            for _, tapped in [call.tap(stream, table.attention_out)]
+        ),
+    )
+
+
+def _solve_mlp(call: "_Call", table: Family, scale: float, wanted: list[_Wanted], streams: list[Tensor]) -> None:
+    """Solves the MLP's output projection, or those of the experts, for what the stream after the layer lacks without it."""
+    module = call.layer.get_submodule(table.mlp_out)
+    ends = ((base, *call.tap(stream, table.mlp_out)) for base, stream in zip(wanted, streams, strict=True))
+    if table.router:
+        _solve_experts(module, [(tapped, (base.end - end) / scale) for base, end, tapped in ends])
+        return
+    _solve(
+        module,
+        output_weight(call.layer, table, table.mlp_out),
+        (
+            (tapped.inputs, base.mlp if table.writes_normed else (base.end - end) / scale + tapped.outputs)
+            for base, end, tapped in ends
+        ),
+    )
+
+
 def _solve(module: nn.Module, weight: Tensor, pairs: Any) -> None:
     """Solves a linear module's `weight` [outputs, inputs] from (inputs h, wanted outputs Y) batches; its bias stays."""
     bias = module.bias if module.bias is not None else torch.zeros((), device=weight.device)
@@ -173,6 +206,54 @@ def _ridge_solution(gram: Tensor, cross: Tensor, weight: Tensor) -> Tensor:
     system = gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     solved: Tensor = torch.linalg.solve(system, (cross + ridge * weight.double()).T).T
     return solved
+
+
+def _follow(call: "_Call", streams: list[Tensor], ends: list[Tensor], passes: int, rate: float, tell: Callable[[], None]) -> bool:
+    """Trains all of a layer to make `ends` of `streams`. Returns whether that is kept: the last batch judges and is not
+    trained on, and a layer that gets worse on it is put back."""
+    layer, low = call.layer, training_dtype(streams[0].device)
+    before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
+    error = _error(call, streams[-1], ends[-1])
+    optimizers = _optimizers(layer, rate)
+    steps = passes * (len(streams) - 1)
+    for step in range(steps):
+        tell()
+        stream, end = streams[step % (len(streams) - 1)], ends[step % (len(streams) - 1)]
+        with torch.enable_grad(), torch.autocast(stream.device.type, low, enabled=low != torch.float32):
+            _error(call, stream, end).backward()  # type: ignore[no-untyped-call]
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * (1 - step / steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    better = bool(_error(call, streams[-1], ends[-1]) < error)
+    if not better:
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(before[name])
+    return better
+
+
+def _error(call: "_Call", stream: Tensor, end: Tensor) -> Tensor:
+    return (call(stream).float() - end).square().mean()
+
+
+def _optimizers(layer: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices and AdamW for the rest, so that the first steps change a weight by `rate` of its kind's RMS."""
+    found: list[torch.optim.Optimizer] = []
+    for kind in (True, False):
+        parameters = [p for p in layer.parameters() if (p.ndim >= 2) == kind]
+        if parameters:
+            size = torch.cat([p.detach().flatten() for p in parameters]).square().mean().sqrt().item()
+            # A step of Muon has an RMS of 0.2 · its rate, one of AdamW about its rate.
+            found.append(
+                Muon(parameters, rate * size / 0.2)
+                if kind
+                else torch.optim.AdamW(parameters, rate * size, (0.9, 0.95), weight_decay=0.0)
+            )
+    for optimizer in found:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return found
 
 
 class _Tapped(NamedTuple):

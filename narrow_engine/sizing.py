@@ -16,6 +16,9 @@ from narrow_engine.families import Dimensions, Family, dimensions, family_of, pr
 from narrow_engine.report.model import Size
 from narrow_engine.spec import PLURAL, Options, Quantity, Unit
 
+REFIT_PASSES = 4
+"""How often the refit's training of a layer goes through the calibration tokens. (Here, where torch is not imported.)"""
+
 WIDE, WIDE_MULTIPLE, MULTIPLE = 4096, 64, 8
 """Neurons are kept in multiples where a budget leaves the choice, since odd widths waste vector lanes and tiles."""
 
@@ -272,8 +275,11 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
     # What is scored and taught by is the base with its vocabulary trimmed.
     trimmed = size_of(config, shrink(dims, {"token": small.vocab}), bytes_per_parameter)
     teacher = trimmed.flops_per_token if recover.objective != "next_token" else 0
+    # Least squares runs the base once and the cut model three times; training is forward and backward.
+    refit_flops = trimmed.flops_per_token + (3.0 + 3.0 * REFIT_PASSES) * after.flops_per_token
     flops = (
         3.0 * trimmed.flops_per_token * (method.calibration_tokens + lasso_tokens)
+        + refit_flops * method.calibration_tokens * method.refit
         + (3.0 * after.flops_per_token + teacher) * recover.tokens
         + (2.0 * before.flops_per_token + 3.0 * after.flops_per_token) * options.skill_tokens * skills
     )

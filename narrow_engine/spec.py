@@ -125,7 +125,7 @@ class Recover(Model):
     optimizer: Literal["muon", "adamw"] = "muon"
     learning_rate: float | None = Field(None, gt=0, le=1, description="Peak; by default the optimizer's measured best.")
     schedule: Literal["linear", "constant"] = "linear"
-    batch_tokens: int = Field(4096, ge=1, le=2**22, description="Tokens of one optimizer step.")
+    batch_tokens: int = Field(2048, ge=1, le=2**22, description="Tokens of one optimizer step.")
     temperature: float = Field(1.0, gt=0, le=100, description="Softens both distributions of the distillation term.")
 
 
@@ -150,7 +150,11 @@ class Prune(Model):
     importance: Criterion = "reconstruction"
     calibration_tokens: int = Field(65_536, ge=1, le=10**9, description="Tokens of the target that scores and refit see.")
     regularizer: GroupLasso | None = None
-    refit: bool = Field(True, description="Least-squares refit of the projections that read the cut units.")
+    refit: bool = Field(
+        True,
+        description="Refit layer by layer towards the base's residual stream: least squares for the projections that read the "
+        "cut units, and a short training of the whole layer. No labels are used.",
+    )
     recover: Recover = Field(default_factory=Recover)
 
     @model_validator(mode="after")

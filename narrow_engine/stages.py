@@ -281,7 +281,7 @@ def _require_exact(parity: Parity, what: str) -> None:
 
 
 def reconstruct(run: Run, out: Path) -> None:
-    """Least-squares refit of what reads the cut units, towards the base's residual stream."""
+    """Refits the cut model layer by layer, towards the base's residual stream."""
     small = _model(run, "slice")
     if run.spec.method.refit and run.spec.method.units != ["token"]:
         least_squares.refit(

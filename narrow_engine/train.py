@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +24,7 @@ from narrow_engine.errors import Cancelled
 from narrow_engine.events import Sink
 from narrow_engine.losses import objective
 from narrow_engine.models import family, head, hidden_states
-from narrow_engine.muon import Muon
+from narrow_engine.muon import Muon, training_dtype
 from narrow_engine.report.model import CurvePoint
 from narrow_engine.spec import Objective
 
@@ -162,27 +161,6 @@ def _step(model: PreTrainedModel, batch: Tensor, teacher: PreTrainedModel | None
     loss = objective(hidden, head(model), targets, base, share, temperature).total
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.item()
-
-
-@cache
-def training_dtype(device: torch.device) -> torch.dtype:
-    """What matrix products of a training step run in: bfloat16 where that is faster, which only a trial can tell.
-
-    On CPUs with bfloat16 units it is two to five times faster than float32, on others as much slower. Weights,
-    gradients' sums and optimizer states are float32 either way.
-    """
-    if device.type == "cuda":
-        return torch.bfloat16
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-        taken = []
-        for _ in range(8):
-            started = time.perf_counter()
-            a @ b
-            taken.append(time.perf_counter() - started)
-        times[dtype] = min(taken)
-    return torch.bfloat16 if times[torch.bfloat16] * 1.5 < times[torch.float32] else torch.float32
 
 
 def _rate(step: int, steps: int, schedule: str) -> float:

@@ -572,7 +572,7 @@ class Recover(BaseModel):
             le=4194304,
             title="Batch Tokens",
         ),
-    ] = 4096
+    ] = 2048
     temperature: Annotated[
         float | None,
         Field(
@@ -828,7 +828,7 @@ class Prune(BaseModel):
     refit: Annotated[
         bool | None,
         Field(
-            description="Least-squares refit of the projections that read the cut units.",
+            description="Refit layer by layer towards the base's residual stream: least squares for the projections that read the cut units, and a short training of the whole layer. No labels are used.",
             title="Refit",
         ),
     ] = True

@@ -16,8 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from narrow_engine import corpus
 from narrow_engine.losses import objective
 from narrow_engine.models import head, hidden_states
-from narrow_engine.muon import orthogonalize
-from narrow_engine.train import training_dtype
+from narrow_engine.muon import orthogonalize, training_dtype
 
 WEIGHT = {"python": 1.3, "c": 1.2, "fiction": 1.1, "medical": 1.1, "math": 1.5}
 LENGTH, BATCH = 512, 16

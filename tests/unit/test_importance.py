@@ -200,12 +200,33 @@ def test_refit_brings_the_cut_model_nearer_to_the_base(name, keep):
     plan = make_plan(config_dict(model), scores, keep)
     cut = slice_model(model, plan)
     before = error(model, cut)
-    refit(model, cut, plan, Blocks(TOKENS, 32, 0), 2048, lambda *_: None)
+    refit(model, cut, plan, Blocks(TOKENS, 32, 0), 2048, lambda *_: None, passes=0)
     # A linear solve cannot reach past a norm: where layers alone are dropped from such families there is nothing to refit. Nor
     # does it see that a random router sends tokens elsewhere once the stream moves.
     alone = 1.05 if family(model).router else 1.0001 if family(model).writes_normed else 1.0
     bound = 0.95 if "layer" not in keep or len(keep) > 1 else alone
     assert error(model, cut) < bound * before
+
+
+def test_training_the_layers_brings_more_than_least_squares_alone():
+    model = tiny_model("llama", initializer_range=0.15)
+    plan = make_plan(config_dict(model), importance.CRITERIA["fisher"](model, collected(model), 0), {"neuron": 12})
+    errors = []
+    for passes in (0, 4):
+        cut = slice_model(model, plan)
+        refit(model, cut, plan, Blocks(TOKENS, 32, 0), 8192, lambda *_: None, passes)
+        errors.append(error(model, cut))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_training_that_makes_a_layer_worse_is_undone():
+    model = tiny_model("llama", initializer_range=0.15)
+    plan = make_plan(config_dict(model), importance.CRITERIA["fisher"](model, collected(model), 0), {"neuron": 12})
+    plain, wrecked = slice_model(model, plan), slice_model(model, plan)
+    refit(model, plain, plan, Blocks(TOKENS, 32, 0), 2048, lambda *_: None, 0)
+    refit(model, wrecked, plan, Blocks(TOKENS, 32, 0), 2048, lambda *_: None, 1, 100.0)
+    for one, other in zip(plain.parameters(), wrecked.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_refit_restores_what_is_redundant():
