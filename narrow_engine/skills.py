@@ -114,11 +114,7 @@ def note(role: str, kept: Interval, documents: int, longer: float = 1.0) -> str:
     doubt = _doubt(role, kept, documents)
     if longer == 1:
         return doubt
-    cut = (
-        f"Without the trimmed tokens its text takes {longer:.2f} times as many; losses are per token of the base, agreement and "
-        "KL are to the base with the same vocabulary."
-    )
-    return f"{doubt} {cut}".lstrip()
+    return f"{doubt} Without the trimmed tokens its text takes {longer:.2f} times as many.".lstrip()
 
 
 def _doubt(role: str, kept: Interval, documents: int) -> str:
