@@ -31,7 +31,13 @@ from narrow_engine.reconstruct import refit
 from narrow_engine.report.model import Allocation, Trial
 from narrow_engine.run import write_json
 from narrow_engine.sizing import (
+    CHOICE,
+    HALVINGS,
     REFIT_PASSES,
+    SEARCH,
+    SHARES,
+    SHORTLIST,
+    TRIAL_TOKENS,
     Keep,
     cost_and_limit,
     parameters,
@@ -47,14 +53,8 @@ from narrow_engine.sizing import (
 from narrow_engine.slice import slice_model
 from narrow_engine.spec import PLURAL, CompressionSpec, Unit
 
-SHARES = (0.75, 0.5, 0.25, 0.125)
-"""Of a kind's units, where its sensitivity is measured."""
-CALIBRATION_TOKENS, JUDGE_TOKENS = 8_192, 8_192
-"""What a trial's refit sees, and what it is judged on."""
-SHORTLIST = 3
-CHOICE, SEARCH = 16, 8
-"""What part of the recovery a shape on the shortlist gets, and one that is tried for its retention."""
-HALVINGS, TIMINGS = 5, 6
+TIMINGS = 6
+"""Shapes that are timed, at most."""
 CLOSE = 0.97
 """A model that takes this much of the time that it may take is near enough."""
 
@@ -106,8 +106,8 @@ def open_workshop(
     progress: Callable[[int, int], None],
 ) -> Workshop:
     """`results` is a file that outlives a kill: what was tried is not tried again."""
-    text, apart = corpus.hold_out(training, 16 * JUDGE_TOKENS, lambda *_: None)
-    judge = corpus.sample(apart, JUDGE_TOKENS, spec.block_tokens, spec.seed)
+    text, apart = corpus.hold_out(training, 16 * TRIAL_TOKENS, lambda *_: None)
+    judge = corpus.sample(apart, TRIAL_TOKENS, spec.block_tokens, spec.seed)
     loss = skills.loss_of(base, judge, spec.block_tokens)
     return Workshop(spec, config, bytes_per_parameter, tokens, base, scores, text, judge, loss, results, progress)
 
@@ -157,7 +157,7 @@ def _attempt(shop: Workshop, keep: Keep, part: int) -> Trial:
     if method.refit:
         # The curves need no more than least squares; what may be chosen is refitted as it will be.
         passes = REFIT_PASSES if part else 0
-        refit(shop.base, model, plan, blocks, min(CALIBRATION_TOKENS, method.calibration_tokens), shop.progress, passes)
+        refit(shop.base, model, plan, blocks, min(TRIAL_TOKENS, method.calibration_tokens), shop.progress, passes)
 
     def gap() -> float:
         measured = skills.measure(model.eval(), [], shop.judge, length, shop.progress)[0]

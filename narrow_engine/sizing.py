@@ -19,6 +19,15 @@ from narrow_engine.spec import PLURAL, Options, Quantity, Unit
 REFIT_PASSES = 4
 """How often the refit's training of a layer goes through the calibration tokens. (Here, where torch is not imported.)"""
 
+SHARES = (0.75, 0.5, 0.25, 0.125)
+"""Of a kind's units, where `allocate` measures what cutting it costs."""
+TRIAL_TOKENS = 8192
+"""That a trial's refit sees, and as many that it is judged on."""
+SHORTLIST, HALVINGS = 3, 5
+"""Shapes of one size that are tried, and sizes after the first guess."""
+CHOICE, SEARCH = 16, 8
+"""What part of the recovery a shape on the shortlist gets, and one that is tried for its retention."""
+
 WIDE, WIDE_MULTIPLE, MULTIPLE = 4096, 64, 8
 """Neurons are kept in multiples where a budget leaves the choice, since odd widths waste vector lanes and tiles."""
 
@@ -283,6 +292,11 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
         + (3.0 * after.flops_per_token + teacher) * recover.tokens
         + (2.0 * before.flops_per_token + 3.0 * after.flops_per_token) * options.skill_tokens * skills
     )
+    if leaves_a_choice(options):
+        curves = len(SHARES) * len(method.units)
+        whole_shapes, part = (HALVINGS + 1, SEARCH) if options.budget.retention is not None else (SHORTLIST, CHOICE)
+        flops += (curves + whole_shapes) * (refit_flops + 2.0 * after.flops_per_token) * TRIAL_TOKENS
+        flops += whole_shapes * (3.0 * after.flops_per_token + teacher) * recover.tokens / part
     # fp32 base, gradients of a pass over it, Gram matrices; or student with gradients and two moments beside the base;
     # and in either case the activations of a batch.
     grams = 8 * small.layers * (dims.experts * dims.width**2 + dims.axis("q") ** 2)

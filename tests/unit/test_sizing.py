@@ -89,6 +89,22 @@ def test_the_dry_run_says_what_the_cut_makes():
     assert sizes.seconds > 0
 
 
+def test_the_dry_run_counts_what_trying_shapes_takes():
+    config = tiny_config("llama").to_dict()
+    one, several, search = (
+        plan_sizes(config, Options.model_validate({"budget": budget, "method": {"units": units}}))
+        for budget, units in (
+            ({"parameters": 0.8}, ["neuron"]),
+            ({"parameters": 0.8}, ["neuron", "head"]),
+            ({"retention": 0.9}, ["neuron"]),
+        )
+    )
+    assert one.seconds < several.seconds < search.seconds
+    assert "measured by the job" in several.notices[-1]
+    assert "the most it can be" in search.notices[-1]
+    assert search.after == search.before
+
+
 def trimming(budget, units=("neuron", "token")):
     return Options.model_validate({"budget": budget, "method": {"units": list(units)}})
 

@@ -114,7 +114,7 @@ def test_notes_say_what_to_doubt():
     assert "too few" in skills.note("keep", sure, 3)
     assert "Still largely there" in skills.note("forget", sure, 50)
     assert skills.note("watch", sure, 50) == ""
-    assert skills.note("watch", sure, 50, 1.5)== "Without the trimmed tokens its text takes 1.50 times as many."
+    assert skills.note("watch", sure, 50, 1.5) == "Without the trimmed tokens its text takes 1.50 times as many."
     assert "proves little" in skills.note("keep", sure, 50, 1.5)
 
 
