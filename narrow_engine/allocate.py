@@ -155,9 +155,9 @@ def _attempt(shop: Workshop, keep: Keep, part: int) -> Trial:
     plan = shop.plan(keep)
     model = slice_model(shop.base, plan)
     if method.refit:
-        # The curves need no more than least squares; what may be chosen is refitted as it will be.
-        passes = REFIT_PASSES if part else 0
-        refit(shop.base, model, plan, blocks, min(TRIAL_TOKENS, method.calibration_tokens), shop.progress, passes)
+        # The curves need no more than least squares on few tokens; what may be chosen is refitted nearly as it will be.
+        passes, tokens = (REFIT_PASSES, method.calibration_tokens // 2) if part else (0, TRIAL_TOKENS)
+        refit(shop.base, model, plan, blocks, min(tokens, method.calibration_tokens), shop.progress, passes)
 
     def gap() -> float:
         measured = skills.measure(model.eval(), [], shop.judge, length, shop.progress)[0]
@@ -263,7 +263,7 @@ def smallest_that_keeps(shop: Workshop, predicted: Callable[[Keep], float], want
         return Found(
             chosen, trials, [f"No smaller model was found to keep {wanted:g} of the target: all {_words(everything)} stay."]
         )
-    return Found(chosen, trials, [f"{told} After the short recovery of its trial it kept {kept:.3f}."])
+    return Found(chosen, trials, [f"{told} In its trial it kept {kept:.3f}."])
 
 
 def best_within_time(shop: Workshop, predicted: Callable[[Keep], float], asked: float) -> Found:
@@ -318,7 +318,8 @@ def best_within_time(shop: Workshop, predicted: Callable[[Keep], float], asked: 
 
 
 def _final(trial: Trial) -> float:
-    return trial.refitted if trial.recovered is None else trial.recovered
+    """A recovery that harms is not kept, and a short one at its full rate can."""
+    return trial.refitted if trial.recovered is None else min(trial.refitted, trial.recovered)
 
 
 def _differ(one: Keep, other: Keep) -> bool:

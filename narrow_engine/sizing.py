@@ -22,7 +22,7 @@ REFIT_PASSES = 4
 SHARES = (0.75, 0.5, 0.25, 0.125)
 """Of a kind's units, where `allocate` measures what cutting it costs."""
 TRIAL_TOKENS = 8192
-"""That a trial's refit sees, and as many that it is judged on."""
+"""That the refit for a point of such a curve sees, and as many that a trial is judged on."""
 SHORTLIST, HALVINGS = 3, 5
 """Shapes of one size that are tried, and sizes after the first guess."""
 CHOICE, SEARCH = 16, 8
@@ -295,7 +295,8 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
     if leaves_a_choice(options):
         curves = len(SHARES) * len(method.units)
         whole_shapes, part = (HALVINGS + 1, SEARCH) if options.budget.retention is not None else (SHORTLIST, CHOICE)
-        flops += (curves + whole_shapes) * (refit_flops + 2.0 * after.flops_per_token) * TRIAL_TOKENS
+        flops += curves * (trimmed.flops_per_token + 6.0 * after.flops_per_token) * TRIAL_TOKENS
+        flops += whole_shapes * refit_flops * method.calibration_tokens / 2
         flops += whole_shapes * (3.0 * after.flops_per_token + teacher) * recover.tokens / part
     # fp32 base, gradients of a pass over it, Gram matrices; or student with gradients and two moments beside the base;
     # and in either case the activations of a batch.
