@@ -55,16 +55,17 @@ def measure_speed(base: PreTrainedModel, narrow: PreTrainedModel, onnx_folders: 
 
 
 def token_seconds(models: list[PreTrainedModel], check: Callable[[], None]) -> list[float]:
-    """Seconds of one decoded token of each model, timed in turn: medians. `check` is called between runs and may raise."""
+    """Seconds of one decoded token of each model, timed in turn: the least of several runs, since what else the machine does
+    can only add to it. `check` is called between runs and may raise."""
     times: list[list[float]] = [[] for _ in models]
     runners = [_torch(model) for model in models]
-    for number in range(ROUNDS + 1):
+    for number in range(2 * ROUNDS + 1):
         for runner, found in zip(runners, times, strict=True):
             check()
             taken = runner()[1] / DECODE
             if number:  # the first round warms up
                 found.append(taken)
-    return [statistics.median(found) for found in times]
+    return [min(found) for found in times]
 
 
 def _torch(model: PreTrainedModel) -> Callable[[], tuple[float, float]]:
