@@ -74,6 +74,9 @@ LOCAL = {"passes": 4, "local_rate": 0.025}
 ARMS: dict[str, dict[str, Any]] = {
     "default": {},
     "base": {"cut": False, "share": (0.0, 0.0)},
+    # What else the time of the layers' training could be spent on.
+    "batch 2048": {"batch": 2048},
+    "batch 2048, 1.4 times the tokens": {"batch": 2048, "tokens": 1.4},
     # Layer-wise training before.
     "local": LOCAL,
     "local, rate 0.05": LOCAL | {"local_rate": 0.05},
