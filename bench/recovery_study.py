@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -50,7 +51,7 @@ DEFAULT: dict[str, Any] = {
     "source": "base",  # what is scored, cut and refitted towards: "base" or the corrected base
     "calibration": 65_536,
     "passes": 0,  # of layer-wise training after the least-squares refit
-    "local_rate": 2e-3,
+    "local_rate": 2e-3,  # unused without passes
     # Recovery.
     "tokens": 1.0,  # share of --tokens
     "skip": 0.0,  # and the share that is passed over before
@@ -124,8 +125,6 @@ def read(path: Path) -> corpus.Documents:
 
 def halves(documents: corpus.Documents) -> tuple[corpus.Documents, corpus.Documents]:
     """The first documents, up to half of the tokens, and the others."""
-    import numpy as np
-
     at = int(np.searchsorted(documents.offsets, documents.offsets[-1] / 2))
     return documents.take(np.arange(at)), documents.take(np.arange(at, len(documents)))
 
