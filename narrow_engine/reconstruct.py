@@ -16,8 +16,8 @@ and W T takes the place of W; the head too, unless it is the embedding as well. 
 layer writes (Gemma 2) cannot be followed in the stream by a linear solve; there Y is the base's projection output.
 
 Then all weights of the layer are trained a few passes on ‖stream after the base's layer − stream after the cut one‖², from
-the cut model's stream, and W is solved once more. Without any recovery that halves the loss; what it costs and saves then is
-in docs/explanation/recovery.md.
+the cut model's stream, and W is solved once more. Before any recovery that about halves what is lost; what it costs and saves
+after one is in docs/explanation/recovery.md.
 """
 
 from collections.abc import Callable, Iterable
