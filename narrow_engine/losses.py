@@ -70,7 +70,9 @@ class _Objective(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # One cast of the weights, not one a chunk.
         head, count = Head(weight.detach().to(hidden.dtype), softcap), hidden.shape[0]
-        teacher and Head(teacher[1].weight.detach().to(teacher[0].dtype), teacher[1].softcap)
+        if teacher is not None:
+            states, given = teacher
+            teacher = states, Head(given.weight.detach().to(states.dtype), given.softcap)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         sums = torch.zeros(2, dtype=torch.float64, device=hidden.device)
