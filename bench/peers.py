@@ -21,7 +21,7 @@ Cuts, each scored on 65,536 tokens of the domain:
     tp group norm      GroupNormPruner: half of the tokens train the base with its regulariser, then it cuts by group norm,
                        and half are left for recovery
     tp taylor, refit   Torch-Pruning's neurons, this engine's refit
-Torch-Pruning cuts each MLP as a graph of its own, since its graph of the whole model never ends (see the probes).
+Torch-Pruning cuts each MLP as a graph of its own: what its graph of the whole model makes here by default does not run.
 Recoveries:
     narrow             this engine's default: mean of next token and KL to the base, Muon
     adamw              transformers' Trainer, next token, AdamW, linear decay
