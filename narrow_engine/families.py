@@ -285,7 +285,12 @@ _ALL = (
         ),
         _LLAMA_OUTER,
     ),
-    Family("arcee", (*_attention("attention_bias", "attention_bias"), *_plain_mlp("mlp_bias"), *_LLAMA_NORMS), _LLAMA_OUTER),
+    Family(
+        "arcee",
+        (*_attention("attention_bias", "attention_bias"), *_plain_mlp("mlp_bias"), *_LLAMA_NORMS),
+        _LLAMA_OUTER,
+        heads_divide_hidden=True,
+    ),
     Family(
         "nemotron",
         (*_attention("attention_bias", "attention_bias"), *_plain_mlp("mlp_bias"), *_norms(_IN, _POST, bias=True)),
@@ -398,6 +403,7 @@ _ALL = (
         _LLAMA_OUTER,
         norm_offset=1,
         embeddings_scaled=True,
+        heads_divide_hidden=True,
         softcap_key="final_logit_softcapping",
         writes_normed=True,
         defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},

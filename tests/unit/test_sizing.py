@@ -73,6 +73,16 @@ def test_a_budget_is_never_exceeded_and_hardly_wasted(family, quantity, share, w
         assert cost(more) > int(share * cost({})) or more["neuron"] > width
 
 
+@pytest.mark.parametrize("family", [name for name in FAMILIES if {"head", "residual"} & set(TABLE[name].units)])
+def test_the_table_says_where_transformers_wants_heads_to_divide_the_hidden_size(family):
+    try:
+        tiny_config(family, hidden_size=40, num_attention_heads=6, num_key_value_heads=2)
+        refused = False
+    except Exception as error:  # huggingface_hub has a class of its own
+        refused = "not a multiple of the number of attention heads" in str(error)
+    assert TABLE[family].heads_divide_hidden == refused
+
+
 def test_wide_models_keep_neurons_in_whole_tiles():
     config = tiny_config("llama", intermediate_size=11_008, hidden_size=64).to_dict()
     options = Options.model_validate({"budget": {"parameters": 0.5}})
