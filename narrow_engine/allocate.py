@@ -14,6 +14,7 @@ a + b·layers + c·FLOPs, says which shapes could do, and the best of them are t
 import json
 import math
 import tempfile
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,14 +40,16 @@ from narrow_engine.sizing import (
     SHORTLIST,
     TRIAL_TOKENS,
     Keep,
+    affordable,
+    chosen_units,
     cost_and_limit,
     parameters,
     round_fractions,
+    rounding,
     shapes,
     shrink,
     size_of,
     smallest_shape,
-    solve,
     unit_counts,
     whole,
 )
@@ -84,8 +87,12 @@ class Workshop:
 
     @property
     def units(self) -> list[Unit]:
-        """The kinds of which there is a choice."""
-        return [unit for unit in self.spec.method.units if unit != "token"]
+        return chosen_units(self.spec)
+
+    @property
+    def blocks(self) -> corpus.Blocks:
+        """Of the text that trials are fitted and trained on."""
+        return corpus.Blocks(self.text.tokens, self.spec.block_tokens, self.spec.seed)
 
     def shapes(self, cost: Callable[[Keep], float], limit: float) -> list[Keep]:
         return shapes(self.config, self.spec, cost, limit, self.tokens)
@@ -113,7 +120,7 @@ def open_workshop(
 
 
 def allocate(shop: Workshop) -> tuple[Allocation, list[str]]:
-    """The shape for a budget that leaves a choice, and sentences about it. Raises like `sizing.solve`."""
+    """The shape for a budget that leaves a choice, and sentences about it. Raises like `sizing.affordable`."""
     budget = shop.spec.budget
     curves = {unit: sensitivity(shop, unit) for unit in shop.units}
 
@@ -151,8 +158,7 @@ def attempt(shop: Workshop, keep: Keep, part: int = 0) -> Trial:
 
 def _attempt(shop: Workshop, keep: Keep, part: int) -> Trial:
     method, length = shop.spec.method, shop.spec.block_tokens
-    blocks = corpus.Blocks(shop.text.tokens, length, shop.spec.seed)
-    plan = shop.plan(keep)
+    blocks, plan = shop.blocks, shop.plan(keep)
     model = slice_model(shop.base, plan)
     if method.refit:
         # The curves need no more than least squares on few tokens; what may be chosen is refitted nearly as it will be.
@@ -186,9 +192,8 @@ def short_recovery(shop: Workshop, part: int) -> tuple[train.Settings, int]:
     """A part of the spec's recovery, with its whole schedule, and the tokens that it takes."""
     settings = train.Settings(**shop.spec.method.recover.model_dump())
     settings = replace(settings, tokens=settings.tokens // part)
-    blocks = corpus.Blocks(shop.text.tokens, shop.spec.block_tokens, shop.spec.seed)
-    rows, steps = train.shape(settings, blocks)
-    return settings, rows * steps * blocks.length
+    rows, steps = train.shape(settings, shop.blocks)
+    return settings, rows * steps * shop.spec.block_tokens
 
 
 def sensitivity(shop: Workshop, unit: Unit) -> list[Trial]:
@@ -214,18 +219,15 @@ def interpolate(curve: list[Trial], unit: Unit, dims: Dimensions, keep: Keep) ->
 
 def best_of_size(shop: Workshop, predicted: Callable[[Keep], float]) -> Found:
     """The shape within an amount of parameters, bytes or FLOPs that is best after a short recovery."""
-    keep, told = solve(shop.config, shop.spec, shop.bytes_per_parameter, shop.tokens, predicted)
-    amount = shop.spec.budget.amount()
-    assert amount is not None
-    cost, limit = cost_and_limit(shop.config, *amount, shop.bytes_per_parameter)
-    picked = [keep]
-    for other in sorted(shop.shapes(cost, limit), key=predicted):
-        if len(picked) < SHORTLIST and all(_differ(other, one) for one in picked):
-            picked.append(other)
+    picked: list[Keep] = []
+    for keep in sorted(affordable(shop.config, shop.spec, shop.bytes_per_parameter, shop.tokens), key=predicted):
+        if len(picked) < SHORTLIST and all(_differ(keep, one) for one in picked):
+            picked.append(keep)
     trials = [attempt(shop, keep, CHOICE) for keep in picked]
     chosen = min(trials, key=_final)
     tried = "; ".join(f"{_words(trial.keep)}: {_final(trial):+.3f}" for trial in trials)
-    return Found(chosen, trials, [*told[:1], f"Of the shapes that were tried, the best is taken. Nats above the base: {tried}."])
+    made = rounding(shop.config, shop.spec, shop.bytes_per_parameter, chosen.keep)
+    return Found(chosen, trials, [made, f"Of the shapes that were tried, the best is taken. Nats above the base: {tried}."])
 
 
 def smallest_that_keeps(shop: Workshop, predicted: Callable[[Keep], float], wanted: float) -> Found:
@@ -241,9 +243,8 @@ def smallest_that_keeps(shop: Workshop, predicted: Callable[[Keep], float], want
     small = float(cost(smallest_shape(shop.config, shop.spec, shop.tokens)))
     large = float(total)
     # Where the refit alone would do, by the curves: the first guess.
-    guess, step = small, (total / small) ** (1 / 64)
-    while guess < total and math.exp(-predicted(shape(guess))) < wanted:
-        guess *= step
+    step = (total / small) ** (1 / 64)
+    guess = small * step ** bisect_left(range(64), True, key=lambda n: math.exp(-predicted(shape(small * step**n))) >= wanted)
     for number in range(HALVINGS + 1):
         limit = min(guess, 0.99 * total) if number == 0 else math.sqrt(small * large)
         trial = attempt(shop, shape(max(limit, small)), SEARCH)

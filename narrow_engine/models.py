@@ -1,6 +1,7 @@
 """Loading a model, and the few things that every stage asks of it: its layers, its hidden states, its head."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,6 +109,18 @@ def along(model: PreTrainedModel, axis: Axis) -> list[list[Tensor]]:
                         row += [piece.movedim(number, 0) for piece, part in zip(pieces, parts, strict=True) if part == axis]
         found += rows
     return found
+
+
+@contextmanager
+def frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Without gradients of the weights, where those of activations are all that is wanted."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
 
 
 def output_weight(layer: nn.Module, table: Family, name: str) -> Tensor:

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from narrow_engine.corpus import Blocks
@@ -131,10 +132,7 @@ def _predictor(wanted: Iterable[Tensor], given: Iterable[Tensor], kept: list[int
         cross = cross + (y.T @ x).double()
     start = torch.zeros_like(cross)
     start[kept, range(len(kept))] = 1.0
-    ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-12)
-    system = gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    solved: Tensor = torch.linalg.solve(system, (cross + ridge * start).T)
-    return solved.T.float()
+    return _ridge_solution(gram, cross, start).float()
 
 
 class _Wanted(NamedTuple):
@@ -216,16 +214,16 @@ def _follow(call: "_Call", streams: list[Tensor], ends: list[Tensor], passes: in
     error = _error(call, streams[-1], ends[-1])
     optimizers = _optimizers(layer, rate)
     steps = passes * (len(streams) - 1)
+    schedules = [LambdaLR(optimizer, lambda step: 1 - step / steps) for optimizer in optimizers]
     for step in range(steps):
         tell()
         stream, end = streams[step % (len(streams) - 1)], ends[step % (len(streams) - 1)]
         with torch.enable_grad(), torch.autocast(stream.device.type, low, enabled=low != torch.float32):
             _error(call, stream, end).backward()  # type: ignore[no-untyped-call]
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * (1 - step / steps)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            schedule.step()
     better = bool(_error(call, streams[-1], ends[-1]) < error)
     if not better:
         for name, parameter in layer.named_parameters():
@@ -250,9 +248,6 @@ def _optimizers(layer: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
                 if kind
                 else torch.optim.AdamW(parameters, rate * size, (0.9, 0.95), weight_decay=0.0)
             )
-    for optimizer in found:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
     return found
 
 

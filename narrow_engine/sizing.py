@@ -133,14 +133,12 @@ def solve(
     options: Options,
     bytes_per_parameter: int,
     tokens: int | None = None,
-    loss: Callable[[Keep], float] | None = None,
 ) -> tuple[Keep, list[str]]:
     """How many units of each kind to keep, and what had to be rounded.
 
     With `budget.keep`, each fraction is rounded to whole units (heads: the same number in each KV group). With an amount
-    of parameters, bytes or FLOPs, the shape with the least `loss` that does not exceed it; without `loss`, which takes
-    measuring, the one whose kinds keep most nearly the same fraction. With a budget that only measuring can meet, all. As
-    many experts stay as a token is routed to.
+    of parameters, bytes or FLOPs, the shape within it whose kinds keep most nearly the same fraction. With a budget that only
+    measuring can meet, all. As many experts stay as a token is routed to.
 
     How many `tokens` a trimmed vocabulary keeps is known once the target's text is read. Until then the vocabulary counts
     whole or, where that does not fit, as large as fits.
@@ -168,8 +166,22 @@ def solve(
         told = "How much can be cut is measured by the job: shown is the base, which is the most it can be."
         return whole(dims, units, tokens), [told]
 
+    found = affordable(config, options, bytes_per_parameter, tokens)
+    cost, _ = cost_and_limit(config, *amount, bytes_per_parameter)
+    total = cost({})
+    best = min(found, key=lambda keep: _unevenness(dims, keep) - cost(keep) / total)
+    notices = [rounding(config, options, bytes_per_parameter, best)]
+    if leaves_a_choice(options) and cost(best) < total:
+        notices.append("How much is cut of which kind is measured by the job: shown is about the same share of each.")
+    return best, notices
+
+
+def affordable(config: dict[str, Any], options: Options, bytes_per_parameter: int, tokens: int | None = None) -> list[Keep]:
+    """The shapes within a budget of parameters, bytes or FLOPs; there is one at least. Raises NarrowError (budget_too_small)."""
+    family, dims, units = family_of(config), dimensions(config), options.method.units
+    amount = options.budget.amount()
+    assert amount is not None
     cost, limit = cost_and_limit(config, *amount, bytes_per_parameter)
-    total, word = cost({}), MEASURES[amount[0]][1]
     found = shapes(config, options, cost, limit, tokens)
     least = tokens or (1 if "token" in units else dims.vocab)
     if not found and least == 1:
@@ -179,16 +191,22 @@ def solve(
         smallest = cost(smallest_shape(config, options, least))
         raise NarrowError(
             "budget_too_small",
-            f"Cutting {' and '.join(PLURAL[u] for u in units)} can bring this model from {total:,} to {smallest:,} {word}, "
-            f"not to {limit:,}: raise the budget{_more_units(family, dims, units)}.{_floor(dims, units)}",
+            f"Cutting {' and '.join(PLURAL[u] for u in units)} can bring this model from {cost({}):,} to {smallest:,} "
+            f"{MEASURES[amount[0]][1]}, not to {limit:,}: raise the budget{_more_units(family, dims, units)}."
+            f"{_floor(dims, units)}",
         )
-    best = min(found, key=loss or (lambda keep: _unevenness(dims, keep) - cost(keep) / total))
-    notices = [f"{limit:,} {word} were asked for; whole units make it {cost(best):,}."]
-    if cost(best) == total:
-        return best, [f"{limit:,} {word} were asked for and the base has {total:,}: nothing is cut."]
-    if loss is None and leaves_a_choice(options):
-        notices.append("How much is cut of which kind is measured by the job: shown is about the same share of each.")
-    return best, notices
+    return found
+
+
+def rounding(config: dict[str, Any], options: Options, bytes_per_parameter: int, keep: Keep) -> str:
+    """What a shape makes of a budget of parameters, bytes or FLOPs, as a sentence."""
+    amount = options.budget.amount()
+    assert amount is not None
+    cost, limit = cost_and_limit(config, *amount, bytes_per_parameter)
+    total, word = cost({}), MEASURES[amount[0]][1]
+    if cost(keep) == total:
+        return f"{limit:,} {word} were asked for and the base has {total:,}: nothing is cut."
+    return f"{limit:,} {word} were asked for; whole units make it {cost(keep):,}."
 
 
 def cost_and_limit(
@@ -211,10 +229,14 @@ def whole(dims: Dimensions, units: list[Unit], tokens: int | None = None) -> Kee
 
 def leaves_a_choice(options: Options) -> bool:
     """Whether shapes have to be tried: where arithmetic alone does not say how many units of each kind to keep."""
-    budget = options.budget
-    chosen = [unit for unit in options.method.units if unit != "token"]
+    budget, chosen = options.budget, chosen_units(options)
     measured = budget.retention is not None or budget.latency is not None
     return bool(chosen) and (measured or (budget.keep is None and len(chosen) > 1))
+
+
+def chosen_units(options: Options) -> list[Unit]:
+    """The kinds of which scores say what to keep: of tokens, the text does."""
+    return [unit for unit in options.method.units if unit != "token"]
 
 
 def vocabulary_is_fixed(options: Options) -> bool:
@@ -293,7 +315,7 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
         + (2.0 * before.flops_per_token + 3.0 * after.flops_per_token) * options.skill_tokens * skills
     )
     if leaves_a_choice(options):
-        curves = len(SHARES) * len(method.units)
+        curves = len(SHARES) * len(chosen_units(options))
         whole_shapes, part = (HALVINGS + 1, SEARCH) if options.budget.retention is not None else (SHORTLIST, CHOICE)
         flops += curves * (trimmed.flops_per_token + 6.0 * after.flops_per_token) * TRIAL_TOKENS
         flops += whole_shapes * refit_flops * method.calibration_tokens / 2

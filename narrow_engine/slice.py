@@ -151,7 +151,7 @@ def _cut(value: Tensor, axes: tuple[Axis, ...], plan: Plan, position: int, dims:
     """A tensor of the layer at `position` of the plan, or one expert's part of it, without what is cut."""
     for number, axis in enumerate(axes):
         rows = _kept(axis, plan, position, dims, expert)
-        if rows is not None:
+        if rows is not None and len(rows) < value.shape[number]:
             value = value.index_select(number, torch.tensor(rows, device=value.device))
     return value
 

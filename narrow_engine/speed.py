@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +28,7 @@ def measure_speed(base: PreTrainedModel, narrow: PreTrainedModel, onnx_folders: 
         runners["onnxruntime"] = (_onnx(onnx_folders[0]), _onnx(onnx_folders[1]))
     found = []
     for runtime, pair in runners.items():
-        times: list[list[tuple[float, float]]] = [[], []]
-        started = time.monotonic()
-        for number in range(ROUNDS + 1):
-            if number > 1 and time.monotonic() - started > SECONDS:
-                break
-            for side, runner in enumerate(pair):
-                taken = runner()
-                if number:  # the first round warms up
-                    times[side].append(taken)
+        times = _in_turn(pair, ROUNDS)
         (prefill_base, decode_base), (prefill_narrow, decode_narrow) = (
             (PREFILL / statistics.median(t[0] for t in side), DECODE / statistics.median(t[1] for t in side)) for side in times
         )
@@ -57,15 +49,25 @@ def measure_speed(base: PreTrainedModel, narrow: PreTrainedModel, onnx_folders: 
 def token_seconds(models: list[PreTrainedModel], check: Callable[[], None]) -> list[float]:
     """Seconds of one decoded token of each model, timed in turn: the least of several runs, since what else the machine does
     can only add to it. `check` is called between runs and may raise."""
-    times: list[list[float]] = [[] for _ in models]
-    runners = [_torch(model) for model in models]
-    for number in range(2 * ROUNDS + 1):
+    times = _in_turn([_torch(model) for model in models], 2 * ROUNDS, check)
+    return [min(decode for _, decode in found) / DECODE for found in times]
+
+
+def _in_turn(
+    runners: Sequence[Callable[[], tuple[float, float]]], rounds: int, check: Callable[[], None] = lambda: None
+) -> list[list[tuple[float, float]]]:
+    """Seconds of prefill and of decoding of each runner, in up to `rounds` rounds after one that warms up."""
+    times: list[list[tuple[float, float]]] = [[] for _ in runners]
+    started = time.monotonic()
+    for number in range(rounds + 1):
+        if number > 1 and time.monotonic() - started > SECONDS:
+            break
         for runner, found in zip(runners, times, strict=True):
             check()
-            taken = runner()[1] / DECODE
-            if number:  # the first round warms up
+            taken = runner()
+            if number:
                 found.append(taken)
-    return [min(found) for found in times]
+    return times
 
 
 def _torch(model: PreTrainedModel) -> Callable[[], tuple[float, float]]:

@@ -58,9 +58,11 @@ def load(run: Run, out: Path) -> None:
     room, _ = solve(info.config, spec, DTYPES[info.dtype])
     model = load_model(spec.base.path)
     reader = narrow = _reader(spec.base.path, info.config)
-    target, tokens = _tokenize(run, spec.target, reader), None
+    # What must be kept decides about the vocabulary; the other skills are read one at a time, below.
+    needed = {name: _tokenize(run, skill.data, reader) for name, skill in _skills(run).items() if skill.role == "keep"}
+    target, tokens = needed[spec.target_name], None
     if "token" in spec.method.units:
-        tokens = _trim(run, model, reader, target, room["token"])
+        tokens = _trim(run, model, reader, list(needed.values()), room["token"])
         solve(info.config, spec, DTYPES[info.dtype], len(tokens) if tokens else reader.size)
     if tokens:
         vocabulary.write_files(spec.base.path, out / "tokenizer", tokens)
@@ -81,7 +83,7 @@ def load(run: Run, out: Path) -> None:
     corpus.save(trained_on, out, "training")
     for name, skill in _skills(run).items():
         of_target = name == spec.target_name
-        read = texts if of_target else reading(skill.data, _tokenize(run, skill.data, reader))
+        read = texts if of_target else reading(skill.data, needed[name] if name in needed else _tokenize(run, skill.data, reader))
         places = held_out if of_target else read.base.places()
         sides = read.at(corpus.sample(places, spec.skill_tokens, spec.block_tokens, spec.seed))
         for side, documents in zip(("base", "narrow"), sides, strict=True):
@@ -107,13 +109,12 @@ def _tokenize(run: Run, data: DatasetPath, reader: _Reader, quiet: bool = False)
     return found
 
 
-def _trim(run: Run, model: PreTrainedModel, reader: _Reader, target: corpus.Documents, room: int) -> list[int] | None:
-    """The tokens of the base to keep: all that the target and the skills to keep need, or as many as the budget says outright.
+def _trim(run: Run, model: PreTrainedModel, reader: _Reader, texts: list[corpus.Documents], room: int) -> list[int] | None:
+    """The tokens of the base to keep: all that the texts need, or as many as the budget says outright.
 
     None, with a notice, where the tokenizer is of a kind that cannot be trimmed and the budget does not insist.
     """
     fixed = vocabulary_is_fixed(run.spec)
-    texts = [target, *(_tokenize(run, skill, reader, quiet=True) for skill in run.spec.skills if skill.role == "keep")]
     counts = np.sum([np.bincount(text.tokens, minlength=reader.size) for text in texts], 0)
     configs = [config_dict(model), model.generation_config.to_dict() if model.generation_config else {}]
     named = {number for number in vocabulary.named_ids(*configs) if 0 <= number < reader.size}
@@ -250,10 +251,9 @@ def plan(run: Run, out: Path) -> None:
     norms = run.out("sparsify") / "norms.safetensors"
     if norms.exists():
         scores["neuron"] = load_file(norms)["neuron"]
-    if info["tokens"]:
-        scores["token"] = torch.zeros(info["model"]["config"]["vocab_size"]).index_fill_(0, torch.tensor(info["tokens"]), 1.0)
-    else:
-        scores["token"] = torch.ones(info["model"]["config"]["vocab_size"])
+    vocabulary_size = info["model"]["config"]["vocab_size"]
+    kept_tokens = torch.tensor(info["tokens"] or range(vocabulary_size))
+    scores["token"] = torch.zeros(vocabulary_size).index_fill_(0, kept_tokens, 1.0)
     made = make_plan(info["model"]["config"], scores, _allocation(run).keep)
     (out / "plan.json").write_text(made.model_dump_json())
 

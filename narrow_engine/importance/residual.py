@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from narrow_engine.corpus import Blocks
 from narrow_engine.families import dimensions, present
-from narrow_engine.importance.reconstruction import eliminate
+from narrow_engine.importance.reconstruction import eliminate, written_energy
 from narrow_engine.losses import objective
-from narrow_engine.models import along, config_dict, family, head, hidden_states, layers
+from narrow_engine.models import along, config_dict, family, frozen, head, hidden_states, layers
 from narrow_engine.spec import Criterion
 
 
@@ -48,7 +48,7 @@ def score(
         energies = [gram.diagonal() * weight.square().sum(0) for weight, gram in zip(weights, grams, strict=True)]
         return torch.stack([energy / energy.sum() for energy in energies]).sum(0).sqrt()
     # Each place counts alike, as a share of what is computed there.
-    whole = [((weight @ gram) * weight).sum().sqrt() for weight, gram in zip(weights, grams, strict=True)]
+    whole = [written_energy(weight, gram).sqrt() for weight, gram in zip(weights, grams, strict=True)]
     return eliminate([weight / scale for weight, scale in zip(weights, whole, strict=True)], grams, 1)
 
 
@@ -78,22 +78,19 @@ def _moments(model: PreTrainedModel, blocks: Blocks, tokens: int, progress: Call
 def _effects(model: PreTrainedModel, blocks: Blocks, tokens: int, progress: Callable[[int, int], None]) -> tuple[Tensor, Tensor]:
     """Σ e and Σ e² over tokens, [hidden]."""
     effect = squared = torch.zeros((), dtype=torch.float64, device=model.device)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
     start = model.get_input_embeddings().register_forward_hook(lambda _, args, out: out.requires_grad_(True))
     try:
-        for read, targets in _passes(model, blocks, tokens, progress, every=True):
-            for x in read:
-                x.retain_grad()
-            stream = read[-1].flatten(0, -2)
-            (objective(stream, head(model), targets).total * stream.shape[0]).backward()  # type: ignore[no-untyped-call]
-            each = torch.stack([-(x * _gradient(x)).flatten(0, -2).double() for x in read]).sum(0).detach()
-            effect = effect + each.sum(0)
-            squared = squared + each.square().sum(0)
+        with frozen(model):
+            for read, targets in _passes(model, blocks, tokens, progress, every=True):
+                for x in read:
+                    x.retain_grad()
+                stream = read[-1].flatten(0, -2)
+                (objective(stream, head(model), targets).total * stream.shape[0]).backward()  # type: ignore[no-untyped-call]
+                each = torch.stack([-(x * _gradient(x)).flatten(0, -2).double() for x in read]).sum(0).detach()
+                effect = effect + each.sum(0)
+                squared = squared + each.square().sum(0)
     finally:
         start.remove()
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
     return effect, squared
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from narrow_engine.corpus import Blocks
 from narrow_engine.families import Dimensions, dimensions
 from narrow_engine.losses import objective
-from narrow_engine.models import config_dict, family, head, hidden_states, layers, routed
+from narrow_engine.models import config_dict, family, frozen, head, hidden_states, layers, routed
 
 
 @dataclass
@@ -82,34 +82,31 @@ def collect(
         (_Tap(layer, table.attention_out, table.attention_out), _Tap(layer, table.mlp_out, table.mlp), _Output(layer))
         for layer in layers(model)
     ]
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
     total = max(1, tokens // blocks.length)
     # The inputs and outputs of all the readers live at once: about 256 MiB of them.
     rows = max(1, min(8, 2**26 // (dims.layers * (dims.active * dims.width + dims.axis("q") + 2 * dims.hidden) * blocks.length)))
     try:
-        for first in range(0, total, rows):
-            progress(first, total)
-            batch = blocks.batch(first, min(rows, total - first)).to(model.device)
-            with torch.set_grad_enabled(gradients):
-                hidden = hidden_states(model, batch[:, :-1]).flatten(0, 1)
-                if gradients:
-                    (objective(hidden, head(model), batch[:, 1:].flatten()).total * hidden.shape[0]).backward()  # type: ignore[no-untyped-call]
-            with torch.no_grad():
-                for number, ((attention, mlp, stream), layer) in enumerate(zip(taps, found, strict=True)):
-                    _add(layer, attention, mlp, dims.heads, dims.kv_heads)
-                    written = attention.output.double().square().sum() + mlp.output.double().square().sum()
-                    stream_energy[number] += torch.stack([written, stream.output.double().square().sum()]).cpu()
-            for row in taps:
-                for tap in row:
-                    tap.clear()
-        progress(total, total)
+        with frozen(model):
+            for first in range(0, total, rows):
+                progress(first, total)
+                batch = blocks.batch(first, min(rows, total - first)).to(model.device)
+                with torch.set_grad_enabled(gradients):
+                    hidden = hidden_states(model, batch[:, :-1]).flatten(0, 1)
+                    if gradients:
+                        (objective(hidden, head(model), batch[:, 1:].flatten()).total * hidden.shape[0]).backward()  # type: ignore[no-untyped-call]
+                with torch.no_grad():
+                    for number, ((attention, mlp, stream), layer) in enumerate(zip(taps, found, strict=True)):
+                        _add(layer, attention, mlp, dims.heads, dims.kv_heads)
+                        written = attention.output.double().square().sum() + mlp.output.double().square().sum()
+                        stream_energy[number] += torch.stack([written, stream.output.double().square().sum()]).cpu()
+                for row in taps:
+                    for tap in row:
+                        tap.clear()
+            progress(total, total)
     finally:
         for row in taps:
             for tap in row:
                 tap.remove()
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
     for layer, (written, stream_total) in zip(found, stream_energy, strict=True):
         layer.share = written / stream_total
     return found
