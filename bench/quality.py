@@ -1,20 +1,25 @@
 """How much of a skill is left when three quarters of the MLP neurons are gone: this engine against the paper's recipe.
 
-    python bench/quality.py [--domains python medical] [--seeds 0 1 2] [--tokens 327680] [--threads 1]
+    python bench/quality.py [--domains python medical] [--seeds 0 1 2] [--keep 256] [--arms ...] [--tokens 327680]
 
-Cuts base-s from 1,024 to 256 neurons in every layer. Arms, each with the same training tokens:
-    narrow       reconstruction score, least-squares refit, mixed objective, Muon (the defaults)
+Cuts base-s from 1,024 neurons in every layer to `--keep`, 256 if nothing else is asked for. Arms, each with the same
+training tokens:
+    narrow       reconstruction score, refit, mixed objective, Muon (the defaults)
+    lasso        group lasso for half of the tokens, then the cut and the defaults' recovery for the other half
+    lasso 1/4    the same with a quarter and three quarters
     paper        attribution score, no refit, next token, AdamW at a constant 5e-5 (arXiv 2505.15811; slicing computes what
                  its masks compute)
     paper tuned  the same with the best of several peak rates and linear decay, chosen on a quarter of the tokens, seed 0
     base         the uncut base trained on the same tokens, next token: narrow data improve any model
 
-Losses are nats a token on the validation split, minus the untouched base's. Times are seconds of wall and of processor:
+Losses are nats a token on the validation split, minus the untouched base's; `others` is the same for skills that the domain
+is not. Times are seconds of wall and of processor:
 other work on the machine moves the first and not the second. Each finished arm is kept in bench/out/quality.json and not
 run again; the table is printed from it, and bench/results/quality.json is the one behind the README.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -24,8 +29,10 @@ import torch
 from tokenizers import Tokenizer
 
 from narrow_engine import corpus, importance, models, reconstruct, skills, train
-from narrow_engine.plan import make_plan
+from narrow_engine.plan import make_plan, whole_plan
+from narrow_engine.regularize import GroupLasso
 from narrow_engine.slice import slice_model
+from narrow_engine.spec import GroupLasso as GroupLassoOptions
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE.parent / "demo" / "base"
@@ -33,9 +40,15 @@ TRAIN = {
     "python": HERE.parent / "demo" / "data" / "python.jsonl.gz",
     "medical": HERE / "data" / "medical.train.jsonl.gz",
 }
-KEEP, LENGTH, CALIBRATION, MEASURED = 256, 512, 65_536, 65_536
+VALIDATION = {name: HERE / "data" / f"{name}.validation.jsonl.gz" for name in TRAIN} | {
+    name: HERE.parent / "demo" / "data" / f"{name}.jsonl.gz" for name in ("c", "german", "math")
+}
+LENGTH, CALIBRATION, MEASURED, OTHERS = 512, 65_536, 65_536, 16_384
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-ARMS = ("narrow", "paper", "paper tuned", "base")
+LASSO = {"lasso": 0.5, "lasso 1/4": 0.25}
+"""Share of the tokens that are trained on under the penalty."""
+ARMS = ("narrow", *LASSO, "paper", "paper tuned", "base")
+DEFAULT_ARMS = ("narrow", "paper", "paper tuned", "base")
 
 
 def read(path: Path) -> corpus.Documents:
@@ -52,7 +65,7 @@ def since(started: tuple[float, float]) -> list[float]:
     return [round(now - then, 1) for now, then in zip(clock(), started, strict=True)]
 
 
-def recover(model, blocks, settings, teacher=None) -> list[float]:
+def recover(model, blocks, settings, teacher=None, after_step=None) -> list[float]:
     """Trains in place, returns what it took."""
     started = clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -66,18 +79,28 @@ def recover(model, blocks, settings, teacher=None) -> list[float]:
             check=lambda: None,
             validate=lambda m: 0.0,
             teacher=teacher,
+            after_step=after_step,
         )
     model.eval()
     return since(started)
 
 
-def cut(base, training, seed, criterion, refit):
+def cut(base, training, seed, keep, criterion, refit=False, lasso_tokens=0):
+    """The model that recovery starts from, and what it took."""
     started = clock()
     blocks = corpus.Blocks(training.tokens, LENGTH, seed)
     gradients = criterion in importance.NEEDS_GRADIENTS
     found = importance.collect(base, blocks, CALIBRATION, gradients, lambda *_: None)
     scores = importance.CRITERIA[criterion](base, found, seed)
-    plan = make_plan(models.config_dict(base), scores, {"neuron": KEEP})
+    if lasso_tokens:
+        base = slice_model(base, whole_plan(models.config_dict(base)))
+        settings = train.Settings(lasso_tokens, 2048, "next_token", learning_rate=GroupLassoOptions().learning_rate)
+        blocks = corpus.Blocks(training.tokens, LENGTH, seed + 2)
+        steps = train.shape(settings, blocks)[1]
+        groups = GroupLasso(base, scores["neuron"].sqrt(), 1 - keep / scores["neuron"].shape[1], steps)
+        recover(base, blocks, settings, after_step=groups)
+        scores = {"neuron": groups.norms()}
+    plan = make_plan(models.config_dict(base), scores, {"neuron": keep})
     small = slice_model(base, plan)
     if refit:
         reconstruct.refit(base, small, plan, blocks, CALIBRATION, lambda *_: None)
@@ -88,7 +111,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--domains", nargs="+", default=["python", "medical"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
+    parser.add_argument("--keep", nargs="+", type=int, default=[256])
+    parser.add_argument("--arms", nargs="+", default=DEFAULT_ARMS, choices=ARMS)
     parser.add_argument("--tokens", type=int, default=327_680)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE / "out" / "quality.json")
@@ -105,77 +129,84 @@ def main() -> None:
         options.out.write_text(json.dumps(rows, indent=1))
         print(json.dumps(row), flush=True)
 
-    for domain in options.domains:
+    texts = {name: read(path) for name, path in VALIDATION.items()}
+    for domain, kept in itertools.product(options.domains, options.keep):
         training = read(TRAIN[domain])
-        held_out = corpus.sample(read(HERE / "data" / f"{domain}.validation.jsonl.gz"), MEASURED, LENGTH, 0)
         base = models.load_model(BASE)
-        untouched = skills.loss_of(base, held_out, LENGTH)
+        held_out = {name: corpus.sample(text, MEASURED if name == domain else OTHERS, LENGTH, 0) for name, text in texts.items()}
+        untouched = {name: skills.loss_of(base, text, LENGTH) for name, text in held_out.items()}
 
-        def gap(model, held_out=held_out, untouched=untouched) -> float:
-            return round(skills.loss_of(model, held_out, LENGTH) - untouched, 4)
+        def gap(model, name=domain, held_out=held_out, untouched=untouched) -> float:
+            return round(skills.loss_of(model, held_out[name], LENGTH) - untouched[name], 4)
 
         paper = train.Settings(options.tokens, 4096, "next_token", 1.0, "adamw", 5e-5, "constant")
         for rate in RATES if "paper tuned" in options.arms else ():
-            key = {"domain": domain, "arm": "tuning", "rate": rate, "tokens": options.tokens // 4}
+            key = {"domain": domain, "keep": kept, "arm": "tuning", "rate": rate, "tokens": options.tokens // 4}
             if not known(**key):
-                small, _ = cut(base, training, 0, "attribution", False)
+                small, _ = cut(base, training, 0, kept, "attribution")
                 settings = train.Settings(options.tokens // 4, 4096, "next_token", 1.0, "adamw", rate, "linear")
                 seconds = recover(small, corpus.Blocks(training.tokens, LENGTH, 1), settings)
                 keep(**key, final=gap(small), seconds=seconds)
-            tuned = min((r for r in rows if r["domain"] == domain and r["arm"] == "tuning"), key=lambda r: r["final"])["rate"]
+            tuned = min((r for r in rows if all(r.get(k) == key[k] for k in ("domain", "keep", "arm", "tokens"))), key=final)
 
-        for seed in options.seeds:
-            for arm in options.arms:
-                key = {"domain": domain, "seed": seed, "arm": arm, "tokens": options.tokens}
-                if known(**key):
-                    continue
-                prepared = [0.0, 0.0]
-                if arm == "base":
-                    model = slice_model(base, make_plan(models.config_dict(base), {}, {}))
-                    settings, teacher = train.Settings(options.tokens, 4096, "next_token", 1.0, "muon"), None
-                elif arm == "narrow":
-                    model, prepared = cut(base, training, seed, "reconstruction", True)
-                    settings, teacher = train.Settings(options.tokens, 2048, "mixed", 1.0, "muon"), base
-                else:
-                    model, prepared = cut(base, training, seed, "attribution", False)
-                    settings, teacher = paper, None
-                    if arm == "paper tuned":
-                        settings = train.Settings(options.tokens, 4096, "next_token", 1.0, "adamw", tuned, "linear")
-                before = gap(model)
-                seconds = recover(model, corpus.Blocks(training.tokens, LENGTH, seed + 1), settings, teacher)
-                keep(
-                    **key,
-                    base=round(untouched, 4),
-                    before=before,
-                    final=gap(model),
-                    prepare_seconds=prepared,
-                    seconds=seconds,
-                    rate=settings.learning_rate,
-                )
+        for seed, arm in itertools.product(options.seeds, options.arms):
+            key = {"domain": domain, "keep": None if arm == "base" else kept, "seed": seed, "arm": arm, "tokens": options.tokens}
+            if known(**key):
+                continue
+            prepared = [0.0, 0.0]
+            if arm == "base":
+                model = slice_model(base, whole_plan(models.config_dict(base)))
+                settings, teacher = train.Settings(options.tokens, 4096, "next_token", 1.0, "muon"), None
+            elif arm in ("narrow", *LASSO):
+                regularized = int(LASSO.get(arm, 0) * options.tokens)
+                model, prepared = cut(base, training, seed, kept, "reconstruction", True, regularized)
+                settings, teacher = train.Settings(options.tokens - regularized, 2048, "mixed", 1.0, "muon"), base
+            else:
+                model, prepared = cut(base, training, seed, kept, "attribution")
+                settings, teacher = paper, None
+                if arm == "paper tuned":
+                    settings = train.Settings(options.tokens, 4096, "next_token", 1.0, "adamw", tuned["rate"], "linear")
+            before = gap(model)
+            seconds = recover(model, corpus.Blocks(training.tokens, LENGTH, seed + 1), settings, teacher)
+            keep(
+                **key,
+                base=round(untouched[domain], 4),
+                before=before,
+                final=gap(model),
+                others={name: gap(model, name) for name in texts if name != domain},
+                prepare_seconds=prepared,
+                seconds=seconds,
+                rate=settings.learning_rate,
+            )
     print(table(rows, options.tokens))
+
+
+def final(row: dict) -> float:
+    return row["final"]
 
 
 def table(rows: list[dict], tokens: int) -> str:
     """Mean and range over seeds, as Markdown."""
     lines = [
-        f"| domain | arm | before training | after {tokens:,} tokens | prepare, s (CPU) | train, s (CPU) |",
-        "|---|---|---|---|---|---|",
+        f"| domain | neurons | arm | before training | after {tokens:,} tokens | other skills, after | prepare, s (CPU) | train, s (CPU) |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for domain in dict.fromkeys(r["domain"] for r in rows):
-        for arm in ARMS:
-            found = [r for r in rows if r["domain"] == domain and r["arm"] == arm and r["tokens"] == tokens]
-            if found:
+    done = [r for r in rows if r["tokens"] == tokens and r["arm"] in ARMS]
+    for domain, kept, arm in dict.fromkeys((r["domain"], r["keep"], r["arm"]) for r in done):
+        found = [r for r in done if (r["domain"], r["keep"], r["arm"]) == (domain, kept, arm)]
 
-                def spread(field: str, found=found) -> str:
-                    values = [r[field] for r in found]
-                    return f"{sum(values) / len(values):+.3f} ({min(values):+.3f} … {max(values):+.3f})"
+        def spread(values: list[float]) -> str:
+            return f"{sum(values) / len(values):+.3f} ({min(values):+.3f} … {max(values):+.3f})"
 
-                def mean(field: str, found=found) -> str:
-                    wall, cpu = (sum(r[field][i] for r in found) / len(found) for i in (0, 1))
-                    return f"{wall:.0f} ({cpu:.0f})"
+        def mean(field: str, found=found) -> str:
+            wall, cpu = (sum(r[field][i] for r in found) / len(found) for i in (0, 1))
+            return f"{wall:.0f} ({cpu:.0f})"
 
-                seconds = f"{mean('prepare_seconds')} | {mean('seconds')}"
-                lines.append(f"| {domain} | {arm} | {spread('before')} | {spread('final')} | {seconds} |")
+        others = [sum(r["others"].values()) / len(r["others"]) for r in found if "others" in r]
+        lines.append(
+            f"| {domain} | {kept or 'all'} | {arm} | {spread([r['before'] for r in found])} | {spread([r['final'] for r in found])} "
+            f"| {spread(others) if others else ''} | {mean('prepare_seconds')} | {mean('seconds')} |"
+        )
     return "\n".join(lines)
 
 

@@ -48,6 +48,9 @@ RATE = 0.025
 """The change of a step at the start of a layer's training, relative to the weights: what is right for one model's
 weights would wreck another's, which may be ten times smaller."""
 
+EXACT = 1e-9
+"""Relative squared error of a layer that has nothing to learn: group lasso has cut it already, or nothing in it was cut."""
+
 
 @torch.no_grad()
 def refit(
@@ -212,6 +215,8 @@ def _follow(call: "_Call", streams: list[Tensor], ends: list[Tensor], passes: in
     layer, low = call.layer, training_dtype(streams[0].device)
     before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
     error = _error(call, streams[-1], ends[-1])
+    if error <= EXACT * ends[-1].square().mean():
+        return False
     optimizers = _optimizers(layer, rate)
     steps = passes * (len(streams) - 1)
     schedules = [LambdaLR(optimizer, lambda step: 1 - step / steps) for optimizer in optimizers]
