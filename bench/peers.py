@@ -12,8 +12,8 @@ Every arm takes base-s from 1,024 to 256 neurons in each of its 6 layers, which 
 Cuts, each scored on 65,536 tokens of the domain:
     narrow             this engine's default for neurons: reconstruction score, refit with each layer's training
     narrow, least squares, narrow, no refit   the same neurons, with half of the refit or none of it
-    narrow, tokens     the default for `units`, neurons and tokens, at the parameters of the other cuts: the line of a job from
-                       score to refit, which tries how much to cut of which. It holds a tenth of the text out
+    narrow, tokens     the default for `units`, neurons and tokens, at the parameters of the other cuts: a job from its score to
+                       its refit. It keeps the tokens that the text has, and holds a tenth of the text out
     tp taylor          Torch-Pruning's pruner on each MLP with its group Taylor importance; the ranking is the one that
                        LLM-Pruner calls param_first
     tp mix             the same with LLM-Pruner's default, param_mix: |w g - w² E[g²] / 2| (LLM-Pruner itself wants
@@ -40,14 +40,14 @@ Recoveries:
 All train in blocks of 512 tokens, in batches of 2,048 or 4,096 as the arm says, with warm-up and linear decay to zero, bfloat16
 where this engine would, gradients clipped to 1. TRL would checkpoint activations by default; that is off, as it costs time. Peak
 rates of the peers are tuned on a quarter of the tokens, seed 0: 3e-4, 1e-3 and 3e-3 (LoRA from 1e-3), and further while the best
-is at an end; for each cut, recovery and batch but those in TUNED_ON. GroupNormPruner's strength is tuned likewise, from its
-default up, by the loss after the recovery. This engine's rate is its default, which was once found on this very base.
+is at an end; for each cut and recovery but those in TUNED_ON, in batches of 4,096 (HESSO 2,048). GroupNormPruner's strength is
+tuned likewise, from its default up, by the loss after the recovery. This engine's rate is its default, which was once found on
+this very base.
 
 Losses are nats a token on the validation split, minus the untouched base's; where tokens are cut, nats of the same text for each
-of the base's tokens. Each cut, recovery and probe is a process of its
-own: seconds of wall and of processor for the work alone, without imports and reading, and the process's peak of resident
-memory, all its imports included. Finished ones are kept in bench/out/peers.json and not run again; bench/results/peers.json is
-the one behind the README.
+of the base's tokens. Each cut, recovery and probe is a process of its own: seconds of wall and of processor for the work alone,
+without imports and reading, and the process's peak of resident memory, all its imports included. Finished ones are kept in
+bench/out/peers.json and not run again; bench/results/peers.json is the one behind the README.
 """
 
 import argparse
@@ -67,8 +67,7 @@ import torch
 from quality import BASE, CALIBRATION, HERE, LENGTH, MEASURED, TRAIN, clock, read, recover, since
 from tokenizers import Tokenizer
 
-from narrow_engine import corpus, importance, models, reconstruct, skills, stages, train, vocabulary
-from narrow_engine.pipeline import LINE
+from narrow_engine import corpus, importance, models, reconstruct, skills, train, vocabulary
 from narrow_engine.plan import make_plan, whole_plan
 from narrow_engine.run import Run
 from narrow_engine.slice import slice_model
@@ -101,12 +100,13 @@ PARAMETERS = 4_263_168
 """Of every cut of neurons alone."""
 RATES = {"lora": (1e-3, 3e-3, 1e-2)}
 USUAL_RATES = (3e-4, 1e-3, 3e-3)
-REGULARIZERS = (1e-4, 1e-3, 1e-2)
+REGULARIZERS = (1e-4, 1e-2, 1.0)
 """Of GroupNormPruner; the first is its default."""
 FIXED = {"narrow": None, "line": None, "lora published": 1e-4}
 """Peak rates that are not tuned."""
 TUNED_ON = {
     ("narrow, least squares", "gkd kl"): ("narrow, least squares", "modelopt kd"),
+    ("narrow", "modelopt kd"): ("narrow, least squares", "modelopt kd"),
     ("tp group norm", "adamw"): ("tp taylor", "adamw"),
 }
 """Where a rate is taken over from another cut and recovery, which learns alike: to tune each would take another half hour."""
@@ -416,6 +416,8 @@ def job(folder: Path, seed: int, tokens: int) -> Run:
 
 def run_stages(line: Run, first: str, last: str) -> list[float]:
     """What they took."""
+    from narrow_engine.pipeline import LINE  # it takes 300 MiB, mostly for ONNX
+
     names = [stage.name for stage in LINE]
     started = clock()
     for stage in LINE[names.index(first) : names.index(last) + 1]:
@@ -535,6 +537,8 @@ def run(task: dict, threads: int) -> dict:
 
 def run_job(task: dict) -> dict:
     """The cut or the recovery of a job. The curve's held-out loss is measured on one stretch only: the other arms have none."""
+    from narrow_engine import stages
+
     stages.VALIDATION_TOKENS = 1
     if task["step"] == "cut":
         folder = Path(task["save"])
@@ -628,7 +632,7 @@ class Results:
     def strength(self, tokens: int) -> float:
         """GroupNormPruner's, by the loss after half of `tokens` with its regulariser and half of recovery."""
         key = {"step": "tuning", "cut": "tp group norm", "seed": 0, "tokens": tokens // 2}
-        rate = self.rate("tp taylor", "adamw", 2048, tokens)
+        rate = self.rate("tp taylor", "adamw", tokens)
 
         def row(strength: float) -> dict:
             _, folder = self.saved({**key, "strength": strength})
@@ -636,12 +640,12 @@ class Results:
 
         return self.tuned(REGULARIZERS, row)
 
-    def rate(self, cut: str, name: str, batch: int, tokens: int) -> float | None:
-        """The peak rate of a recovery, tuned on `tokens`."""
+    def rate(self, cut: str, name: str, tokens: int) -> float | None:
+        """The peak rate of a recovery, tuned on `tokens` in batches of 4,096."""
         if name in FIXED:
             return FIXED[name]
         cut, name = TUNED_ON.get((cut, name), (cut, name))
-        key = {"step": "tuning", "cut": cut, "recovery": name, "seed": 0, "tokens": tokens, "batch": batch}
+        key = {"step": "tuning", "cut": cut, "recovery": name, "seed": 0, "tokens": tokens, "batch": 4096}
         return self.tuned(
             RATES.get(name, USUAL_RATES),
             lambda rate: self.known(**key, rate=rate) or self.trained({**key, "rate": rate}, tokens * 4),
@@ -653,7 +657,7 @@ class Results:
 
     def recovery(self, cut: str, name: str, batch: int, seed: int, tokens: int) -> dict:
         spent = tokens // 2 if cut == "tp group norm" else 0
-        rate = self.rate(cut, name, batch, tokens // 4)
+        rate = self.rate(cut, name, tokens // 4)
         key = {
             "step": "recovery",
             "cut": cut,
