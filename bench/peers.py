@@ -40,9 +40,9 @@ Recoveries:
 All train in blocks of 512 tokens, in batches of 2,048 or 4,096 as the arm says, with warm-up and linear decay to zero, bfloat16
 where this engine would, gradients clipped to 1. TRL would checkpoint activations by default; that is off, as it costs time. Peak
 rates of the peers are tuned on a quarter of the tokens, seed 0: 3e-4, 1e-3 and 3e-3 (LoRA from 1e-3), and further while the best
-is at an end; for each cut and recovery but those in TUNED_ON, in batches of 4,096 (HESSO 2,048). GroupNormPruner's strength is
-tuned likewise, from its default up, by the loss after the recovery. This engine's rate is its default, which was once found on
-this very base.
+is at an end; for each cut and recovery but those in TUNED_ON, in batches of 4,096. HESSO takes AdamW's. GroupNormPruner's
+strength is tuned likewise, around its default, by the loss after the recovery. This engine's rate is its default, which was once
+found on this very base.
 
 Losses are nats a token on the validation split, minus the untouched base's; where tokens are cut, nats of the same text for each
 of the base's tokens. Each cut, recovery and probe is a process of its own: seconds of wall and of processor for the work alone,
@@ -454,7 +454,7 @@ PROBES = {
         "m = models.load_model(BASE); m.requires_grad_(True); "
         "tp.DependencyGraph().build_dependency(m, torch.zeros(1, 8, dtype=torch.long), output_transform=lambda o: o.logits); "
         "p = tp.pruner.BasePruner(m, torch.zeros(1, 8, dtype=torch.long), tp.importance.GroupMagnitudeImportance(), "
-        "ignored_layers=[m.lm_head], output_transform=lambda o: o.logits); p.step()"
+        "ignored_layers=[m.lm_head], output_transform=lambda o: o.logits); p.step(); m(torch.zeros(1, 8, dtype=torch.long))"
     ),
     "only-train-once 3.0.1": "import only_train_once",
     "only-train-once 3.0.1, the whole model": (
@@ -617,8 +617,7 @@ class Results:
         if name == "tp group norm":
             key |= {"tokens": tokens // 2, "strength": self.strength(tokens // 4)}
         if name == "oto hesso":
-            grid = {"step": "tuning", "cut": name, "seed": 0, "tokens": tokens // 4}
-            key |= {"tokens": tokens, "rate": self.tuned(USUAL_RATES, lambda rate: self.saved({**grid, "rate": rate})[0])}
+            key |= {"tokens": tokens, "rate": self.rate("tp taylor", "adamw", tokens // 4)}
         return self.saved(key)
 
     def saved(self, key: dict) -> tuple[dict, Path]:
