@@ -687,6 +687,9 @@ def table(results: Results, seeds: list[int], tokens: int, arms: list) -> str:
         cuts = [results.cut(cut, seed, tokens)[0] for seed in seeds]
         line = f"| {label} | {spread([r['gap'] for r in cuts])} |"
         cost = f"{seconds(cuts)}, {max(r['peak_mib'] for r in cuts):,}"
+        if cut == "oto hesso":
+            lines.append(f"| {label} | | {spread([r['gap'] for r in cuts])} | 2,048 | {cuts[0]['rate']:g} | {cost} | |")
+            continue
         if not recovery:
             lines.append(f"{line} | | | {cost} | |")
             continue
