@@ -188,7 +188,8 @@ def final(row: dict) -> float:
 def table(rows: list[dict], tokens: int) -> str:
     """Mean and range over seeds, as Markdown."""
     lines = [
-        f"| domain | neurons | arm | before training | after {tokens:,} tokens | other skills, after | prepare, s (CPU) | train, s (CPU) |",
+        f"| domain | neurons | arm | before training | after {tokens:,} tokens | other skills, after | prepare, s (CPU) "
+        "| train, s (CPU) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     done = [r for r in rows if r["tokens"] == tokens and r["arm"] in ARMS]
@@ -203,10 +204,10 @@ def table(rows: list[dict], tokens: int) -> str:
             return f"{wall:.0f} ({cpu:.0f})"
 
         others = [sum(r["others"].values()) / len(r["others"]) for r in found if "others" in r]
-        lines.append(
-            f"| {domain} | {kept or 'all'} | {arm} | {spread([r['before'] for r in found])} | {spread([r['final'] for r in found])} "
-            f"| {spread(others) if others else ''} | {mean('prepare_seconds')} | {mean('seconds')} |"
-        )
+        losses = [spread([r[field] for r in found]) for field in ("before", "final")]
+        seconds = [mean(field) for field in ("prepare_seconds", "seconds")]
+        cells = [domain, str(kept or "all"), arm, *losses, spread(others) if others else "", *seconds]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

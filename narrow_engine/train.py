@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from narrow_engine import memory
 from narrow_engine.corpus import Blocks
 from narrow_engine.errors import Cancelled
 from narrow_engine.events import Sink
@@ -33,6 +35,8 @@ SHARE: dict[Objective, float] = {"next_token": 0.0, "mixed": 0.5, "distill": 1.0
 
 LEARNING_RATE = {"muon": 2e-3, "adamw": 1e-3}
 WARM_UP = 0.02
+ROOM = 0.8
+"""Share of the memory that a step may fill."""
 CHECKPOINT_SECONDS = 30.0
 POINTS = 40
 """Points on the curve, at most; at every fourth the held-out loss is measured."""
@@ -90,6 +94,7 @@ def train(
     if not curve:
         curve = [CurvePoint(phase=phase, tokens=0, validation=validate(model), seconds=0.0)]
     share = SHARE[settings.objective] if teacher is not None else 0.0
+    recomputes = _recompute_if_needed(model, teacher, rows, blocks.length, partial(emit, "notice", phase))
     started = time.monotonic() - curve[-1].seconds
     saved = time.monotonic()
     interval = max(1, steps // POINTS)
@@ -138,6 +143,9 @@ def train(
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             _save(checkpoint, step + 1, parameters, optimizers, after_step, curve)
             saved = time.monotonic()
+    if recomputes:
+        model.activation_checkpointing_disable()
+        model.disable_input_require_grads()
     model.eval()
     return curve
 
@@ -146,6 +154,29 @@ def shape(settings: Settings, blocks: Blocks) -> tuple[int, int]:
     """Blocks in a batch, and steps."""
     rows = max(1, settings.batch_tokens // blocks.length)
     return rows, max(1, settings.tokens // (rows * blocks.length))
+
+
+def _recompute_if_needed(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    rows: int,
+    length: int,
+    notice: Callable[[str, dict[str, str]], None],
+) -> bool:
+    """Has each layer's activations computed again in the backward pass (Chen et al., arXiv 1604.06174) where all of them
+    would not fit beside weights, gradients, two moments and the teacher. Returns whether it does."""
+    there = memory.limit(model.device)
+    weights = 16 * model.num_parameters() + (4 * teacher.num_parameters() if teacher is not None else 0)
+    needed = memory.activations(model, rows, length)
+    if weights + needed <= ROOM * there:
+        return False
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    notice(
+        f"Of {there / 1e9:.1f} GB of memory a step would take {(weights + needed) / 1e9:.1f}, {needed / 1e9:.1f} of them for "
+        "activations: they are computed again in the backward pass, which gives the same result about a third later.",
+        {"code": "recomputed"},
+    )
+    return True
 
 
 def _step(model: PreTrainedModel, batch: Tensor, teacher: PreTrainedModel | None, share: float, temperature: float) -> float:
