@@ -281,11 +281,12 @@ def _require_exact(parity: Parity, what: str) -> None:
 
 
 def reconstruct(run: Run, out: Path) -> None:
-    """Refits the cut model layer by layer, towards the base's residual stream."""
+    """Refits the cut model layer by layer, towards the base's residual stream; so too after group lasso, whose own stream is
+    that of a model which lost its neurons in few steps."""
     small = _model(run, "slice")
     if run.spec.method.refit and run.spec.method.units != ["token"]:
         least_squares.refit(
-            _source(run),
+            base(run),
             small,
             _plan(run),
             _calibration(run),
