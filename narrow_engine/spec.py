@@ -129,10 +129,26 @@ class Recover(Model):
     temperature: float = Field(1.0, gt=0, le=100, description="Softens both distributions of the distillation term.")
 
 
-class Prune(Model):
-    """Score, cut, refit, recover."""
+Kind = Literal["prune", "distill", "scratch"]
+Init = Literal["cut", "layers", "fresh"]
 
-    kind: Literal["prune"] = "prune"
+
+class Method(Model):
+    """How the small model comes about: one line, of which each kind uses what it needs.
+
+    What is not given follows the kind: see `DEFAULTS`.
+    """
+
+    kind: Kind = Field(
+        "prune",
+        description="prune: score, cut, refit, recover. distill: a student of the size asked for, trained to the base's "
+        "distribution. scratch: fresh weights trained on the text alone, the control.",
+    )
+    init: Init = Field(
+        "cut",
+        description="Weights that training starts from. cut: the base's best units; layers: evenly spaced layers of the base; "
+        "fresh: none of the base, of which only the shape is taken. By default cut to prune, else fresh.",
+    )
     units: list[Unit] = Field(
         default=["neuron", "token"],
         min_length=1,
@@ -153,23 +169,57 @@ class Prune(Model):
     refit: bool = Field(
         True,
         description="Refit layer by layer towards the base's residual stream: least squares for the projections that read the "
-        "cut units, and a short training of the whole layer. No labels are used.",
+        "cut units, and a short training of the whole layer. No labels are used. By default only to prune.",
     )
-    recover: Recover = Field(default_factory=Recover)
+    recover: Recover = Field(
+        default_factory=Recover,
+        description="Its objective is by default mixed to prune, distill to distill, and next_token from scratch.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_kind(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("kind") not in DEFAULTS:
+            return given
+        made = {**DEFAULTS[given["kind"]], **given}
+        if isinstance(made.get("recover", {}), dict):
+            made["recover"] = {"objective": OBJECTIVES[given["kind"]], **made.get("recover", {})}
+        return made
 
     @model_validator(mode="after")
-    def _units_once(self) -> Self:
+    def _consistent(self) -> Self:
         if len(set(self.units)) != len(self.units):
             raise ValueError("'units' names a kind of unit twice")
         if self.regularizer and "neuron" not in self.units:
             raise ValueError("group_lasso acts on neurons: add 'neuron' to 'units' or leave the regularizer out")
+        if self.init == "layers" and set(self.units) - {"token"} != {"layer"}:
+            raise ValueError("'init' takes whole layers of the base: 'units' must be 'layer', alone or with 'token'")
+        if self.init == "fresh" and (self.refit or self.regularizer):
+            raise ValueError(
+                "fresh weights take nothing of the base: leave 'refit' and 'regularizer' out, or set 'init' to 'cut'"
+            )
+        if self.kind == "prune" and self.init == "fresh":
+            raise ValueError("pruning starts from the base: set 'kind' to 'distill' or 'scratch' for fresh weights")
+        if self.kind == "scratch" and (self.init != "fresh" or self.recover.objective != "next_token"):
+            raise ValueError("'scratch' takes nothing of the base: its 'init' is 'fresh' and its objective 'next_token'")
+        if self.kind == "distill" and self.recover.objective == "next_token":
+            raise ValueError("to distill, the objective must be 'distill' or 'mixed'")
         return self
+
+
+OBJECTIVES: dict[str, Objective] = {"prune": "mixed", "distill": "distill", "scratch": "next_token"}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "prune": {},
+    "distill": {"init": "fresh", "refit": False},
+    "scratch": {"init": "fresh", "refit": False},
+}
+"""What a method's options are where its kind says otherwise than their fields do."""
 
 
 class Options(Model):
     """What a spec file and a job have in common."""
 
-    method: Prune = Field(default_factory=Prune)
+    method: Method = Field(default_factory=Method)
     budget: Budget
     export: list[Format] = Field(default=["safetensors", "onnx"], min_length=1, max_length=2)
     block_tokens: int = Field(512, ge=8, le=2**17, description="Length of the token blocks that training reads.")
@@ -184,6 +234,10 @@ class Options(Model):
         measured = self.budget.retention is not None or self.budget.latency is not None
         if measured and self.method.units == ["token"]:
             raise ValueError("a budget of retention or latency needs more in 'units' than 'token': the text decides about tokens")
+        if measured and self.method.init != "cut":
+            raise ValueError(
+                "a budget of retention or latency is met by trying cuts of the base: set 'init' to 'cut', or give a size"
+            )
         if self.budget.retention is not None and self.method.regularizer is not None:
             raise ValueError("a budget of retention tries many sizes and group_lasso trains for one: leave one of them out")
         return self

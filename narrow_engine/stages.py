@@ -27,14 +27,14 @@ from narrow_engine.export import safetensors as safetensors_export
 from narrow_engine.families import dimensions
 from narrow_engine.model_files import DTYPES, ModelInfo, inspect_model
 from narrow_engine.models import config_dict, device, family, greedy, layers, load_model
-from narrow_engine.plan import Plan, Scores, cuts, make_plan, whole_plan
+from narrow_engine.plan import Plan, Scores, cuts, make_plan, unscored, whole_plan
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.report.card import render_card
 from narrow_engine.report.model import Allocation, CurvePoint, File, Parity, Provenance, Report, Sample, Skill, Speed
 from narrow_engine.report.page import render_page
 from narrow_engine.run import Run, write_json
 from narrow_engine.sizing import leaves_a_choice, size_of, solve, vocabulary_is_fixed
-from narrow_engine.slice import compare, mask_model, slice_model
+from narrow_engine.slice import compare, mask_model, renew, slice_model
 from narrow_engine.spec import DatasetPath, Role
 
 VALIDATION_TOKENS = 8192
@@ -246,15 +246,19 @@ def sparsify(run: Run, out: Path) -> None:
 
 
 def plan(run: Run, out: Path) -> None:
-    """Which units stay. After group lasso, the living neurons do."""
-    info, scores = _info(run), _scores(run)
+    """Which units stay. After group lasso, the living neurons do. A student that takes no units has a shape all the same."""
+    info, init, keep = _info(run), run.spec.method.init, _allocation(run).keep
+    scores = _scores(run) if init == "cut" else unscored(info["model"]["config"])
     norms = run.out("sparsify") / "norms.safetensors"
     if norms.exists():
         scores["neuron"] = load_file(norms)["neuron"]
+    if init == "layers":
+        count = len(scores["layer"])
+        scores["layer"][torch.linspace(0, count - 1, keep["layer"]).round().long()] = 1.0
     vocabulary_size = info["model"]["config"]["vocab_size"]
     kept_tokens = torch.tensor(info["tokens"] or range(vocabulary_size))
     scores["token"] = torch.zeros(vocabulary_size).index_fill_(0, kept_tokens, 1.0)
-    made = make_plan(info["model"]["config"], scores, _allocation(run).keep)
+    made = make_plan(info["model"]["config"], scores, keep)
     (out / "plan.json").write_text(made.model_dump_json())
 
 
@@ -262,11 +266,15 @@ def cut(run: Run, out: Path) -> None:
     """Slices, and proves it: the sliced model against the base with the same units masked, on real text."""
     whole, chosen = _source(run), _plan(run)
     small = slice_model(whole, chosen)
+    run.models["slice"] = small
+    if run.spec.method.init == "fresh":
+        renew(small, run.spec.seed)
+        _save_weights(small, out)
+        return
     masked = mask_model(whole, chosen)
     parity = compare(masked, small, _probe(run))
     parity = _despite_ties(run, "slice", parity, PARITY_BOUND, lambda ids: compare(masked, small, ids))
     _require_exact(parity, "slicing")
-    run.models["slice"] = small
     _save_weights(small, out)
     write_json(out / "parity.json", parity.model_dump())
 

@@ -23,7 +23,7 @@ from narrow_client._compress import compress as run_compress
 from narrow_client._errors import InvalidRequest, NarrowClientError
 from narrow_client._render import ProgressDisplay, jobs_table, plain, plan_view, report_view
 from narrow_client._sync import Narrow
-from narrow_client.models import Budget, Event, Job, JobSpec, Prune, SkillId
+from narrow_client.models import Budget, Event, Job, JobSpec, Method, SkillId
 
 
 def words(model: type[BaseModel], field: str) -> tuple[str, ...]:
@@ -171,15 +171,15 @@ def parse_budget(_: click.Context, __: click.Parameter, value: str) -> dict[str,
     metavar="NAME=FILE:ROLE",
     help="Also measure this; role keep, forget or watch.",
 )
-@click.option("--method", type=click.Choice(words(Prune, "kind")), default="prune", show_default=True)
+@click.option("--method", type=click.Choice(words(Method, "kind")), default="prune", show_default=True)
 @click.option(
     "--unit",
     "units",
     multiple=True,
-    type=click.Choice(words(Prune, "units")),
+    type=click.Choice(words(Method, "units")),
     help="Kind of unit to cut. Repeat for several.",
 )
-@click.option("--importance", type=click.Choice(words(Prune, "importance")), help="How units are scored.")
+@click.option("--importance", type=click.Choice(words(Method, "importance")), help="How units are scored.")
 @click.option("--recover-tokens", type=click.IntRange(0), help="Tokens to train on after the cut.")
 @click.option("--column", default="text", show_default=True, help="Field of the text in JSON Lines.")
 @click.option("--export", "exports", multiple=True, type=click.Choice(words(JobSpec, "export")), help="Formats; both by default.")

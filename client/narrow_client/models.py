@@ -371,6 +371,18 @@ class JobError(BaseModel):
     ]
 
 
+class Multiple(RootModel[int]):
+    root: Annotated[
+        int,
+        Field(
+            description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. By default 64 in MLPs of 4,096 neurons and more, else 8. Neurons of experts are kept in multiples of 8 in any case.",
+            ge=1,
+            le=1024,
+            title="Multiple",
+        ),
+    ]
+
+
 class Model(BaseModel):
     id: Annotated[str, Field(examples=["mdl_01h455vb4pex5vsknk084sn02q"], title="Id")]
     name: Annotated[str, Field(title="Name")]
@@ -501,18 +513,6 @@ class Provenance(BaseModel):
     ]
     recovery_tokens: Annotated[int, Field(title="Recovery Tokens")]
     regularizer_tokens: Annotated[int, Field(title="Regularizer Tokens")]
-
-
-class Multiple(RootModel[int]):
-    root: Annotated[
-        int,
-        Field(
-            description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. By default 64 in MLPs of 4,096 neurons and more, else 8. Neurons of experts are kept in multiples of 8 in any case.",
-            ge=1,
-            le=1024,
-            title="Multiple",
-        ),
-    ]
 
 
 class LearningRate(RootModel[float]):
@@ -758,43 +758,30 @@ class Allocation(BaseModel):
     ] = 0
 
 
-class Plan(BaseModel):
+class Method(BaseModel):
     """
-    A dry run: what a job would make, with nothing queued.
-    """
+    How the small model comes about: one line, of which each kind uses what it needs.
 
-    family: Annotated[str, Field(title="Family")]
-    before: Size
-    after: Size
-    keep: Annotated[
-        dict[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"], int],
-        Field(
-            description="Units kept in each layer; for `layer`, `residual` and `token`, in the model.",
-            title="Keep",
-        ),
-    ]
-    memory_bytes: Annotated[
-        int, Field(description="Estimated peak of the job.", title="Memory Bytes")
-    ]
-    seconds: Annotated[
-        float,
-        Field(
-            description="Rough estimate of the job's time on this server's machine.",
-            title="Seconds",
-        ),
-    ]
-    notices: Annotated[list[str], Field(title="Notices")]
-
-
-class Prune(BaseModel):
-    """
-    Score, cut, refit, recover.
+    What is not given follows the kind: see `DEFAULTS`.
     """
 
     model_config = ConfigDict(
         extra="forbid",
     )
-    kind: Annotated[Literal["prune"], Field(title="Kind")] = "prune"
+    kind: Annotated[
+        Literal["prune", "distill", "scratch"] | None,
+        Field(
+            description="prune: score, cut, refit, recover. distill: a student of the size asked for, trained to the base's distribution. scratch: fresh weights trained on the text alone, the control.",
+            title="Kind",
+        ),
+    ] = "prune"
+    init: Annotated[
+        Literal["cut", "layers", "fresh"] | None,
+        Field(
+            description="Weights that training starts from. cut: the base's best units; layers: evenly spaced layers of the base; fresh: none of the base, of which only the shape is taken. By default cut to prune, else fresh.",
+            title="Init",
+        ),
+    ] = "cut"
     units: Annotated[
         list[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"]] | None,
         Field(
@@ -828,11 +815,44 @@ class Prune(BaseModel):
     refit: Annotated[
         bool | None,
         Field(
-            description="Refit layer by layer towards the base's residual stream: least squares for the projections that read the cut units, and a short training of the whole layer. No labels are used.",
+            description="Refit layer by layer towards the base's residual stream: least squares for the projections that read the cut units, and a short training of the whole layer. No labels are used. By default only to prune.",
             title="Refit",
         ),
     ] = True
-    recover: Recover | None = None
+    recover: Annotated[
+        Recover | None,
+        Field(
+            description="Its objective is by default mixed to prune, distill to distill, and next_token from scratch."
+        ),
+    ] = None
+
+
+class Plan(BaseModel):
+    """
+    A dry run: what a job would make, with nothing queued.
+    """
+
+    family: Annotated[str, Field(title="Family")]
+    before: Size
+    after: Size
+    keep: Annotated[
+        dict[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"], int],
+        Field(
+            description="Units kept in each layer; for `layer`, `residual` and `token`, in the model.",
+            title="Keep",
+        ),
+    ]
+    memory_bytes: Annotated[
+        int, Field(description="Estimated peak of the job.", title="Memory Bytes")
+    ]
+    seconds: Annotated[
+        float,
+        Field(
+            description="Rough estimate of the job's time on this server's machine.",
+            title="Seconds",
+        ),
+    ]
+    notices: Annotated[list[str], Field(title="Notices")]
 
 
 class Report(BaseModel):
@@ -870,7 +890,7 @@ class JobSpec(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    method: Prune | None = None
+    method: Method | None = None
     budget: Budget
     export: Annotated[
         list[Literal["safetensors", "onnx"]] | None,

@@ -290,3 +290,29 @@ def test_a_dataset_with_blank_rows_says_how_many(spec, tmp_path, python_file):
     assert status == 0, told
     report = Report.model_validate_json((tmp_path / "run" / "result" / "report.json").read_text())
     assert any("2 blank documents" in n.message for n in report.notices)
+
+
+@pytest.mark.parametrize(
+    ("method", "from_base"),
+    [
+        ({"kind": "distill"}, False),
+        ({"kind": "distill", "init": "cut"}, True),
+        ({"kind": "distill", "init": "layers", "units": ["layer", "token"]}, True),
+        ({"kind": "scratch"}, False),
+    ],
+)
+def test_students_go_down_the_same_line(spec, tmp_path, method, from_base):
+    method = {"calibration_tokens": 1024, "recover": {"tokens": 5120, "batch_tokens": 256}, **method}
+    budget = {"keep": {"layer": 0.67}} if "layer" in method.get("units", ()) else {"parameters": 0.8}
+    code, told = finish(start(spec(method=method, budget=budget), tmp_path / "run"))
+    assert code == 0, told
+    report = Report.model_validate_json((tmp_path / "run" / "result" / "report.json").read_text())
+    assert report.after.parameters < report.before.parameters
+    assert report.spec["method"]["recover"]["objective"] == ("next_token" if method["kind"] == "scratch" else "distill")
+    assert report.skills["python"].recovered.loss < report.skills["python"].cut.loss
+    assert ("slice" in report.parity) == from_base
+    assert (tmp_path / "run" / "score").exists() == (method.get("init") == "cut")
+    if method.get("init") == "layers":
+        assert [cut.per_layer for cut in report.cuts if cut.unit == "layer"] == [[0, 2]]
+    card = (tmp_path / "run" / "result" / "model" / "README.md").read_text()
+    assert ("Trained from scratch" if method["kind"] == "scratch" else "Distilled from") in card
