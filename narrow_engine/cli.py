@@ -91,6 +91,7 @@ def read_spec(path: Path) -> CompressionSpec:
             "base": absolute(spec.base),
             "target": absolute(spec.target),
             "skills": [absolute(s) for s in spec.skills],
+            "broad": spec.broad and absolute(spec.broad),
         }
     )
 

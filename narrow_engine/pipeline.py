@@ -155,7 +155,7 @@ def _run_stage(context: Run, stage: Stage, key: str) -> None:
 def _inputs(spec: CompressionSpec) -> str:
     """Digest of everything outside the spec that a run depends on: the model's files and the datasets'."""
     parts = [inspect_model(spec.base.path).sha256]
-    for data in (spec.target, *spec.skills):
+    for data in spec.data:
         parts += [stages.dataset_sha256(data.path), data.column]
     parts += [f"{skill.name} {skill.role}" for skill in spec.skills]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -9,7 +9,7 @@ This module imports no torch: the API process and the client's generated models 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
@@ -34,7 +34,6 @@ PLURAL: dict[Unit, str] = {
 }
 """The units in a sentence."""
 
-T = TypeVar("T")
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\w][\w .+-]*$")]
 
 
@@ -114,6 +113,16 @@ class GroupLasso(Model):
     learning_rate: float = Field(5e-4, gt=0, le=1)
 
 
+class Curriculum(Model):
+    """Train on broad text as well, since skills rest on one another (arXiv 2505.15811, section 3): its share of the tokens
+    goes from `start` to `end` in a straight line, and stays there.
+    """
+
+    start: float = Field(1.0, ge=0, le=1, description="Share of broad text at first.")
+    end: float = Field(0.0, ge=0, le=1, description="Share of broad text in the end.")
+    until: float = Field(0.5, ge=0, le=1, description="Part of the training after which it is the share in the end.")
+
+
 class Recover(Model):
     """Train the cut model on the target."""
 
@@ -127,6 +136,7 @@ class Recover(Model):
     schedule: Literal["linear", "constant"] = "linear"
     batch_tokens: int = Field(2048, ge=1, le=2**22, description="Tokens of one optimizer step.")
     temperature: float = Field(1.0, gt=0, le=100, description="Softens both distributions of the distillation term.")
+    curriculum: Curriculum | None = Field(None, description="Mixes in the text of `broad`.")
 
 
 Kind = Literal["prune", "distill", "scratch"]
@@ -263,11 +273,19 @@ class CompressionSpec(Options):
     base: ModelPath
     target: DatasetPath
     target_name: Name = Field("target", description="The target's row in the table of skills.")
+    broad: DatasetPath | None = None
     skills: list[SkillPath] = Field(default=[], max_length=50)
 
     @model_validator(mode="after")
-    def _names_once(self) -> Self:
-        return _unique_names(self, [self.target_name, *(s.name for s in self.skills)])
+    def _whole(self) -> Self:
+        _unique_names([self.target_name, *(s.name for s in self.skills)])
+        _broad_where_asked(self.broad, self.method.recover.curriculum)
+        return self
+
+    @property
+    def data(self) -> list[DatasetPath]:
+        """All datasets."""
+        return [self.target, *self.skills, *([self.broad] if self.broad else [])]
 
 
 class ModelId(Model):
@@ -288,18 +306,30 @@ class JobSpec(Options):
 
     base: ModelId
     target: DatasetId
+    broad: DatasetId | None = Field(None, description="The broad text of `method.recover.curriculum`.")
     skills: list[SkillId] = Field(default=[], max_length=50)
 
     @model_validator(mode="after")
-    def _names_once(self) -> Self:
-        return _unique_names(self, [s.name for s in self.skills])
+    def _whole(self) -> Self:
+        _unique_names([s.name for s in self.skills])
+        _broad_where_asked(self.broad, self.method.recover.curriculum)
+        return self
+
+    @property
+    def data(self) -> list[DatasetId]:
+        """All datasets."""
+        return [self.target, *self.skills, *([self.broad] if self.broad else [])]
 
 
-def _unique_names(spec: T, names: list[str]) -> T:
+def _unique_names(names: list[str]) -> None:
     twice = {n for n in names if names.count(n) > 1}
     if twice:
         raise ValueError(f"two skills are called {sorted(twice)[0]!r}: each row of the report needs its own name")
-    return spec
+
+
+def _broad_where_asked(broad: Any, curriculum: Curriculum | None) -> None:
+    if (broad is None) != (curriculum is None):
+        raise ValueError("'broad' is the text of 'method.recover.curriculum': give both, or neither")
 
 
 _NAME_PATTERN = TypeAdapter(Name).json_schema()["pattern"]

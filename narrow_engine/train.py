@@ -21,14 +21,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from narrow_engine import memory
-from narrow_engine.corpus import Blocks
+from narrow_engine.corpus import Blocks, Mixture
 from narrow_engine.errors import Cancelled
 from narrow_engine.events import Sink
 from narrow_engine.losses import objective
 from narrow_engine.models import family, head, hidden_states
 from narrow_engine.muon import Muon, training_dtype
 from narrow_engine.report.model import CurvePoint
-from narrow_engine.spec import Objective
+from narrow_engine.spec import Objective, Recover
 
 SHARE: dict[Objective, float] = {"next_token": 0.0, "mixed": 0.5, "distill": 1.0}
 """Weight of the KL to the base in the loss."""
@@ -55,6 +55,11 @@ class Settings:
     schedule: str = "linear"
 
 
+def settings_of(options: Recover) -> Settings:
+    """Of a recovery; its curriculum is in the blocks."""
+    return Settings(**options.model_dump(exclude={"curriculum"}))
+
+
 class AfterStep(Protocol):
     """Runs after every optimizer step, with the learning rate that it used; its state is part of checkpoints."""
 
@@ -70,7 +75,7 @@ class AfterStep(Protocol):
 
 def train(
     model: PreTrainedModel,
-    blocks: Blocks,
+    blocks: Blocks | Mixture,
     settings: Settings,
     *,
     phase: str,
@@ -150,7 +155,7 @@ def train(
     return curve
 
 
-def shape(settings: Settings, blocks: Blocks) -> tuple[int, int]:
+def shape(settings: Settings, blocks: Blocks | Mixture) -> tuple[int, int]:
     """Blocks in a batch, and steps."""
     rows = max(1, settings.batch_tokens // blocks.length)
     return rows, max(1, settings.tokens // (rows * blocks.length))

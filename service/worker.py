@@ -277,7 +277,7 @@ class _Execution:
                 row = session.get_one(DatasetRow, identifier)
                 return {"path": str(data / "datasets" / identifier / row.file), "column": row.text_column}
 
-            options = spec.model_dump(exclude={"base", "target", "skills"})
+            options = spec.model_dump(exclude={"base", "target", "skills", "broad"})
             made = CompressionSpec.model_validate(
                 {
                     **options,
@@ -285,6 +285,7 @@ class _Execution:
                     "target": dataset(spec.target.dataset),
                     "target_name": self._target_name(session),
                     "skills": [{**dataset(s.dataset), "name": s.name, "role": s.role} for s in spec.skills],
+                    "broad": spec.broad and dataset(spec.broad.dataset),
                 }
             )
         path = self.folder.resolve() / "spec.json"

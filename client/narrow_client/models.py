@@ -186,6 +186,38 @@ class Budget(BaseModel):
     ] = None
 
 
+class Curriculum(BaseModel):
+    """
+    Train on broad text as well, since skills rest on one another (arXiv 2505.15811, section 3): its share of the tokens
+    goes from `start` to `end` in a straight line, and stays there.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    start: Annotated[
+        float | None,
+        Field(
+            description="Share of broad text at first.", ge=0.0, le=1.0, title="Start"
+        ),
+    ] = 1.0
+    end: Annotated[
+        float | None,
+        Field(
+            description="Share of broad text in the end.", ge=0.0, le=1.0, title="End"
+        ),
+    ] = 0.0
+    until: Annotated[
+        float | None,
+        Field(
+            description="Part of the training after which it is the share in the end.",
+            ge=0.0,
+            le=1.0,
+            title="Until",
+        ),
+    ] = 0.5
+
+
 class CurvePoint(BaseModel):
     phase: Annotated[str, Field(title="Phase")]
     tokens: Annotated[int, Field(title="Tokens")]
@@ -582,6 +614,9 @@ class Recover(BaseModel):
             title="Temperature",
         ),
     ] = 1.0
+    curriculum: Annotated[
+        Curriculum | None, Field(description="Mixes in the text of `broad`.")
+    ] = None
 
 
 class Sample(BaseModel):
@@ -917,6 +952,10 @@ class JobSpec(BaseModel):
     seed: Annotated[int | None, Field(ge=0, le=2147483647, title="Seed")] = 0
     base: ModelId
     target: DatasetId
+    broad: Annotated[
+        DatasetId | None,
+        Field(description="The broad text of `method.recover.curriculum`."),
+    ] = None
     skills: Annotated[
         list[SkillId] | None,
         Field(max_length=50, title="Skills", validate_default=True),

@@ -120,7 +120,7 @@ def check_spec(session: Session, spec: JobSpec) -> ModelRow:
     if base is None:
         raise not_found("model", spec.base.model)
     names = [skill.name for skill in spec.skills]
-    for reference in (spec.target, *spec.skills):
+    for reference in spec.data:
         data = session.get(DatasetRow, reference.dataset)
         if data is None:
             raise not_found("dataset", reference.dataset)

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
-from tiny import tiny_model, write_jsonl
+from tiny import documents, tiny_model, write_jsonl
 
 from narrow_engine import corpus
 from narrow_engine.events import read_events
@@ -316,3 +317,25 @@ def test_students_go_down_the_same_line(spec, tmp_path, method, from_base):
         assert [cut.per_layer for cut in report.cuts if cut.unit == "layer"] == [[0, 2]]
     card = (tmp_path / "run" / "result" / "model" / "README.md").read_text()
     assert ("Trained from scratch" if method["kind"] == "scratch" else "Distilled from") in card
+
+
+def test_a_curriculum_mixes_in_broad_text_that_nothing_is_measured_on(spec, tmp_path):
+    broad = write_jsonl(tmp_path / "broad.jsonl", [*documents("german", 40), *documents("python", 5)])
+    recover = {"tokens": 5120, "batch_tokens": 256, "curriculum": {"start": 1, "end": 1}}
+    method = {"kind": "scratch", "recover": recover}
+    code, told = finish(start(spec(method=method, broad={"path": str(broad)}), tmp_path / "run"))
+    assert code == 0, told
+    run = tmp_path / "run"
+    report = Report.model_validate_json((run / "result" / "report.json").read_text())
+    assert "measured_on" in [notice.code for notice in report.notices]
+    measured = [corpus.load(run / "load", f"skill-{n}.base").hashes for n in (0, 1)]
+    kept = corpus.load(run / "load", "broad").hashes
+    assert len(kept) > 10
+    assert not np.isin(kept, np.concatenate(measured)).any()
+    assert report.spec.get("broad") is None
+    # Broad alone, half German, teaches more of it than the target's text does.
+    method = {"kind": "scratch", "recover": {**recover, "curriculum": {"start": 0, "end": 0}}}
+    code, told = finish(start(spec(method=method, broad={"path": str(broad)}), run))
+    assert code == 0, told
+    narrow = Report.model_validate_json((run / "result" / "report.json").read_text())
+    assert report.skills["german"].recovered.loss < narrow.skills["german"].recovered.loss

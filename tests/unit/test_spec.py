@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from narrow_engine.spec import Method, Options
+from narrow_engine.spec import CompressionSpec, Method, Options
 
 
 def test_what_is_not_given_follows_the_kind():
@@ -45,3 +45,10 @@ def test_what_contradicts_itself_is_refused(method, words):
 def test_a_budget_that_is_met_by_trying_needs_a_cut(budget, method):
     with pytest.raises(ValidationError, match="set 'init' to 'cut'"):
         Options.model_validate({"budget": budget, "method": method})
+
+
+@pytest.mark.parametrize(("broad", "curriculum"), [({"path": "b"}, None), (None, {})])
+def test_broad_text_and_its_curriculum_come_together(broad, curriculum):
+    inputs = {"base": {"path": "m"}, "target": {"path": "t"}, "budget": {"parameters": 0.5}, "broad": broad}
+    with pytest.raises(ValidationError, match="give both, or neither"):
+        CompressionSpec.model_validate({**inputs, "method": {"recover": {"curriculum": curriculum}}})
