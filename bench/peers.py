@@ -40,7 +40,7 @@ Recoveries:
 All train in blocks of 512 tokens, in batches of 2,048 or 4,096 as the arm says, with warm-up and linear decay to zero, bfloat16
 where this engine would, gradients clipped to 1. TRL would checkpoint activations by default; that is off, as it costs time. Peak
 rates of the peers are tuned on a quarter of the tokens, seed 0: 3e-4, 1e-3 and 3e-3 (LoRA from 1e-3), and further while the best
-is at an end; for each cut and recovery but those in TUNED_ON, in batches of 4,096. HESSO takes AdamW's. GroupNormPruner's
+is at an end; for each cut and recovery but those in TUNED_ON, in batches of 4,096 (HESSO's of 2,048). GroupNormPruner's
 strength is tuned likewise, around its default, by the loss after the recovery. This engine's rate is its default, which was once
 found on this very base.
 
@@ -617,7 +617,8 @@ class Results:
         if name == "tp group norm":
             key |= {"tokens": tokens // 2, "strength": self.strength(tokens // 4)}
         if name == "oto hesso":
-            key |= {"tokens": tokens, "rate": self.rate("tp taylor", "adamw", tokens // 4)}
+            grid = {"step": "tuning", "cut": name, "seed": 0, "tokens": tokens // 4}
+            key |= {"tokens": tokens, "rate": self.tuned(USUAL_RATES, lambda rate: self.saved({**grid, "rate": rate})[0])}
         return self.saved(key)
 
     def saved(self, key: dict) -> tuple[dict, Path]:
