@@ -85,10 +85,9 @@ def steps(limit: float) -> list[dict]:
     def ours(model, objective_name: str, optimizer: str):
         settings = train.Settings(1, ROWS * LENGTH, objective_name, 1.0, optimizer)
         optimizers = train._optimizers(model, settings)
-        share = train.SHARE[objective_name]
 
         def step() -> None:
-            train._step(model, batch, base if share else None, share, 1.0)
+            train._step(model, batch, base, settings)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for each in optimizers:
                 each.step()

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 Unit = Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"]
 Criterion = Literal["reconstruction", "fisher", "attribution", "activation", "magnitude", "random"]
 Objective = Literal["next_token", "distill", "mixed"]
+Divergence = Literal["kl", "reverse_kl", "js", "skew_kl", "skew_reverse_kl"]
 Role = Literal["keep", "forget", "watch"]
 Format = Literal["safetensors", "onnx"]
 
@@ -33,6 +34,8 @@ PLURAL: dict[Unit, str] = {
     "token": "tokens",
 }
 """The units in a sentence."""
+MIXTURE: dict[Divergence, float] = {"js": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}
+"""What `Recover.mixture` is by default, for the divergences that have one."""
 
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\w][\w .+-]*$")]
 
@@ -128,7 +131,7 @@ class Recover(Model):
 
     objective: Objective = Field(
         "mixed",
-        description="next_token: the data's own next token; distill: KL to the base; mixed: the mean of both.",
+        description="next_token: the data's own next token; distill: divergence from the base; mixed: the mean of both.",
     )
     tokens: int = Field(1_000_000, ge=0, le=10**12, description="Tokens to train on; 0 leaves the cut model as it is.")
     optimizer: Literal["muon", "adamw"] = "muon"
@@ -136,7 +139,25 @@ class Recover(Model):
     schedule: Literal["linear", "constant"] = "linear"
     batch_tokens: int = Field(2048, ge=1, le=2**22, description="Tokens of one optimizer step.")
     temperature: float = Field(1.0, gt=0, le=100, description="Softens both distributions of the distillation term.")
+    divergence: Divergence = Field(
+        "kl",
+        description="Of base p and student q in the distillation term. kl: KL(p‖q); reverse_kl: KL(q‖p); js: generalised "
+        "Jensen–Shannon, β KL(p‖m) + (1−β) KL(q‖m) with m = βp + (1−β)q; skew_kl: KL(p‖αp + (1−α)q); skew_reverse_kl: "
+        "KL(q‖(1−α)p + αq).",
+    )
+    mixture: float | None = Field(
+        None, gt=0, lt=1, description="β of js, by default 0.5, or α of the skewed divergences, by default 0.1."
+    )
     curriculum: Curriculum | None = Field(None, description="Mixes in the text of `broad`.")
+
+    @model_validator(mode="after")
+    def _mixture_of_a_divergence(self) -> Self:
+        if self.mixture is not None and self.divergence not in MIXTURE:
+            raise ValueError(
+                f"'mixture' is the β or α of {', '.join(MIXTURE)}, and {self.divergence!r} has none: choose one of those as "
+                "'divergence' or leave 'mixture' out"
+            )
+        return self
 
 
 Kind = Literal["prune", "distill", "scratch"]

@@ -28,10 +28,10 @@ from narrow_engine.losses import objective
 from narrow_engine.models import family, head, hidden_states
 from narrow_engine.muon import Muon, training_dtype
 from narrow_engine.report.model import CurvePoint
-from narrow_engine.spec import Objective, Recover
+from narrow_engine.spec import Divergence, Objective, Recover
 
 SHARE: dict[Objective, float] = {"next_token": 0.0, "mixed": 0.5, "distill": 1.0}
-"""Weight of the KL to the base in the loss."""
+"""Weight of the divergence from the base in the loss."""
 
 LEARNING_RATE = {"muon": 2e-3, "adamw": 1e-3}
 WARM_UP = 0.02
@@ -53,6 +53,8 @@ class Settings:
     optimizer: str = "adamw"
     learning_rate: float | None = None
     schedule: str = "linear"
+    divergence: Divergence = "kl"
+    mixture: float | None = None
 
 
 def settings_of(options: Recover) -> Settings:
@@ -98,7 +100,6 @@ def train(
     done, curve = _restore(checkpoint, parameters, optimizers, after_step)
     if not curve:
         curve = [CurvePoint(phase=phase, tokens=0, validation=validate(model), seconds=0.0)]
-    share = SHARE[settings.objective] if teacher is not None else 0.0
     recomputes = _recompute_if_needed(model, teacher, rows, blocks.length, partial(emit, "notice", phase))
     started = time.monotonic() - curve[-1].seconds
     saved = time.monotonic()
@@ -118,7 +119,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
         batch = blocks.batch(step * rows, rows).to(model.device)
-        losses.append(_step(model, batch, teacher, share, settings.temperature))
+        losses.append(_step(model, batch, teacher, settings))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -184,8 +185,9 @@ def _recompute_if_needed(
     return True
 
 
-def _step(model: PreTrainedModel, batch: Tensor, teacher: PreTrainedModel | None, share: float, temperature: float) -> float:
+def _step(model: PreTrainedModel, batch: Tensor, teacher: PreTrainedModel | None, settings: Settings) -> float:
     """Forward and backward of one batch [rows, length + 1]; returns the loss."""
+    share = SHARE[settings.objective] if teacher is not None else 0.0
     ids, targets = batch[:, :-1], batch[:, 1:].flatten()
     low = training_dtype(model.device)
     base = None
@@ -194,7 +196,7 @@ def _step(model: PreTrainedModel, batch: Tensor, teacher: PreTrainedModel | None
             with torch.no_grad():
                 base = (hidden_states(teacher, ids).flatten(0, 1).to(low), head(teacher))
         hidden = hidden_states(model, ids).flatten(0, 1).to(low)
-    loss = objective(hidden, head(model), targets, base, share, temperature).total
+    loss = objective(hidden, head(model), targets, base, share, settings.temperature, settings.divergence, settings.mixture).total
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.item()
 

@@ -559,6 +559,18 @@ class LearningRate(RootModel[float]):
     ]
 
 
+class Mixture(RootModel[float]):
+    root: Annotated[
+        float,
+        Field(
+            description="β of js, by default 0.5, or α of the skewed divergences, by default 0.1.",
+            gt=0.0,
+            lt=1.0,
+            title="Mixture",
+        ),
+    ]
+
+
 class Recover(BaseModel):
     """
     Train the cut model on the target.
@@ -570,7 +582,7 @@ class Recover(BaseModel):
     objective: Annotated[
         Literal["next_token", "distill", "mixed"] | None,
         Field(
-            description="next_token: the data's own next token; distill: KL to the base; mixed: the mean of both.",
+            description="next_token: the data's own next token; distill: divergence from the base; mixed: the mean of both.",
             title="Objective",
         ),
     ] = "mixed"
@@ -614,6 +626,20 @@ class Recover(BaseModel):
             title="Temperature",
         ),
     ] = 1.0
+    divergence: Annotated[
+        Literal["kl", "reverse_kl", "js", "skew_kl", "skew_reverse_kl"] | None,
+        Field(
+            description="Of base p and student q in the distillation term. kl: KL(p‖q); reverse_kl: KL(q‖p); js: generalised Jensen–Shannon, β KL(p‖m) + (1−β) KL(q‖m) with m = βp + (1−β)q; skew_kl: KL(p‖αp + (1−α)q); skew_reverse_kl: KL(q‖(1−α)p + αq).",
+            title="Divergence",
+        ),
+    ] = "kl"
+    mixture: Annotated[
+        Mixture | None,
+        Field(
+            description="β of js, by default 0.5, or α of the skewed divergences, by default 0.1.",
+            title="Mixture",
+        ),
+    ] = None
     curriculum: Annotated[
         Curriculum | None, Field(description="Mixes in the text of `broad`.")
     ] = None

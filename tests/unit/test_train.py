@@ -1,6 +1,7 @@
 """The training loop: what was interrupted ends as if it had not been, and group lasso reaches exact zeros."""
 
 import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from narrow_engine.families import dimensions
 from narrow_engine.models import config_dict, hidden_states
 from narrow_engine.muon import training_dtype
 from narrow_engine.regularize import GroupLasso
+from narrow_engine.spec import Divergence
 from narrow_engine.train import Settings, shape, train
 
 TOKENS = np.random.default_rng(0).integers(0, 320, 6000).astype(np.uint32)
@@ -64,6 +66,14 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(tmp_path, family, obj
         assert torch.equal(a, b), name
     assert [p.loss for p in curve] == [p.loss for p in again]
     assert [p.tokens for p in curve] == [p.tokens for p in again]
+
+
+@pytest.mark.parametrize("divergence", get_args(Divergence))
+def test_every_divergence_brings_the_student_to_the_base(tmp_path, divergence):
+    model, teacher = tiny_model("llama", seed=2), tiny_model("llama", seed=1, initializer_range=0.1)
+    settings = Settings(32 * 4 * 15, 128, "distill", 1.0, "muon", 1e-2, divergence=divergence)
+    curve = run(model, settings, tmp_path / "a", teacher=teacher)
+    assert curve[-1].loss < 0.5 * curve[1].loss
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
