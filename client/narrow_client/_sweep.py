@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ SECONDS = 1.0
 """Between two looks at a sweep."""
 PATIENCE = 60.0
 """Seconds without the service after which it is given up: a restart takes less."""
+INPUTS = {"base": "model", "target": "dataset", "broad": "dataset"}
 EXAMPLES = {"model": "mdl_0000000000000000", "dataset": "ds_0000000000000000"}
 
 
@@ -32,7 +34,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
     if not isinstance(spec, dict):
         raise NarrowClientError(f"{path.name} is not a JSON object.")
     skills = spec.get("skills", [])
-    inputs = [("model", spec.get("base")), ("dataset", spec.get("target"))]
+    inputs = [(kind, spec.get(name)) for name, kind in INPUTS.items()]
     inputs += [("dataset", skill) for skill in skills] if isinstance(skills, list) else []
     for kind, item in inputs:
         if isinstance(item, dict) and "path" in item:
@@ -64,7 +66,7 @@ def upload_sweep(client: Narrow, spec: dict[str, Any]) -> dict[str, Any]:
     return _with_ids(spec, upload)
 
 
-def _with_ids(spec: dict[str, Any], identify: Any) -> dict[str, Any]:
+def _with_ids(spec: dict[str, Any], identify: Callable[[str, dict[str, Any]], str]) -> dict[str, Any]:
     def replace(kind: str, item: Any) -> Any:
         if not (isinstance(item, dict) and "path" in item):
             return item
@@ -72,7 +74,7 @@ def _with_ids(spec: dict[str, Any], identify: Any) -> dict[str, Any]:
         return {**rest, kind: identify(kind, item)}
 
     made = {**spec}
-    for name, kind in (("base", "model"), ("target", "dataset")):
+    for name, kind in INPUTS.items():
         if name in made:
             made[name] = replace(kind, made[name])
     if isinstance(made.get("skills"), list):

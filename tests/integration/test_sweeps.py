@@ -1,10 +1,25 @@
 """Sweeps over a real service: points share their first stages, outlive a kill, and make a frontier."""
 
+import asyncio
+import sqlite3
 import time
+from contextlib import closing
 
+import narrow_client
 import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
 from live import QUICK, SLOW, running
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import SQLModel
 from test_service import problem
+from tiny import ROOT
+
+from service.db.session import connect, migrate, open_session
+from service.db.tables import IdempotencyRow, JobRow, now
+from service.settings import Settings
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 SHARED = {"load", "measure_base", "score"}
@@ -125,6 +140,7 @@ def test_what_is_wrong_with_a_sweep_is_told(queueing, spec):
     problem(post(seeds=[1, 1]), 422, "invalid_request", "'seeds' has 1 twice")
     problem(post(budgets=[*spec["budgets"], {"parameters": 0.01}]), 422, "budget_too_small", "'default' with the budget")
     problem(post(budgets=[{"keep": {"head": 0.5}}]), 422, "invalid_request", "which is not among 'method.units'")
+    problem(post(broad=spec["target"]), 422, "invalid_request", "no method has one")
     problem(post(target={"dataset": "ds_0000000000000000"}), 404, "dataset_not_found")
     problem(post(base={"model": "mdl_0000000000000000"}), 404, "model_not_found")
     problem(queueing.http.get("/sweeps/swp_nothing/frontier"), 404, "sweep_not_found")
@@ -161,6 +177,66 @@ def test_a_queued_sweep_is_listed_cancelled_and_deleted(queueing, spec):
     assert queueing.http.get(f"/sweeps/{ids[1]}").json()["counts"] == {"queued": 4}
     assert queueing.http.delete(f"/sweeps/{ids[0]}").status_code == 204
     problem(queueing.http.delete(f"/sweeps/{ids[0]}"), 404, "sweep_not_found")
+
+
+def test_both_clients_do_the_same(queueing, spec):
+    async def twin():
+        async with narrow_client.AsyncNarrow(queueing.url) as client:
+            made = await client.sweeps.create({**spec, "seeds": [7]})
+            assert made.id in [sweep.id async for sweep in client.sweeps.list()]
+            assert len([job async for job in client.jobs.list(sweep=made.id)]) == 4
+            with pytest.raises(narrow_client.JobTimeout, match="it goes on"):
+                await client.sweeps.wait(made.id, timeout=0)
+            assert (await client.sweeps.frontier(made.id)).of == 4
+            assert "<h1>" in await client.sweeps.frontier_page(made.id)
+            await client.sweeps.cancel(made.id)
+            assert (await client.sweeps.wait(made.id)).finished
+            await client.sweeps.delete(made.id)
+            return made
+
+    there = asyncio.run(twin())
+    with narrow_client.Narrow(queueing.url) as client:
+        with pytest.raises(narrow_client.NotFound):
+            client.sweeps.get(there.id)
+        made = client.sweeps.create({**spec, "seeds": [7]}, "key-7")
+        assert client.sweeps.create({**spec, "seeds": [7]}, "key-7") == made
+        assert next(client.sweeps.list()).id == made.id
+        assert [job.sweep for job in client.jobs.list(sweep=made.id)] == [made.id] * 4
+        with pytest.raises(narrow_client.JobTimeout, match="it goes on"):
+            client.sweeps.wait(made.id, timeout=0)
+        assert (client.sweeps.frontier(made.id).of, "<h1>" in client.sweeps.frontier_page(made.id)) == (4, True)
+        client.sweeps.cancel(made.id)
+        assert client.sweeps.wait(made.id).counts == {"cancelled": 4}
+        client.sweeps.delete(made.id)
+
+
+def test_the_tables_of_a_version_before_become_those_of_today(tmp_path):
+    settings = Settings(data=tmp_path)
+    settings.prepare()
+    config = Config()
+    config.set_main_option("script_location", str(ROOT / "service" / "db" / "migrations"))
+    config.attributes["url"] = settings.database
+    command.upgrade(config, "0001")
+    with closing(sqlite3.connect(tmp_path / "narrow.db")) as old, old:
+        old.execute(
+            "INSERT INTO job (id, status, spec, phase, attempt, last_seq, engine_seq, created_at) "
+            "VALUES ('job_a', 'succeeded', '{}', '', 1, 0, 0, '2026-01-01')"
+        )
+        old.execute("INSERT INTO idempotency VALUES ('key', 'digest', 'job_a', '2026-01-01')")
+    migrate(settings)
+    engine = connect(settings)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), SQLModel.metadata) == []
+    with open_session(engine) as session:
+        assert session.get(JobRow, "job_a").sweep is None
+        assert session.get(IdempotencyRow, "key").job_id == "job_a"
+        session.delete(session.get(JobRow, "job_a"))
+        session.commit()
+        session.expire_all()
+        assert session.get(IdempotencyRow, "key") is None
+        session.add(JobRow(id="job_b", status="baked", spec={}, created_at=now()))
+        with pytest.raises(IntegrityError):
+            session.commit()
 
 
 def test_a_running_sweep_is_cancelled_soon(service, tiny_folder, python_file):
