@@ -1,17 +1,18 @@
 """What to compress, into what, and how: the one vocabulary of spec files, API, database and client.
 
 A `CompressionSpec` names its inputs by path and is what the engine runs; a `JobSpec` names the same inputs by id and
-is what `POST /jobs` takes. Everything between the two is shared. Only the inputs and the budget are required: each
-default here is one that was measured (docs/decisions, bench/) and that a person who knows nothing would be glad of.
+is what `POST /jobs` takes; a `SweepSpec` is many such jobs and what `POST /sweeps` takes. Everything between them is shared.
+Only the inputs and the budget are required: each default here is one that was measured (docs/decisions, bench/) and that a
+person who knows nothing would be glad of.
 
 This module imports no torch: the API process and the client's generated models stand on it.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 Unit = Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"]
 Criterion = Literal["reconstruction", "fisher", "attribution", "activation", "magnitude", "random"]
@@ -247,15 +248,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """What a method's options are where its kind says otherwise than their fields do."""
 
 
+Export = Annotated[list[Format], Field(min_length=1, max_length=2)]
+BlockTokens = Annotated[int, Field(ge=8, le=2**17, description="Length of the token blocks that training reads.")]
+SkillTokens = Annotated[int, Field(ge=64, le=10**9, description="Tokens that each skill is measured on, at most.")]
+MAX_SEED = 2**31 - 1
+
+
 class Options(Model):
     """What a spec file and a job have in common."""
 
     method: Method = Field(default_factory=Method)
     budget: Budget
-    export: list[Format] = Field(default=["safetensors", "onnx"], min_length=1, max_length=2)
-    block_tokens: int = Field(512, ge=8, le=2**17, description="Length of the token blocks that training reads.")
-    skill_tokens: int = Field(65_536, ge=64, le=10**9, description="Tokens that each skill is measured on, at most.")
-    seed: int = Field(0, ge=0, le=2**31 - 1)
+    export: Export = ["safetensors", "onnx"]
+    block_tokens: BlockTokens = 512
+    skill_tokens: SkillTokens = 65_536
+    seed: int = Field(0, ge=0, le=MAX_SEED)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -340,6 +347,92 @@ class JobSpec(Options):
     def data(self) -> list[DatasetId]:
         """All datasets."""
         return [self.target, *self.skills, *([self.broad] if self.broad else [])]
+
+
+POINTS = 200
+"""Of a sweep, at most."""
+
+
+class SweepSpec(Model):
+    """What `POST /sweeps` takes: a job for each method, budget and seed, over one base and the same data.
+
+    The frontier that comes out is loss against parameters and against tokens.
+    """
+
+    base: ModelId
+    target: DatasetId
+    broad: DatasetId | None = Field(None, description="The broad text of the methods that have a curriculum.")
+    skills: list[SkillId] = Field(default=[], max_length=50)
+    methods: dict[Name, Method] = Field(
+        default_factory=lambda: {"prune": Method()},
+        min_length=1,
+        max_length=10,
+        description="What is compared, by a name of your own.",
+        examples=[{"prune": {}, "scratch": {"kind": "scratch"}}],
+    )
+    budgets: list[Budget] = Field(min_length=1, max_length=10, examples=[[{"parameters": 0.5}, {"parameters": 0.25}]])
+    seeds: list[int] = Field(default=[0], min_length=1, max_length=10, description="The figures are means over the seeds.")
+    export: Export = ["safetensors"]
+    block_tokens: BlockTokens = 512
+    skill_tokens: SkillTokens = 65_536
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name, values in (("budgets", self.budgets), ("seeds", self.seeds)):
+            twice = [value for number, value in enumerate(values) if value in values[:number]]
+            if twice:
+                told = twice[0].model_dump_json(exclude_none=True) if isinstance(twice[0], Budget) else twice[0]
+                raise ValueError(f"{name!r} has {told} twice")
+        for seed in self.seeds:
+            if not 0 <= seed <= MAX_SEED:
+                raise ValueError(f"'seeds' has {seed}: a seed is a number from 0 to {MAX_SEED}")
+        count = len(self.methods) * len(self.budgets) * len(self.seeds)
+        if count > POINTS:
+            product = f"{len(self.methods)} methods × {len(self.budgets)} budgets × {len(self.seeds)} seeds"
+            raise ValueError(f"{product} make {count} points: a sweep has at most {POINTS}")
+        if self.broad and not any(method.recover.curriculum for method in self.methods.values()):
+            raise ValueError("'broad' is the text of a curriculum, and no method has one: give both, or neither")
+        for name, method in self.methods.items():
+            for budget in self.budgets:
+                try:
+                    self.job(method, budget, self.seeds[0])
+                except ValidationError as error:
+                    first = error.errors(include_url=False)[0]
+                    told = budget.model_dump_json(exclude_none=True)
+                    raise ValueError(f"the method {name!r} with the budget {told}: {wording(first)}") from error
+        return self
+
+    def job(self, method: Method, budget: Budget, seed: int) -> JobSpec:
+        """The job of one point."""
+        return JobSpec(
+            base=self.base,
+            target=self.target,
+            broad=self.broad if method.recover.curriculum else None,
+            skills=self.skills,
+            method=method,
+            budget=budget,
+            export=self.export,
+            block_tokens=self.block_tokens,
+            skill_tokens=self.skill_tokens,
+            seed=seed,
+        )
+
+
+class SweepPoint(NamedTuple):
+    """One job of a sweep: the name of its method, and its spec."""
+
+    method: str
+    spec: JobSpec
+
+
+def points(sweep: SweepSpec) -> list[SweepPoint]:
+    """The jobs of a sweep, in the order in which they should run: those that share most one after the other."""
+    return [
+        SweepPoint(name, sweep.job(method, budget, seed))
+        for seed in sweep.seeds
+        for name, method in sweep.methods.items()
+        for budget in sweep.budgets
+    ]
 
 
 def _unique_names(names: list[str]) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, RootModel
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    RootModel,
+    StringConstraints,
+)
 from typing_extensions import TypeAliasType
 
 
@@ -753,6 +760,16 @@ class Speed(BaseModel):
     decode_narrow: Annotated[float, Field(title="Decode Narrow")]
 
 
+class Spread(BaseModel):
+    """
+    A figure over seeds: mean and range.
+    """
+
+    mean: Annotated[float, Field(title="Mean")]
+    low: Annotated[float, Field(title="Low")]
+    high: Annotated[float, Field(title="High")]
+
+
 class Trial(BaseModel):
     """
     A shape that was tried before one was chosen. Losses are of training text set apart, in nats above the base's.
@@ -817,6 +834,77 @@ class Allocation(BaseModel):
             title="Recovery Tokens",
         ),
     ] = 0
+
+
+class CurveMean(BaseModel):
+    phase: Annotated[str, Field(title="Phase")]
+    tokens: Annotated[
+        int, Field(description="Trained on so far, over all phases.", title="Tokens")
+    ]
+    loss: Spread
+
+
+class Figures(BaseModel):
+    """
+    What a run came to on its target. Losses are nats per token of the base, on held-out text.
+    """
+
+    target: Annotated[str, Field(title="Target")]
+    base_parameters: Annotated[int, Field(title="Base Parameters")]
+    base_loss: Annotated[float, Field(title="Base Loss")]
+    parameters: Annotated[int, Field(title="Parameters")]
+    cut_loss: Annotated[
+        float,
+        Field(
+            description="Before any training: after the cut and the refit.",
+            title="Cut Loss",
+        ),
+    ]
+    loss: Annotated[float, Field(description="After recovery.", title="Loss")]
+    retention: Interval
+    tokens: Annotated[
+        int, Field(description="Trained on, with those of group lasso.", title="Tokens")
+    ]
+    seconds: Annotated[
+        float,
+        Field(
+            description="Of all its stages, also of those that another point did for it.",
+            title="Seconds",
+        ),
+    ]
+
+
+class FrontierCurve(BaseModel):
+    """
+    Held-out loss against tokens, of a method at a budget. It is measured on a part of the text that the points have.
+    """
+
+    method: Annotated[str, Field(title="Method")]
+    budget: Budget
+    points: Annotated[list[CurveMean], Field(title="Points")]
+
+
+class FrontierPoint(BaseModel):
+    """
+    A method at a budget, over the seeds that have finished.
+    """
+
+    method: Annotated[str, Field(title="Method")]
+    budget: Budget
+    seeds: Annotated[list[int], Field(title="Seeds")]
+    parameters: Spread
+    cut_loss: Spread
+    loss: Spread
+    retention: Spread
+    tokens: Spread
+    seconds: Spread
+    dominated: Annotated[
+        bool,
+        Field(
+            description="Another point has no more parameters and no more loss, and less of one: by the means.",
+            title="Dominated",
+        ),
+    ]
 
 
 class Method(BaseModel):
@@ -916,6 +1004,27 @@ class Plan(BaseModel):
     notices: Annotated[list[str], Field(title="Notices")]
 
 
+class Point(BaseModel):
+    """
+    A point of a sweep, which is a job.
+    """
+
+    job: Annotated[str, Field(title="Job")]
+    method: Annotated[
+        str, Field(description="The name of its method in the sweep.", title="Method")
+    ]
+    budget: Budget
+    seed: Annotated[int, Field(title="Seed")]
+    status: Annotated[
+        Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"],
+        Field(title="Status"),
+    ]
+    error: JobError | None = None
+    figures: Annotated[
+        Figures | None, Field(description="What came out, once it has succeeded.")
+    ] = None
+
+
 class Report(BaseModel):
     schema_version: Annotated[Literal[1], Field(title="Schema Version")] = 1
     target: Annotated[
@@ -941,6 +1050,102 @@ class Report(BaseModel):
     notices: Annotated[list[Notice], Field(title="Notices")]
     files: Annotated[list[File], Field(title="Files")]
     provenance: Provenance
+
+
+class SweepSpec(BaseModel):
+    """
+    What `POST /sweeps` takes: a job for each method, budget and seed, over one base and the same data.
+
+    The frontier that comes out is loss against parameters and against tokens.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    base: ModelId
+    target: DatasetId
+    broad: Annotated[
+        DatasetId | None,
+        Field(description="The broad text of the methods that have a curriculum."),
+    ] = None
+    skills: Annotated[
+        list[SkillId] | None,
+        Field(max_length=50, title="Skills", validate_default=True),
+    ] = []
+    methods: Annotated[
+        dict[Annotated[str, StringConstraints(pattern=r"^[\w][\w .+-]*$", min_length=1, max_length=100)], Method] | None,
+        Field(
+            description="What is compared, by a name of your own.",
+            examples=[{"prune": {}, "scratch": {"kind": "scratch"}}],
+            title="Methods",
+        ),
+    ] = None
+    budgets: Annotated[
+        list[Budget],
+        Field(
+            examples=[[{"parameters": 0.5}, {"parameters": 0.25}]],
+            max_length=10,
+            min_length=1,
+            title="Budgets",
+        ),
+    ]
+    seeds: Annotated[
+        list[int] | None,
+        Field(
+            description="The figures are means over the seeds.",
+            max_length=10,
+            min_length=1,
+            title="Seeds",
+        ),
+    ] = [0]
+    export: Annotated[
+        list[Literal["safetensors", "onnx"]] | None,
+        Field(max_length=2, min_length=1, title="Export"),
+    ] = ["safetensors"]
+    block_tokens: Annotated[
+        int | None,
+        Field(
+            description="Length of the token blocks that training reads.",
+            ge=8,
+            le=131072,
+            title="Block Tokens",
+        ),
+    ] = 512
+    skill_tokens: Annotated[
+        int | None,
+        Field(
+            description="Tokens that each skill is measured on, at most.",
+            ge=64,
+            le=1000000000,
+            title="Skill Tokens",
+        ),
+    ] = 65536
+
+
+class Frontier(BaseModel):
+    """
+    Loss against parameters and against tokens, of what has finished of a sweep.
+    """
+
+    target: Annotated[
+        str,
+        Field(
+            description="The target's name; empty while nothing has finished.",
+            title="Target",
+        ),
+    ]
+    finished: Annotated[
+        int,
+        Field(description="Points of the sweep that have succeeded.", title="Finished"),
+    ]
+    of: Annotated[int, Field(title="Of")]
+    base_parameters: Annotated[int, Field(title="Base Parameters")]
+    base_loss: Annotated[float, Field(title="Base Loss")]
+    points: Annotated[
+        list[FrontierPoint],
+        Field(description="By parameters, the smallest first.", title="Points"),
+    ]
+    curves: Annotated[list[FrontierCurve], Field(title="Curves")]
 
 
 class JobSpec(BaseModel):
@@ -988,6 +1193,45 @@ class JobSpec(BaseModel):
     ] = []
 
 
+class Sweep(BaseModel):
+    id: Annotated[str, Field(examples=["swp_01h455vb4pex5vsknk084sn02q"], title="Id")]
+    spec: SweepSpec
+    counts: Annotated[
+        dict[Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"], int],
+        Field(description="Points by the status of their jobs.", title="Counts"),
+    ]
+    finished: Annotated[
+        bool,
+        Field(
+            description="Whether every point has ended, however it did.",
+            title="Finished",
+        ),
+    ]
+    created_at: Annotated[AwareDatetime, Field(title="Created At")]
+
+
+class SweepPoints(BaseModel):
+    """
+    A sweep with its points, in the order in which they run.
+    """
+
+    id: Annotated[str, Field(examples=["swp_01h455vb4pex5vsknk084sn02q"], title="Id")]
+    spec: SweepSpec
+    counts: Annotated[
+        dict[Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"], int],
+        Field(description="Points by the status of their jobs.", title="Counts"),
+    ]
+    finished: Annotated[
+        bool,
+        Field(
+            description="Whether every point has ended, however it did.",
+            title="Finished",
+        ),
+    ]
+    created_at: Annotated[AwareDatetime, Field(title="Created At")]
+    points: Annotated[list[Point], Field(title="Points")]
+
+
 class Job(BaseModel):
     id: Annotated[str, Field(examples=["job_01h455vb4pex5vsknk084sn02q"], title="Id")]
     status: Annotated[
@@ -1015,6 +1259,10 @@ class Job(BaseModel):
             title="Result Model",
         ),
     ] = None
+    sweep: Annotated[
+        str | None,
+        Field(description="The sweep that it is a point of, if it is.", title="Sweep"),
+    ] = None
     created_at: Annotated[AwareDatetime, Field(title="Created At")]
     started_at: Annotated[AwareDatetime | None, Field(title="Started At")] = None
     finished_at: Annotated[AwareDatetime | None, Field(title="Finished At")] = None
@@ -1022,4 +1270,9 @@ class Job(BaseModel):
 
 class PageJob(BaseModel):
     data: Annotated[list[Job], Field(title="Data")]
+    next_cursor: Annotated[str | None, Field(title="Next Cursor")] = None
+
+
+class PageSweep(BaseModel):
+    data: Annotated[list[Sweep], Field(title="Data")]
     next_cursor: Annotated[str | None, Field(title="Next Cursor")] = None
