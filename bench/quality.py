@@ -5,8 +5,7 @@
 Cuts base-s from 1,024 neurons in every layer to `--keep`, 256 if nothing else is asked for. Arms, each with the same
 training tokens:
     narrow       reconstruction score, refit, mixed objective, Muon (the defaults)
-    lasso        group lasso for half of the tokens, then the cut and the defaults' recovery for the other half
-    lasso 1/4    the same with a quarter and three quarters
+    lasso        group lasso for a quarter of the tokens, then the cut, the refit and the defaults' recovery
     paper        attribution score, no refit, next token, AdamW at a constant 5e-5 (arXiv 2505.15811; slicing computes what
                  its masks compute)
     paper tuned  the same with the best of several peak rates and linear decay, chosen on a quarter of the tokens, seed 0
@@ -45,9 +44,9 @@ VALIDATION = {name: HERE / "data" / f"{name}.validation.jsonl.gz" for name in TR
 }
 LENGTH, CALIBRATION, MEASURED, OTHERS = 512, 65_536, 65_536, 16_384
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-LASSO = {"lasso": 0.5, "lasso 1/4": 0.25}
+LASSO = 0.25
 """Share of the tokens that are trained on under the penalty."""
-ARMS = ("narrow", *LASSO, "paper", "paper tuned", "base")
+ARMS = ("narrow", "lasso", "paper", "paper tuned", "base")
 DEFAULT_ARMS = ("narrow", "paper", "paper tuned", "base")
 
 
@@ -92,16 +91,17 @@ def cut(base, training, seed, keep, criterion, refit=False, lasso_tokens=0):
     gradients = criterion in importance.NEEDS_GRADIENTS
     found = importance.collect(base, blocks, CALIBRATION, gradients, lambda *_: None)
     scores = importance.CRITERIA[criterion](base, found, seed)
+    source = base
     if lasso_tokens:
-        base = slice_model(base, whole_plan(models.config_dict(base)))
+        source = slice_model(base, whole_plan(models.config_dict(base)))
         settings = train.Settings(lasso_tokens, 2048, "next_token", learning_rate=GroupLassoOptions().learning_rate)
-        blocks = corpus.Blocks(training.tokens, LENGTH, seed + 2)
-        steps = train.shape(settings, blocks)[1]
-        groups = GroupLasso(base, scores["neuron"].sqrt(), 1 - keep / scores["neuron"].shape[1], steps)
-        recover(base, blocks, settings, after_step=groups)
+        trained = corpus.Blocks(training.tokens, LENGTH, seed + 2)
+        steps = train.shape(settings, trained)[1]
+        groups = GroupLasso(source, scores["neuron"].sqrt(), 1 - keep / scores["neuron"].shape[1], steps)
+        recover(source, trained, settings, after_step=groups)
         scores = {"neuron": groups.norms()}
     plan = make_plan(models.config_dict(base), scores, {"neuron": keep})
-    small = slice_model(base, plan)
+    small = slice_model(source, plan)
     if refit:
         reconstruct.refit(base, small, plan, blocks, CALIBRATION, lambda *_: None)
     return small, since(started)
@@ -157,8 +157,8 @@ def main() -> None:
             if arm == "base":
                 model = slice_model(base, whole_plan(models.config_dict(base)))
                 settings, teacher = train.Settings(options.tokens, 4096, "next_token", 1.0, "muon"), None
-            elif arm in ("narrow", *LASSO):
-                regularized = int(LASSO.get(arm, 0) * options.tokens)
+            elif arm in ("narrow", "lasso"):
+                regularized = int(LASSO * options.tokens) if arm == "lasso" else 0
                 model, prepared = cut(base, training, seed, kept, "reconstruction", True, regularized)
                 settings, teacher = train.Settings(options.tokens - regularized, 2048, "mixed", 1.0, "muon"), base
             else:
@@ -188,7 +188,8 @@ def final(row: dict) -> float:
 def table(rows: list[dict], tokens: int) -> str:
     """Mean and range over seeds, as Markdown."""
     lines = [
-        f"| domain | neurons | arm | before training | after {tokens:,} tokens | other skills, after | prepare, s (CPU) | train, s (CPU) |",
+        f"| domain | neurons | arm | before training | after {tokens:,} tokens | other skills, after | prepare, s (CPU) "
+        "| train, s (CPU) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     done = [r for r in rows if r["tokens"] == tokens and r["arm"] in ARMS]
@@ -203,10 +204,10 @@ def table(rows: list[dict], tokens: int) -> str:
             return f"{wall:.0f} ({cpu:.0f})"
 
         others = [sum(r["others"].values()) / len(r["others"]) for r in found if "others" in r]
-        lines.append(
-            f"| {domain} | {kept or 'all'} | {arm} | {spread([r['before'] for r in found])} | {spread([r['final'] for r in found])} "
-            f"| {spread(others) if others else ''} | {mean('prepare_seconds')} | {mean('seconds')} |"
-        )
+        losses = [spread([r[field] for r in found]) for field in ("before", "final")]
+        seconds = [mean(field) for field in ("prepare_seconds", "seconds")]
+        cells = [domain, str(kept or "all"), arm, *losses, spread(others) if others else "", *seconds]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -42,7 +42,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 @click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The run's folder; made if missing.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-def run(spec: Path, out: Path, quiet: bool) -> None:
+@click.option("--shared", type=click.Path(file_okay=False, path_type=Path), hidden=True)  # where the service's jobs share stages
+def run(spec: Path, out: Path, quiet: bool, shared: Path | None) -> None:
     """Run a compression from a spec file, without a server."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -57,7 +58,7 @@ def run(spec: Path, out: Path, quiet: bool) -> None:
     try:
         with _lock(out / "lock"):
             failure.unlink(missing_ok=True)
-            _run(wanted, out, quiet)
+            _run(wanted, out, quiet, shared)
     except Cancelled as error:
         click.echo(str(error), err=True)
         sys.exit(130)
@@ -91,11 +92,12 @@ def read_spec(path: Path) -> CompressionSpec:
             "base": absolute(spec.base),
             "target": absolute(spec.target),
             "skills": [absolute(s) for s in spec.skills],
+            "broad": spec.broad and absolute(spec.broad),
         }
     )
 
 
-def _run(spec: CompressionSpec, out: Path, quiet: bool) -> None:
+def _run(spec: CompressionSpec, out: Path, quiet: bool, shared: Path | None) -> None:
     # Imported here: it takes seconds, and a mistake in the spec should be told at once.
     from narrow_engine.pipeline import run as run_line
 
@@ -116,7 +118,7 @@ def _run(spec: CompressionSpec, out: Path, quiet: bool) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
-        result = run_line(spec, out, sink, stop)
+        result = run_line(spec, out, sink, stop, shared)
     except Cancelled:
         raise
     except NarrowError as error:

@@ -217,7 +217,7 @@ class Blocks:
         if self.count < 1:
             raise NarrowError(
                 "text_too_short",
-                f"The target holds {len(tokens)} tokens to train on, and a block takes {length}: bring at least "
+                f"There are {len(tokens)} tokens to train on, and a block takes {length}: bring at least "
                 f"{2 * length + 1} tokens or lower block_tokens.",
             )
         self.tokens, self.length, self.seed = tokens, length, seed
@@ -238,6 +238,33 @@ class Blocks:
             )
         at = self._offset + int(self._order[position]) * self.length
         return self.tokens[at : at + self.length + 1].astype(np.int64)
+
+
+class Mixture:
+    """Blocks of two texts, of which the share of the second goes from `start` to `end` over the first `until` blocks.
+
+    Which block is whose is a function of its number alone, as the order within each text is.
+    """
+
+    def __init__(self, narrow: Blocks, broad: Blocks, start: float, end: float, until: float) -> None:
+        self.narrow, self.broad, self.length = narrow, broad, narrow.length
+        self.start, self.end, self.until = start, end, until
+
+    def broad_before(self, index: int) -> int:
+        """How many of the blocks before a number are broad: the integral of the share, rounded."""
+        falling = min(float(index), self.until)
+        slope = (self.end - self.start) / self.until if self.until else 0.0
+        return round(self.start * falling + slope * falling**2 / 2 + self.end * (index - falling))
+
+    def batch(self, first: int, rows: int) -> torch.Tensor:
+        """Like `Blocks.batch`."""
+        return torch.cat([self._block(index) for index in range(first, first + rows)])
+
+    def _block(self, index: int) -> torch.Tensor:
+        before = self.broad_before(index)
+        if self.broad_before(index + 1) > before:
+            return self.broad.batch(before, 1)
+        return self.narrow.batch(index - before, 1)
 
 
 def windows(documents: Documents, length: int) -> list[tuple[int, NDArray[np.int64]]]:

@@ -4,15 +4,23 @@ At a vocabulary of 150,000 the logits of one batch take gigabytes, several times
 positions at a time. The gradient is computed in the same pass, chunk by chunk: softmax − target is known as soon as the
 logits are, so nothing of the vocabulary's size is kept for the backward pass.
 
-One function covers the three objectives: (1 − share) · cross-entropy + share · T² · KL(base ‖ student at temperature T)
-(Hinton et al., arXiv 1503.02531, section 2). A model that caps its logits (Gemma 2) is trained on the capped ones.
+One function covers the three objectives: (1 − share) · cross-entropy + share · T² · a divergence of base and student at
+temperature T (Hinton et al., arXiv 1503.02531, section 2). A model that caps its logits (Gemma 2) trains on the capped ones.
+
+With p the base's probabilities, q the student's and g = ∂L/∂q, the gradient of any divergence L in the student's logits is
+q ⊙ (g − Σ q g); of KL(p ‖ q) that is q − p.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from narrow_engine.spec import MIXTURE, Divergence
 
 CHUNK = 256
 """Positions whose logits exist at once; 128 to 256 measured fastest on CPU at a vocabulary of 8,192."""
@@ -37,7 +45,7 @@ class Losses:
 
     total: Tensor
     next_token: float
-    kl: float
+    divergence: float
 
 
 def objective(
@@ -47,12 +55,19 @@ def objective(
     teacher: tuple[Tensor, Head] | None = None,
     share: float = 0.0,
     temperature: float = 1.0,
+    divergence: Divergence = "kl",
+    mixture: float | None = None,
 ) -> Losses:
     """The training loss of hidden states [positions, hidden] against targets [positions].
 
-    `teacher` gives the base's hidden states at the same positions and its head; `share` is the weight of the KL to it.
+    `teacher` gives the base's hidden states at the same positions and its head; `share` is the weight of the divergence
+    from it, and `mixture` the β or α that the divergence has.
     """
-    total, parts = _Objective.apply(hidden, head.weight, head.softcap, targets, teacher, share, temperature)  # type: ignore[no-untyped-call]
+    if mixture is None:
+        mixture = MIXTURE.get(divergence, 0.0)
+    total, parts = _Objective.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head.softcap, targets, teacher, share, temperature, divergence, mixture
+    )
     return Losses(total, *parts.tolist())
 
 
@@ -67,6 +82,8 @@ class _Objective(torch.autograd.Function):
         teacher: tuple[Tensor, Head] | None,
         share: float,
         temperature: float,
+        divergence: Divergence,
+        mixture: float,
     ) -> tuple[Tensor, Tensor]:
         # One cast of the weights, not one a chunk.
         head, count = Head(weight.detach().to(hidden.dtype), softcap), hidden.shape[0]
@@ -80,15 +97,17 @@ class _Objective(torch.autograd.Function):
             rows = hidden[at : at + CHUNK]
             logits = head.logits(rows)
             slope = None if softcap is None else 1 - (logits / softcap).square()
-            grad, next_token, kl = _chunk(
+            grad, next_token, apart = _chunk(
                 logits,
                 targets[at : at + CHUNK],
                 teacher and teacher[1].logits(teacher[0][at : at + CHUNK]),
                 share,
                 temperature,
+                divergence,
+                mixture,
             )
             sums[0] += next_token
-            sums[1] += kl
+            sums[1] += apart
             if slope is not None:
                 grad *= slope
             grad = grad.div_(count).to(rows.dtype)
@@ -102,31 +121,90 @@ class _Objective(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grads[0] * grad_hidden, grads[0] * grad_weight, None, None, None, None, None
+        return grads[0] * grad_hidden, grads[0] * grad_weight, *[None] * 7
 
 
 def _chunk(
-    logits: Tensor, targets: Tensor, base: Tensor | None, share: float, temperature: float
+    logits: Tensor,
+    targets: Tensor,
+    base: Tensor | None,
+    share: float,
+    temperature: float,
+    divergence: Divergence,
+    mixture: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient in the logits, sum of cross-entropies and sum of KLs of one chunk. Overwrites `base`."""
+    """Gradient in the logits, sum of cross-entropies and sum of divergences of one chunk. Overwrites `logits` and `base`."""
     wanted = targets[:, None]
     probability, log_sum = _softmax(logits)
     next_token = (log_sum - logits.gather(1, wanted)).sum()
     minus_one = -torch.ones_like(log_sum)
     if base is None:
         return probability.scatter_add_(1, wanted, minus_one), next_token, next_token.new_zeros(())
-    if temperature == 1:
-        soft, soft_logits, soft_log_sum = probability, logits, log_sum
-    else:
-        soft_logits = logits / temperature
-        soft, soft_log_sum = _softmax(soft_logits)
-    base = base.div_(temperature)
+    soft, soft_log_sum = probability, log_sum
+    if temperature != 1:
+        soft, soft_log_sum = _softmax(logits.div_(temperature))
+        base.div_(temperature)
     target, base_log_sum = _softmax(base)
-    kl = (target * (base - soft_logits)).sum() + (soft_log_sum - base_log_sum).sum()
-    grad = (soft - target).mul_(share * temperature)
+    ratio = base.sub_(logits).add_(soft_log_sum - base_log_sum)
+    apart, grad = _DIVERGENCES[divergence](target, soft, ratio, mixture)
+    grad.mul_(share * temperature)
     if share < 1:
         grad.add_(probability.scatter_add_(1, wanted, minus_one), alpha=1 - share)
-    return grad, next_token, kl
+    return grad, next_token, apart
+
+
+def _kl(p: Tensor, q: Tensor, ratio: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    """KL(p ‖ q)."""
+    return ratio.mul_(p).sum(), torch.sub(q, p, out=p)
+
+
+def _reverse_kl(p: Tensor, q: Tensor, ratio: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    """KL(q ‖ p), of MiniLLM (arXiv 2306.08543). g = log(q ÷ p) + 1."""
+    weighted = ratio.mul_(q).neg_()
+    return weighted.sum(), _through_softmax(q, weighted)
+
+
+def _js(p: Tensor, q: Tensor, ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """β KL(p ‖ m) + (1 − β) KL(q ‖ m) with m = βp + (1 − β)q, of GKD (arXiv 2306.13649). g = (1 − β) log(q ÷ m)."""
+    of_base = beta * _log_part(ratio, beta, 1 - beta).mul_(p).sum()
+    weighted = _log_part(ratio.neg_(), 1 - beta, beta).mul_(q).mul_(1 - beta)
+    return of_base + weighted.sum(), _through_softmax(q, weighted)
+
+
+def _skew_kl(p: Tensor, q: Tensor, ratio: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """KL(p ‖ m) with m = αp + (1 − α)q, of DistiLLM (arXiv 2402.03898). g = −(1 − α) p ÷ m, and q ⊙ g = −(1 − α) p q ÷ m."""
+    part = _log_part(ratio, alpha, 1 - alpha)
+    student = torch.sub(part, ratio, out=ratio).exp_()
+    return part.mul_(p).sum(), _through_softmax(q, student.mul_(p).mul_(alpha - 1))
+
+
+def _skew_reverse_kl(p: Tensor, q: Tensor, ratio: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """KL(q ‖ m) with m = (1 − α)p + αq, of DistiLLM too. g = log(q ÷ m) + 1 − α q ÷ m."""
+    part = _log_part(ratio.neg_(), alpha, 1 - alpha)
+    share = torch.add(part, math.log(alpha), out=ratio).exp_()
+    weighted = part.mul_(q)
+    return weighted.sum(), _through_softmax(q, weighted.addcmul_(q, share, value=-1))
+
+
+def _log_part(ratio: Tensor, own: float, other: float) -> Tensor:
+    """log(x ÷ m) with m = own · x + other · y, from log(x ÷ y)."""
+    return F.softplus(math.log(other) - math.log(own) - ratio).add_(math.log(own)).neg_()
+
+
+def _through_softmax(q: Tensor, weighted: Tensor) -> Tensor:
+    """q ⊙ (g − Σ q g) from q ⊙ g, in place. What is the same for all tokens in g makes no difference and can be left out."""
+    return weighted.addcmul_(q, weighted.sum(1, keepdim=True), value=-1)
+
+
+_DIVERGENCES: dict[Divergence, Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
+    "kl": _kl,
+    "reverse_kl": _reverse_kl,
+    "js": _js,
+    "skew_kl": _skew_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+}
+"""Each takes p, q and log(p ÷ q), all [n, vocab], and its β or α. It gives the sum over positions and the gradient in the
+student's logits, and may overwrite all but q. p ÷ q can be beyond any float; its logarithm is not, so mixtures start there."""
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:

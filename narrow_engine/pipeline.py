@@ -3,6 +3,8 @@
 A stage reads what the stages before it wrote and writes into a temporary folder, which is renamed when it is complete;
 then its record (input hash, seconds, notices) is written. A stage whose record carries the hash of today's inputs is not
 run again. Resuming a run that was killed is nothing more than running it again, plus the checkpoint inside training.
+
+The first stages depend on little of the spec, so runs that differ in the rest can share them: see `shelf`.
 """
 
 import hashlib
@@ -16,7 +18,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from narrow_engine import stages
+from narrow_engine import shelf, stages
 from narrow_engine.events import Sink
 from narrow_engine.model_files import inspect_model
 from narrow_engine.report.model import Notice
@@ -26,13 +28,15 @@ from narrow_engine.spec import CompressionSpec
 
 
 class Stage(NamedTuple):
-    """A step of the line: what it runs, the options of the spec that its output depends on, and whether it is wanted."""
+    """A step of the line: what it runs, the options of the spec that its output depends on, whether it is wanted, and whether
+    runs share it: what the points of a sweep have in common, and is small beside a model's weights."""
 
     name: str
     run: Callable[[Run, Path], None]
     options: Callable[[CompressionSpec], Any] = lambda spec: None
     folder: str = ""
     wanted: Callable[[CompressionSpec], bool] = lambda spec: True
+    shared: bool = False
 
 
 def _load_options(spec: CompressionSpec) -> Any:
@@ -48,17 +52,18 @@ def _allocation_options(spec: CompressionSpec) -> Any:
 
 
 LINE = (
-    Stage("load", stages.load, _load_options),
-    Stage("measure_base", stages.measure_base),
+    Stage("load", stages.load, _load_options, shared=True),
+    Stage("measure_base", stages.measure_base, shared=True),
     Stage(
         "score",
         stages.score,
         lambda s: [s.method.importance, s.method.calibration_tokens, "residual" in s.method.units],
-        wanted=lambda s: s.method.units != ["token"],
+        wanted=lambda s: s.method.units != ["token"] and s.method.init == "cut",
+        shared=True,
     ),
     Stage("allocate", stages.allocate, _allocation_options),
     Stage("sparsify", stages.sparsify, lambda s: s.method.regularizer, wanted=lambda s: s.method.regularizer is not None),
-    Stage("plan", stages.plan),
+    Stage("plan", stages.plan, lambda s: s.method.init),
     Stage("slice", stages.cut),
     Stage("reconstruct", stages.reconstruct, lambda s: s.method.refit),
     Stage("recover", stages.recover, lambda s: s.method.recover),
@@ -68,8 +73,9 @@ LINE = (
 )
 
 
-def run(spec: CompressionSpec, folder: Path, sink: Sink, stop: threading.Event | None = None) -> Path:
-    """Runs what is not done yet and returns the folder of the results.
+def run(spec: CompressionSpec, folder: Path, sink: Sink, stop: threading.Event | None = None, shared: Path | None = None) -> Path:
+    """Runs what is not done yet and returns the folder of the results. `shared` is where runs leave each other their first
+    stages.
 
     Raises NarrowError for what the user can mend, Cancelled once `stop` is set.
     """
@@ -90,7 +96,12 @@ def run(spec: CompressionSpec, folder: Path, sink: Sink, stop: threading.Event |
             _forget(context, stage)
     for stage, key in line[len(done) :]:
         context.check()
+        place = shelf.place(shared, stage.name, key) if shared and stage.shared else None
+        if place and _take(context, stage, key, place):
+            continue
         _run_stage(context, stage, key)
+        if place:
+            shelf.put(place, _folder(context, stage), context.record(stage.name))
     return folder / "result"
 
 
@@ -115,6 +126,18 @@ def _reuse(context: Run, stage: Stage, key: str) -> bool:
         return False
     context.notices += [Notice.model_validate(notice) for notice in known["notices"]]
     context.sink("finished", stage.name, "already done", {"seconds": known["seconds"], "reused": True})
+    return True
+
+
+def _take(context: Run, stage: Stage, key: str, place: Path) -> bool:
+    """Whether another run has done a stage with the same inputs; what it did, and told, is then this run's too."""
+    record = shelf.take(place, _folder(context, stage))
+    if record is None:
+        return False
+    write_json(context.record(stage.name), {**record, "key": key})
+    for notice in record["notices"]:
+        context.emit("notice", notice["phase"], notice["message"], {"code": notice["code"]})
+    context.sink("finished", stage.name, "done by another run", {"seconds": record["seconds"], "reused": True})
     return True
 
 
@@ -155,8 +178,8 @@ def _run_stage(context: Run, stage: Stage, key: str) -> None:
 def _inputs(spec: CompressionSpec) -> str:
     """Digest of everything outside the spec that a run depends on: the model's files and the datasets'."""
     parts = [inspect_model(spec.base.path).sha256]
-    for data in (spec.target, *spec.skills):
-        parts += [stages.dataset_sha256(data.path), data.column]
+    for data in spec.data:
+        parts += [data.path.name, stages.dataset_sha256(data.path), data.column]
     parts += [f"{skill.name} {skill.role}" for skill in spec.skills]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel
 from torch import Tensor
 
@@ -63,6 +64,14 @@ def make_plan(config: dict[str, Any], scores: Scores, keep: dict[Unit, int]) -> 
         experts=experts,
         tokens=tokens,
     )
+
+
+def unscored(config: dict[str, Any]) -> Scores:
+    """Equal scores of all units: a plan made from them keeps the first of each kind."""
+    dims = dimensions(config)
+    counts = {**unit_counts(dims), "neuron": dims.experts * dims.width}
+    whole = ("layer", "residual", "token")
+    return {unit: torch.zeros(count if unit in whole else (dims.layers, count)) for unit, count in counts.items()}
 
 
 def whole_plan(config: dict[str, Any], tokens: list[int] | None = None) -> Plan:

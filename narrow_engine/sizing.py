@@ -230,6 +230,8 @@ def whole(dims: Dimensions, units: list[Unit], tokens: int | None = None) -> Kee
 def leaves_a_choice(options: Options) -> bool:
     """Whether shapes have to be tried: where arithmetic alone does not say how many units of each kind to keep."""
     budget, chosen = options.budget, chosen_units(options)
+    if options.method.init != "cut":
+        return False
     measured = budget.retention is not None or budget.latency is not None
     return bool(chosen) and (measured or (budget.keep is None and len(chosen) > 1))
 
@@ -308,8 +310,9 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
     teacher = trimmed.flops_per_token if recover.objective != "next_token" else 0
     # Least squares runs the base once and the cut model three times; training is forward and backward.
     refit_flops = trimmed.flops_per_token + (3.0 + 3.0 * REFIT_PASSES) * after.flops_per_token
+    scored = method.calibration_tokens if method.init == "cut" else 0
     flops = (
-        3.0 * trimmed.flops_per_token * (method.calibration_tokens + lasso_tokens)
+        3.0 * trimmed.flops_per_token * (scored + lasso_tokens)
         + refit_flops * method.calibration_tokens * method.refit
         + (3.0 * after.flops_per_token + teacher) * recover.tokens
         + (2.0 * before.flops_per_token + 3.0 * after.flops_per_token) * options.skill_tokens * skills

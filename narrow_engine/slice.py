@@ -50,6 +50,14 @@ def slice_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     return small.eval()
 
 
+def renew(model: PreTrainedModel, seed: int) -> None:
+    """Gives a model fresh weights, as transformers draws them for its family."""
+    torch.manual_seed(seed)
+    fresh = AutoModelForCausalLM.from_config(model.config, attn_implementation=model.config._attn_implementation)
+    model.load_state_dict(fresh.state_dict())
+    model.tie_weights()
+
+
 def slice_tensor(value: Tensor, tensor: Parameter, table: Family, plan: Plan, dims: Dimensions, position: int = 0) -> Tensor:
     """What is left of one of the model's tensors, or of one of the layer that the plan keeps at `position`."""
     if tensor.routed:

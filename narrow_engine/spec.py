@@ -1,21 +1,23 @@
 """What to compress, into what, and how: the one vocabulary of spec files, API, database and client.
 
 A `CompressionSpec` names its inputs by path and is what the engine runs; a `JobSpec` names the same inputs by id and
-is what `POST /jobs` takes. Everything between the two is shared. Only the inputs and the budget are required: each
-default here is one that was measured (docs/decisions, bench/) and that a person who knows nothing would be glad of.
+is what `POST /jobs` takes; a `SweepSpec` is many such jobs and what `POST /sweeps` takes. Everything between them is shared.
+Only the inputs and the budget are required: each default here is one that was measured (docs/decisions, bench/) and that a
+person who knows nothing would be glad of.
 
 This module imports no torch: the API process and the client's generated models stand on it.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 Unit = Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"]
 Criterion = Literal["reconstruction", "fisher", "attribution", "activation", "magnitude", "random"]
 Objective = Literal["next_token", "distill", "mixed"]
+Divergence = Literal["kl", "reverse_kl", "js", "skew_kl", "skew_reverse_kl"]
 Role = Literal["keep", "forget", "watch"]
 Format = Literal["safetensors", "onnx"]
 
@@ -33,8 +35,9 @@ PLURAL: dict[Unit, str] = {
     "token": "tokens",
 }
 """The units in a sentence."""
+MIXTURE: dict[Divergence, float] = {"js": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}
+"""What `Recover.mixture` is by default, for the divergences that have one."""
 
-T = TypeVar("T")
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\w][\w .+-]*$")]
 
 
@@ -114,12 +117,22 @@ class GroupLasso(Model):
     learning_rate: float = Field(5e-4, gt=0, le=1)
 
 
+class Curriculum(Model):
+    """Train on broad text as well, since skills rest on one another (arXiv 2505.15811, section 3): its share of the tokens
+    goes from `start` to `end` in a straight line, and stays there.
+    """
+
+    start: float = Field(1.0, ge=0, le=1, description="Share of broad text at first.")
+    end: float = Field(0.0, ge=0, le=1, description="Share of broad text in the end.")
+    until: float = Field(0.5, ge=0, le=1, description="Part of the training after which it is the share in the end.")
+
+
 class Recover(Model):
     """Train the cut model on the target."""
 
     objective: Objective = Field(
         "mixed",
-        description="next_token: the data's own next token; distill: KL to the base; mixed: the mean of both.",
+        description="next_token: the data's own next token; distill: divergence from the base; mixed: the mean of both.",
     )
     tokens: int = Field(1_000_000, ge=0, le=10**12, description="Tokens to train on; 0 leaves the cut model as it is.")
     optimizer: Literal["muon", "adamw"] = "muon"
@@ -127,12 +140,47 @@ class Recover(Model):
     schedule: Literal["linear", "constant"] = "linear"
     batch_tokens: int = Field(2048, ge=1, le=2**22, description="Tokens of one optimizer step.")
     temperature: float = Field(1.0, gt=0, le=100, description="Softens both distributions of the distillation term.")
+    divergence: Divergence = Field(
+        "kl",
+        description="Of base p and student q in the distillation term. kl: KL(p‖q); reverse_kl: KL(q‖p); js: generalised "
+        "Jensen–Shannon, β KL(p‖m) + (1−β) KL(q‖m) with m = βp + (1−β)q; skew_kl: KL(p‖αp + (1−α)q); skew_reverse_kl: "
+        "KL(q‖(1−α)p + αq).",
+    )
+    mixture: float | None = Field(
+        None, gt=0, lt=1, description="β of js, by default 0.5, or α of the skewed divergences, by default 0.1."
+    )
+    curriculum: Curriculum | None = Field(None, description="Mixes in the text of `broad`.")
+
+    @model_validator(mode="after")
+    def _mixture_of_a_divergence(self) -> Self:
+        if self.mixture is not None and self.divergence not in MIXTURE:
+            raise ValueError(
+                f"'mixture' is the β or α of {', '.join(MIXTURE)}, and {self.divergence!r} has none: choose one of those as "
+                "'divergence' or leave 'mixture' out"
+            )
+        return self
 
 
-class Prune(Model):
-    """Score, cut, refit, recover."""
+Kind = Literal["prune", "distill", "scratch"]
+Init = Literal["cut", "layers", "fresh"]
 
-    kind: Literal["prune"] = "prune"
+
+class Method(Model):
+    """How the small model comes about: one line, of which each kind uses what it needs.
+
+    What is not given follows the kind: see `DEFAULTS`.
+    """
+
+    kind: Kind = Field(
+        "prune",
+        description="prune: score, cut, refit, recover. distill: a student of the size asked for, trained to the base's "
+        "distribution. scratch: fresh weights trained on the text alone, the control.",
+    )
+    init: Init = Field(
+        "cut",
+        description="Weights that training starts from. cut: the base's best units; layers: evenly spaced layers of the base; "
+        "fresh: none of the base, of which only the shape is taken. By default cut to prune, else fresh.",
+    )
     units: list[Unit] = Field(
         default=["neuron", "token"],
         min_length=1,
@@ -153,28 +201,68 @@ class Prune(Model):
     refit: bool = Field(
         True,
         description="Refit layer by layer towards the base's residual stream: least squares for the projections that read the "
-        "cut units, and a short training of the whole layer. No labels are used.",
+        "cut units, and a short training of the whole layer. No labels are used. By default only to prune.",
     )
-    recover: Recover = Field(default_factory=Recover)
+    recover: Recover = Field(
+        default_factory=Recover,
+        description="Its objective is by default mixed to prune, distill to distill, and next_token from scratch.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_kind(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("kind") not in DEFAULTS:
+            return given
+        made = {**DEFAULTS[given["kind"]], **given}
+        if isinstance(made.get("recover", {}), dict):
+            made["recover"] = {"objective": OBJECTIVES[given["kind"]], **made.get("recover", {})}
+        return made
 
     @model_validator(mode="after")
-    def _units_once(self) -> Self:
+    def _consistent(self) -> Self:
         if len(set(self.units)) != len(self.units):
             raise ValueError("'units' names a kind of unit twice")
         if self.regularizer and "neuron" not in self.units:
             raise ValueError("group_lasso acts on neurons: add 'neuron' to 'units' or leave the regularizer out")
+        if self.init == "layers" and set(self.units) - {"token"} != {"layer"}:
+            raise ValueError("'init' takes whole layers of the base: 'units' must be 'layer', alone or with 'token'")
+        if self.init == "fresh" and (self.refit or self.regularizer):
+            raise ValueError(
+                "fresh weights take nothing of the base: leave 'refit' and 'regularizer' out, or set 'init' to 'cut'"
+            )
+        if self.kind == "prune" and self.init == "fresh":
+            raise ValueError("pruning starts from the base: set 'kind' to 'distill' or 'scratch' for fresh weights")
+        if self.kind == "scratch" and (self.init != "fresh" or self.recover.objective != "next_token"):
+            raise ValueError("'scratch' takes nothing of the base: its 'init' is 'fresh' and its objective 'next_token'")
+        if self.kind == "distill" and self.recover.objective == "next_token":
+            raise ValueError("to distill, the objective must be 'distill' or 'mixed'")
         return self
+
+
+OBJECTIVES: dict[str, Objective] = {"prune": "mixed", "distill": "distill", "scratch": "next_token"}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "prune": {},
+    "distill": {"init": "fresh", "refit": False},
+    "scratch": {"init": "fresh", "refit": False},
+}
+"""What a method's options are where its kind says otherwise than their fields do."""
+
+
+Export = Annotated[list[Format], Field(min_length=1, max_length=2)]
+BlockTokens = Annotated[int, Field(ge=8, le=2**17, description="Length of the token blocks that training reads.")]
+SkillTokens = Annotated[int, Field(ge=64, le=10**9, description="Tokens that each skill is measured on, at most.")]
+MAX_SEED = 2**31 - 1
 
 
 class Options(Model):
     """What a spec file and a job have in common."""
 
-    method: Prune = Field(default_factory=Prune)
+    method: Method = Field(default_factory=Method)
     budget: Budget
-    export: list[Format] = Field(default=["safetensors", "onnx"], min_length=1, max_length=2)
-    block_tokens: int = Field(512, ge=8, le=2**17, description="Length of the token blocks that training reads.")
-    skill_tokens: int = Field(65_536, ge=64, le=10**9, description="Tokens that each skill is measured on, at most.")
-    seed: int = Field(0, ge=0, le=2**31 - 1)
+    export: Export = ["safetensors", "onnx"]
+    block_tokens: BlockTokens = 512
+    skill_tokens: SkillTokens = 65_536
+    seed: int = Field(0, ge=0, le=MAX_SEED)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -184,6 +272,10 @@ class Options(Model):
         measured = self.budget.retention is not None or self.budget.latency is not None
         if measured and self.method.units == ["token"]:
             raise ValueError("a budget of retention or latency needs more in 'units' than 'token': the text decides about tokens")
+        if measured and self.method.init != "cut":
+            raise ValueError(
+                "a budget of retention or latency is met by trying cuts of the base: set 'init' to 'cut', or give a size"
+            )
         if self.budget.retention is not None and self.method.regularizer is not None:
             raise ValueError("a budget of retention tries many sizes and group_lasso trains for one: leave one of them out")
         return self
@@ -209,11 +301,19 @@ class CompressionSpec(Options):
     base: ModelPath
     target: DatasetPath
     target_name: Name = Field("target", description="The target's row in the table of skills.")
+    broad: DatasetPath | None = None
     skills: list[SkillPath] = Field(default=[], max_length=50)
 
     @model_validator(mode="after")
-    def _names_once(self) -> Self:
-        return _unique_names(self, [self.target_name, *(s.name for s in self.skills)])
+    def _whole(self) -> Self:
+        _unique_names([self.target_name, *(s.name for s in self.skills)])
+        _broad_where_asked(self.broad, self.method.recover.curriculum)
+        return self
+
+    @property
+    def data(self) -> list[DatasetPath]:
+        """All datasets."""
+        return [self.target, *self.skills, *([self.broad] if self.broad else [])]
 
 
 class ModelId(Model):
@@ -234,18 +334,116 @@ class JobSpec(Options):
 
     base: ModelId
     target: DatasetId
+    broad: DatasetId | None = Field(None, description="The broad text of `method.recover.curriculum`.")
     skills: list[SkillId] = Field(default=[], max_length=50)
 
     @model_validator(mode="after")
-    def _names_once(self) -> Self:
-        return _unique_names(self, [s.name for s in self.skills])
+    def _whole(self) -> Self:
+        _unique_names([s.name for s in self.skills])
+        _broad_where_asked(self.broad, self.method.recover.curriculum)
+        return self
+
+    @property
+    def data(self) -> list[DatasetId]:
+        """All datasets."""
+        return [self.target, *self.skills, *([self.broad] if self.broad else [])]
 
 
-def _unique_names(spec: T, names: list[str]) -> T:
+POINTS = 200
+"""Of a sweep, at most."""
+
+
+class SweepSpec(Model):
+    """What `POST /sweeps` takes: a job for each method, budget and seed, over one base and the same data.
+
+    The frontier that comes out is loss against parameters and against tokens.
+    """
+
+    base: ModelId
+    target: DatasetId
+    broad: DatasetId | None = Field(None, description="The broad text of the methods that have a curriculum.")
+    skills: list[SkillId] = Field(default=[], max_length=50)
+    methods: dict[Name, Method] = Field(
+        default_factory=lambda: {"prune": Method()},
+        min_length=1,
+        max_length=10,
+        description="What is compared, by a name of your own.",
+        examples=[{"prune": {}, "scratch": {"kind": "scratch"}}],
+    )
+    budgets: list[Budget] = Field(min_length=1, max_length=10, examples=[[{"parameters": 0.5}, {"parameters": 0.25}]])
+    seeds: list[int] = Field(default=[0], min_length=1, max_length=10, description="The figures are means over the seeds.")
+    export: Export = ["safetensors"]
+    block_tokens: BlockTokens = 512
+    skill_tokens: SkillTokens = 65_536
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name, values in (("budgets", self.budgets), ("seeds", self.seeds)):
+            twice = [value for number, value in enumerate(values) if value in values[:number]]
+            if twice:
+                told = twice[0].model_dump_json(exclude_none=True) if isinstance(twice[0], Budget) else twice[0]
+                raise ValueError(f"{name!r} has {told} twice")
+        for seed in self.seeds:
+            if not 0 <= seed <= MAX_SEED:
+                raise ValueError(f"'seeds' has {seed}: a seed is a number from 0 to {MAX_SEED}")
+        count = len(self.methods) * len(self.budgets) * len(self.seeds)
+        if count > POINTS:
+            product = f"{len(self.methods)} methods × {len(self.budgets)} budgets × {len(self.seeds)} seeds"
+            raise ValueError(f"{product} make {count} points: a sweep has at most {POINTS}")
+        if self.broad and not any(method.recover.curriculum for method in self.methods.values()):
+            raise ValueError("'broad' is the text of a curriculum, and no method has one: give both, or neither")
+        for name, method in self.methods.items():
+            for budget in self.budgets:
+                try:
+                    self.job(method, budget, self.seeds[0])
+                except ValidationError as error:
+                    first = error.errors(include_url=False)[0]
+                    told = budget.model_dump_json(exclude_none=True)
+                    raise ValueError(f"the method {name!r} with the budget {told}: {wording(first)}") from error
+        return self
+
+    def job(self, method: Method, budget: Budget, seed: int) -> JobSpec:
+        """The job of one point."""
+        return JobSpec(
+            base=self.base,
+            target=self.target,
+            broad=self.broad if method.recover.curriculum else None,
+            skills=self.skills,
+            method=method,
+            budget=budget,
+            export=self.export,
+            block_tokens=self.block_tokens,
+            skill_tokens=self.skill_tokens,
+            seed=seed,
+        )
+
+
+class SweepPoint(NamedTuple):
+    """One job of a sweep: the name of its method, and its spec."""
+
+    method: str
+    spec: JobSpec
+
+
+def points(sweep: SweepSpec) -> list[SweepPoint]:
+    """The jobs of a sweep, in the order in which they should run: those that share most one after the other."""
+    return [
+        SweepPoint(name, sweep.job(method, budget, seed))
+        for seed in sweep.seeds
+        for name, method in sweep.methods.items()
+        for budget in sweep.budgets
+    ]
+
+
+def _unique_names(names: list[str]) -> None:
     twice = {n for n in names if names.count(n) > 1}
     if twice:
         raise ValueError(f"two skills are called {sorted(twice)[0]!r}: each row of the report needs its own name")
-    return spec
+
+
+def _broad_where_asked(broad: Any, curriculum: Curriculum | None) -> None:
+    if (broad is None) != (curriculum is None):
+        raise ValueError("'broad' is the text of 'method.recover.curriculum': give both, or neither")
 
 
 _NAME_PATTERN = TypeAdapter(Name).json_schema()["pattern"]

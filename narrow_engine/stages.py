@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
@@ -27,14 +28,14 @@ from narrow_engine.export import safetensors as safetensors_export
 from narrow_engine.families import dimensions
 from narrow_engine.model_files import DTYPES, ModelInfo, inspect_model
 from narrow_engine.models import config_dict, device, family, greedy, layers, load_model
-from narrow_engine.plan import Plan, Scores, cuts, make_plan, whole_plan
+from narrow_engine.plan import Plan, Scores, cuts, make_plan, unscored, whole_plan
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.report.card import render_card
 from narrow_engine.report.model import Allocation, CurvePoint, File, Parity, Provenance, Report, Sample, Skill, Speed
 from narrow_engine.report.page import render_page
 from narrow_engine.run import Run, write_json
 from narrow_engine.sizing import leaves_a_choice, size_of, solve, vocabulary_is_fixed
-from narrow_engine.slice import compare, mask_model, slice_model
+from narrow_engine.slice import compare, mask_model, renew, slice_model
 from narrow_engine.spec import DatasetPath, Role
 
 VALIDATION_TOKENS = 8192
@@ -48,6 +49,8 @@ ONNX_BOUND = 1e-3
 TIES = 3
 """Further tokens to compare mixtures of experts on. Of 72 models with 24 layers of 64 experts, exactly sliced, one chose another
 expert somewhere in 128 tokens, since two were tied to the last bits."""
+INPUTS = {"base", "target", "skills", "broad"}
+"""Of a spec: what says where things lie on this machine."""
 PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLES = 32, 48, 3
 
 
@@ -81,14 +84,21 @@ def load(run: Run, out: Path) -> None:
     trained_on = texts.at(training)[1]
     corpus.Blocks(trained_on.tokens, spec.block_tokens, spec.seed)
     corpus.save(trained_on, out, "training")
+    measured = []
     for name, skill in _skills(run).items():
         of_target = name == spec.target_name
         read = texts if of_target else reading(skill.data, needed[name] if name in needed else _tokenize(run, skill.data, reader))
         places = held_out if of_target else read.base.places()
         sides = read.at(corpus.sample(places, spec.skill_tokens, spec.block_tokens, spec.seed))
+        measured.append(sides[0].hashes)
         for side, documents in zip(("base", "narrow"), sides, strict=True):
             corpus.save(documents, out, f"{skill.file}.{side}")
-    data = {d.path.name: dataset_sha256(d.path) for d in (spec.target, *spec.skills)}
+    if spec.broad:
+        broad = reading(spec.broad, _tokenize(run, spec.broad, reader)).narrow
+        broad = _without(run, broad, np.concatenate(measured))
+        corpus.Blocks(broad.tokens, spec.block_tokens, spec.seed)
+        corpus.save(broad, out, "broad")
+    data = {d.path.name: dataset_sha256(d.path) for d in spec.data}
     write_json(out / "info.json", {"model": info.model_dump(), "data": data, "tokens": tokens})
     run.models["untouched" if tokens else "base"] = model
 
@@ -148,6 +158,16 @@ def _tell_difference(run: Run, texts: corpus.Reading, tokens: list[int] | None) 
             f"than the base's: into {len(after.tokens) / len(before.tokens):.3f} times as many.",
             {"code": "segmentation_changed"},
         )
+
+
+def _without(run: Run, documents: corpus.Documents, hashes: NDArray[np.uint64]) -> corpus.Documents:
+    """The broad text without what is measured on, of which training must see nothing."""
+    rest = np.flatnonzero(~np.isin(documents.hashes, hashes))
+    gone = len(documents) - len(rest)
+    if gone:
+        message = f"{gone:,} of the {len(documents):,} documents of the broad text are left out: skills are measured on them."
+        run.emit("notice", "load", message, {"code": "measured_on"})
+    return documents.take(rest)
 
 
 def measure_base(run: Run, out: Path) -> None:
@@ -246,15 +266,19 @@ def sparsify(run: Run, out: Path) -> None:
 
 
 def plan(run: Run, out: Path) -> None:
-    """Which units stay. After group lasso, the living neurons do."""
-    info, scores = _info(run), _scores(run)
+    """Which units stay. After group lasso, the living neurons do. A student that takes no units has a shape all the same."""
+    info, init, keep = _info(run), run.spec.method.init, _allocation(run).keep
+    scores = _scores(run) if init == "cut" else unscored(info["model"]["config"])
     norms = run.out("sparsify") / "norms.safetensors"
     if norms.exists():
         scores["neuron"] = load_file(norms)["neuron"]
+    if init == "layers":
+        count = len(scores["layer"])
+        scores["layer"][torch.linspace(0, count - 1, keep["layer"]).round().long()] = 1.0
     vocabulary_size = info["model"]["config"]["vocab_size"]
     kept_tokens = torch.tensor(info["tokens"] or range(vocabulary_size))
     scores["token"] = torch.zeros(vocabulary_size).index_fill_(0, kept_tokens, 1.0)
-    made = make_plan(info["model"]["config"], scores, _allocation(run).keep)
+    made = make_plan(info["model"]["config"], scores, keep)
     (out / "plan.json").write_text(made.model_dump_json())
 
 
@@ -262,11 +286,15 @@ def cut(run: Run, out: Path) -> None:
     """Slices, and proves it: the sliced model against the base with the same units masked, on real text."""
     whole, chosen = _source(run), _plan(run)
     small = slice_model(whole, chosen)
+    run.models["slice"] = small
+    if run.spec.method.init == "fresh":
+        renew(small, run.spec.seed)
+        _save_weights(small, out)
+        return
     masked = mask_model(whole, chosen)
     parity = compare(masked, small, _probe(run))
     parity = _despite_ties(run, "slice", parity, PARITY_BOUND, lambda ids: compare(masked, small, ids))
     _require_exact(parity, "slicing")
-    run.models["slice"] = small
     _save_weights(small, out)
     write_json(out / "parity.json", parity.model_dump())
 
@@ -281,11 +309,12 @@ def _require_exact(parity: Parity, what: str) -> None:
 
 
 def reconstruct(run: Run, out: Path) -> None:
-    """Refits the cut model layer by layer, towards the base's residual stream."""
+    """Refits the cut model layer by layer, towards the base's residual stream; so too after group lasso, whose own stream is
+    that of a model which lost its neurons in few steps."""
     small = _model(run, "slice")
     if run.spec.method.refit and run.spec.method.units != ["token"]:
         least_squares.refit(
-            _source(run),
+            base(run),
             small,
             _plan(run),
             _calibration(run),
@@ -306,7 +335,7 @@ def recover(run: Run, out: Path) -> None:
     small = _copy(run, "reconstruct")
     curve: list[CurvePoint] = []
     if options.tokens:
-        blocks, settings = _training_blocks(run, 2), train.Settings(**options.model_dump())
+        blocks, settings = _training_blocks(run, 2), train.settings_of(options)
         rows, steps = train.shape(settings, blocks)
         if rows * steps * blocks.length != options.tokens:
             run.emit(
@@ -318,7 +347,7 @@ def recover(run: Run, out: Path) -> None:
             )
         curve = train.train(
             small,
-            blocks,
+            _with_curriculum(run, blocks, rows * steps),
             settings,
             phase="recover",
             folder=run.work("recover"),
@@ -424,7 +453,7 @@ def report(run: Run, out: Path) -> None:
     made = Report(
         target=spec.target_name,
         family=info.family,
-        spec=spec.model_dump(mode="json", exclude={"base", "target", "skills"}),
+        spec=spec.model_dump(mode="json", exclude=INPUTS),
         before=size_of(info.config, dimensions(info.config), DTYPES[info.dtype]),
         after=size_of(small, dimensions(small), DTYPES[info.dtype]),
         speed=[Speed.model_validate(s) for s in json.loads((run.out("export") / "speed.json").read_text())],
@@ -439,7 +468,7 @@ def report(run: Run, out: Path) -> None:
         provenance=Provenance(
             base_sha256=info.sha256,
             data_sha256=_info(run)["data"],
-            spec_sha256=hashlib.sha256(spec.model_dump_json(exclude={"base", "target", "skills"}).encode()).hexdigest(),
+            spec_sha256=hashlib.sha256(spec.model_dump_json(exclude=INPUTS).encode()).hexdigest(),
             seed=spec.seed,
             versions={name: version(name) for name in ("narrow", "torch", "transformers", "tokenizers", "onnx", "onnxruntime")},
             machine=_machine(),
@@ -552,6 +581,15 @@ def _documents(run: Run, skill: str, side: Literal["base", "narrow"] = "narrow")
 def _training_blocks(run: Run, order: int) -> corpus.Blocks:
     """The target's training text; each user of it goes through it in an order of its own."""
     return corpus.Blocks(_training(run).tokens, run.spec.block_tokens, run.spec.seed + order)
+
+
+def _with_curriculum(run: Run, blocks: corpus.Blocks, count: int) -> corpus.Blocks | corpus.Mixture:
+    """The blocks, or their mixture with broad text where a curriculum asks for it, for `count` blocks of training."""
+    asked = run.spec.method.recover.curriculum
+    if asked is None:
+        return blocks
+    broad = corpus.Blocks(corpus.load(run.out("load"), "broad").tokens, blocks.length, blocks.seed)
+    return corpus.Mixture(blocks, broad, asked.start, asked.end, asked.until * count)
 
 
 def _calibration(run: Run) -> corpus.Blocks:

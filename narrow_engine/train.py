@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -19,20 +20,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from narrow_engine.corpus import Blocks
+from narrow_engine import memory
+from narrow_engine.corpus import Blocks, Mixture
 from narrow_engine.errors import Cancelled
 from narrow_engine.events import Sink
 from narrow_engine.losses import objective
 from narrow_engine.models import family, head, hidden_states
 from narrow_engine.muon import Muon, training_dtype
 from narrow_engine.report.model import CurvePoint
-from narrow_engine.spec import Objective
+from narrow_engine.spec import Divergence, Objective, Recover
 
 SHARE: dict[Objective, float] = {"next_token": 0.0, "mixed": 0.5, "distill": 1.0}
-"""Weight of the KL to the base in the loss."""
+"""Weight of the divergence from the base in the loss."""
 
 LEARNING_RATE = {"muon": 2e-3, "adamw": 1e-3}
 WARM_UP = 0.02
+ROOM = 0.8
+"""Share of the memory that a step may fill."""
 CHECKPOINT_SECONDS = 30.0
 POINTS = 40
 """Points on the curve, at most; at every fourth the held-out loss is measured."""
@@ -49,6 +53,13 @@ class Settings:
     optimizer: str = "adamw"
     learning_rate: float | None = None
     schedule: str = "linear"
+    divergence: Divergence = "kl"
+    mixture: float | None = None
+
+
+def settings_of(options: Recover) -> Settings:
+    """Of a recovery; its curriculum is in the blocks."""
+    return Settings(**options.model_dump(exclude={"curriculum"}))
 
 
 class AfterStep(Protocol):
@@ -66,7 +77,7 @@ class AfterStep(Protocol):
 
 def train(
     model: PreTrainedModel,
-    blocks: Blocks,
+    blocks: Blocks | Mixture,
     settings: Settings,
     *,
     phase: str,
@@ -89,7 +100,7 @@ def train(
     done, curve = _restore(checkpoint, parameters, optimizers, after_step)
     if not curve:
         curve = [CurvePoint(phase=phase, tokens=0, validation=validate(model), seconds=0.0)]
-    share = SHARE[settings.objective] if teacher is not None else 0.0
+    recomputes = _recompute_if_needed(model, teacher, rows, blocks.length, partial(emit, "notice", phase))
     started = time.monotonic() - curve[-1].seconds
     saved = time.monotonic()
     interval = max(1, steps // POINTS)
@@ -108,7 +119,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
         batch = blocks.batch(step * rows, rows).to(model.device)
-        losses.append(_step(model, batch, teacher, share, settings.temperature))
+        losses.append(_step(model, batch, teacher, settings))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -138,18 +149,45 @@ def train(
         if time.monotonic() - saved > CHECKPOINT_SECONDS:
             _save(checkpoint, step + 1, parameters, optimizers, after_step, curve)
             saved = time.monotonic()
+    if recomputes:
+        model.activation_checkpointing_disable()
+        model.disable_input_require_grads()
     model.eval()
     return curve
 
 
-def shape(settings: Settings, blocks: Blocks) -> tuple[int, int]:
+def shape(settings: Settings, blocks: Blocks | Mixture) -> tuple[int, int]:
     """Blocks in a batch, and steps."""
     rows = max(1, settings.batch_tokens // blocks.length)
     return rows, max(1, settings.tokens // (rows * blocks.length))
 
 
-def _step(model: PreTrainedModel, batch: Tensor, teacher: PreTrainedModel | None, share: float, temperature: float) -> float:
+def _recompute_if_needed(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    rows: int,
+    length: int,
+    notice: Callable[[str, dict[str, str]], None],
+) -> bool:
+    """Has each layer's activations computed again in the backward pass (Chen et al., arXiv 1604.06174) where all of them
+    would not fit beside weights, gradients, two moments and the teacher. Returns whether it does."""
+    there = memory.limit(model.device)
+    weights = 16 * model.num_parameters() + (4 * teacher.num_parameters() if teacher is not None else 0)
+    needed = memory.activations(model, rows, length)
+    if weights + needed <= ROOM * there:
+        return False
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    notice(
+        f"Of {there / 1e9:.1f} GB of memory a step would take {(weights + needed) / 1e9:.1f}, {needed / 1e9:.1f} of them for "
+        "activations: they are computed again in the backward pass, which gives the same result about a third later.",
+        {"code": "recomputed"},
+    )
+    return True
+
+
+def _step(model: PreTrainedModel, batch: Tensor, teacher: PreTrainedModel | None, settings: Settings) -> float:
     """Forward and backward of one batch [rows, length + 1]; returns the loss."""
+    share = SHARE[settings.objective] if teacher is not None else 0.0
     ids, targets = batch[:, :-1], batch[:, 1:].flatten()
     low = training_dtype(model.device)
     base = None
@@ -158,7 +196,7 @@ def _step(model: PreTrainedModel, batch: Tensor, teacher: PreTrainedModel | None
             with torch.no_grad():
                 base = (hidden_states(teacher, ids).flatten(0, 1).to(low), head(teacher))
         hidden = hidden_states(model, ids).flatten(0, 1).to(low)
-    loss = objective(hidden, head(model), targets, base, share, temperature).total
+    loss = objective(hidden, head(model), targets, base, share, settings.temperature, settings.divergence, settings.mixture).total
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.item()
 

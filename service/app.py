@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from service import problems
-from service.api import artifacts, datasets, events, health, jobs, models, plans
+from service.api import artifacts, datasets, events, health, jobs, models, plans, sweeps
 from service.db.session import connect
 from service.openapi import describe
 from service.settings import Settings
@@ -28,7 +28,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.drain = asyncio.Event()
     problems.install(app)
     # Limits belong to routes: FastAPI's limit of the whole application would answer around our error handlers.
-    for router in (jobs.router, events.router, artifacts.router, plans.router, health.router):
+    for router in (jobs.router, events.router, artifacts.router, sweeps.router, plans.router, health.router):
         app.include_router(router, max_body_size=settings.max_body_bytes)
     app.include_router(models.router, max_body_size=settings.max_model_bytes)
     app.include_router(datasets.router, max_body_size=settings.max_dataset_bytes)

@@ -8,6 +8,7 @@ from pathlib import Path
 from sqlalchemy import Engine
 from sqlmodel import Session, col, select
 
+from narrow_engine import shelf
 from service.db.session import open_session, read_session
 from service.db.tables import TERMINAL, ArtifactRow, DatasetRow, JobRow, ModelRow
 from service.settings import Settings
@@ -19,6 +20,7 @@ STALE_SECONDS = 6 * 3600.0
 
 def tidy(engine: Engine, settings: Settings, stale_seconds: float = STALE_SECONDS) -> None:
     """One round. Several at once, also of several processes, do no harm."""
+    shelf.tidy(settings.stages, settings.stage_seconds)
     with read_session(engine) as session:
         tidy_runs(session, settings)
         tidy_uploads(session, settings.data / "models", ModelRow, stale_seconds)

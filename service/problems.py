@@ -149,7 +149,10 @@ def _pointer(error: Mapping[str, Any]) -> str:
 
 def _location(error: Mapping[str, Any]) -> tuple[Any, ...]:
     # The first part is "body", "query", ...; what follows it in an error of the JSON itself is a position.
-    return () if error["type"] == "json_invalid" else tuple(error["loc"][1:])
+    if error["type"] == "json_invalid":
+        return ()
+    # pydantic's way to say that it means the key itself
+    return tuple(part for part in error["loc"][1:] if part != "[key]")
 
 
 def _answer(request: Request, status: int, code: str, detail: str, errors: list[FieldError] | None = None) -> JSONResponse:

@@ -18,9 +18,9 @@ from sqlalchemy import or_, select, update
 from sqlmodel import Session, col
 
 from narrow_engine.events import Event
-from narrow_engine.spec import JobSpec
+from narrow_engine.spec import JobSpec, SweepSpec, points
 from service.api.schemas import Status
-from service.db.tables import TERMINAL, EventRow, JobRow, new_id, now
+from service.db.tables import TERMINAL, EventRow, JobRow, SweepRow, new_id, now
 from service.problems import ApiError, not_found
 
 
@@ -35,6 +35,29 @@ def enqueue(session: Session, spec: JobSpec) -> JobRow:
     session.flush()
     _append(session, job, now(), "state", "", "queued", {"status": "queued"})
     return job
+
+
+def enqueue_sweep(session: Session, spec: SweepSpec) -> SweepRow:
+    """A sweep, and its points as new jobs at the end of the queue, in their order. The caller commits."""
+    sweep = SweepRow(id=new_id("swp"), spec=spec.model_dump(mode="json"), created_at=now())
+    session.add(sweep)
+    session.flush()
+    found = points(spec)
+    # Ids of one millisecond come in any order, and the queue goes by them.
+    for identifier, point in zip(sorted(new_id("job") for _ in found), found, strict=True):
+        made = point.spec.model_dump(mode="json")
+        job = JobRow(id=identifier, status="queued", spec=made, created_at=now(), sweep=sweep.id, method=point.method)
+        session.add(job)
+        session.flush()
+        _append(session, job, now(), "state", "", "queued", {"status": "queued"})
+    return sweep
+
+
+def find_sweep(session: Session, identifier: str) -> SweepRow:
+    sweep = session.get(SweepRow, identifier)
+    if sweep is None:
+        raise not_found("sweep", identifier)
+    return sweep
 
 
 def find(session: Session, identifier: str) -> JobRow:
@@ -134,14 +157,30 @@ def cancel(session: Session, job_id: str) -> JobRow:
     job = session.scalars(select(JobRow).where(col(JobRow.id) == job_id).with_for_update()).first()
     if job is None:
         raise not_found("job", job_id)
+    if job.status in ("succeeded", "failed"):
+        raise ApiError(409, "job_finished", f"The job has already {job.status}: there is nothing to cancel.")
+    _cancel(session, job)
+    return job
+
+
+def cancel_sweep(session: Session, sweep_id: str) -> list[JobRow]:
+    """Asks for the end of all jobs of a sweep that have none, and returns the sweep's jobs. The caller commits."""
+    find_sweep(session, sweep_id)
+    statement = select(JobRow).where(col(JobRow.sweep) == sweep_id).order_by(col(JobRow.id)).with_for_update()
+    jobs = list(session.scalars(statement))
+    if all(job.status in ("succeeded", "failed") for job in jobs):
+        raise ApiError(409, "sweep_finished", "Every point of the sweep has ended already: there is nothing to cancel.")
+    for job in jobs:
+        _cancel(session, job)
+    return jobs
+
+
+def _cancel(session: Session, job: JobRow) -> None:
     if job.status == "queued":
         _finish(session, job, "cancelled", None)
     elif job.status == "running":
         job.status = "cancelling"
         _append(session, job, now(), "state", "", "cancelling", {"status": "cancelling"})
-    elif job.status in ("succeeded", "failed"):
-        raise ApiError(409, "job_finished", f"The job has already {job.status}: there is nothing to cancel.")
-    return job
 
 
 def _finish(session: Session, job: JobRow, status: Status, error: dict[str, str] | None) -> None:
@@ -169,4 +208,18 @@ def _until(seconds: float) -> datetime:
     return now() + timedelta(seconds=seconds)
 
 
-__all__ = ["TERMINAL", "LeaseLost", "cancel", "claim", "enqueue", "find", "finish", "heartbeat", "ingest", "release"]
+__all__ = [
+    "TERMINAL",
+    "LeaseLost",
+    "cancel",
+    "cancel_sweep",
+    "claim",
+    "enqueue",
+    "enqueue_sweep",
+    "find",
+    "find_sweep",
+    "finish",
+    "heartbeat",
+    "ingest",
+    "release",
+]

@@ -24,6 +24,8 @@ class Settings(BaseSettings):
     max_attempts: int = Field(3, ge=1, description="Starts of a job whose process or worker dies, before it is failed.")
     janitor_seconds: float = Field(300.0, gt=0, description="How often a worker without a job looks for what was left behind.")
 
+    stage_seconds: float = Field(86_400.0, ge=0, description="Stages that jobs share go when none has used them for so long.")
+
     @property
     def database(self) -> str:
         return self.database_url or f"sqlite:///{self.data.resolve() / 'narrow.db'}"
@@ -33,7 +35,12 @@ class Settings(BaseSettings):
         """Where bodies are spooled: on the data disk, so that what is accepted is moved and not copied."""
         return self.data / "uploads"
 
+    @property
+    def stages(self) -> Path:
+        """Where jobs leave each other their first stages: on the data disk, so that they are linked and not copied."""
+        return self.data / "stages"
+
     def prepare(self) -> None:
         """Makes the folders."""
-        for folder in (self.data, self.uploads, self.data / "models", self.data / "datasets", self.data / "runs"):
+        for folder in (*(self.data / name for name in ("models", "datasets", "runs")), self.uploads, self.stages):
             folder.mkdir(parents=True, exist_ok=True)

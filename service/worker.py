@@ -27,10 +27,12 @@ from sqlmodel import Session
 
 from narrow_engine.events import Event
 from narrow_engine.model_files import inspect_model
+from narrow_engine.report.frontier import outcome
+from narrow_engine.report.model import Report
 from narrow_engine.spec import CompressionSpec, JobSpec, sentence, wording
 from service import janitor, queue
 from service.db.session import AWAY, connect, open_session, read_session
-from service.db.tables import ArtifactRow, DatasetRow, JobRow, ModelRow, now
+from service.db.tables import ArtifactRow, DatasetRow, JobRow, ModelRow, OutcomeRow, now
 from service.runners import local
 from service.settings import Settings
 from service.storage import Storage, doubt
@@ -96,7 +98,7 @@ class _Execution:
     def run(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            process = local.start(self._patiently(self._write_spec), self.folder.resolve())
+            process = local.start(self._patiently(self._write_spec), self.folder.resolve(), self.settings.stages.resolve())
         except OSError as error:
             self._failed(
                 "disk_full" if error.errno == errno.ENOSPC else "not_started",
@@ -227,7 +229,11 @@ class _Execution:
                     )
                 )
             model = self._keep_model(result / "model")
-            self._finish("succeeded", rows=[*files, model])
+            rows: list[Any] = [*files, model]
+            if self.job.sweep:
+                report = Report.model_validate_json((result / "report.json").read_bytes())
+                rows.append(OutcomeRow(job_id=self.id, outcome=outcome(report).model_dump(mode="json")))
+            self._finish("succeeded", rows=rows)
         for kept in (*(storage.path(f.sha256) for f in files), self.settings.data / "models" / model.id):
             doubt(kept).unlink(missing_ok=True)
 
@@ -277,7 +283,7 @@ class _Execution:
                 row = session.get_one(DatasetRow, identifier)
                 return {"path": str(data / "datasets" / identifier / row.file), "column": row.text_column}
 
-            options = spec.model_dump(exclude={"base", "target", "skills"})
+            options = spec.model_dump(exclude={"base", "target", "skills", "broad"})
             made = CompressionSpec.model_validate(
                 {
                     **options,
@@ -285,6 +291,7 @@ class _Execution:
                     "target": dataset(spec.target.dataset),
                     "target_name": self._target_name(session),
                     "skills": [{**dataset(s.dataset), "name": s.name, "role": s.role} for s in spec.skills],
+                    "broad": spec.broad and dataset(spec.broad.dataset),
                 }
             )
         path = self.folder.resolve() / "spec.json"

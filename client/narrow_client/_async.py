@@ -10,7 +10,7 @@ from narrow_client import _calls
 from narrow_client._errors import JobTimeout
 from narrow_client._files import is_terminal, no_files, targets
 from narrow_client._transport import AsyncTransport
-from narrow_client.models import Artifact, Dataset, Event, Health, Job, Model, Plan, Report
+from narrow_client.models import Artifact, Dataset, Event, Frontier, Health, Job, Model, Plan, Report, Sweep, SweepPoints
 
 
 class AsyncNarrow:
@@ -22,6 +22,7 @@ class AsyncNarrow:
     def __init__(self, url: str | None = None, api_key: str | None = None) -> None:
         self._transport = AsyncTransport(url, api_key)
         self.jobs = AsyncJobs(self._transport)
+        self.sweeps = AsyncSweeps(self._transport)
         self.models = AsyncModels(self._transport)
         self.datasets = AsyncDatasets(self._transport)
 
@@ -58,11 +59,11 @@ class AsyncJobs:
     async def get(self, job_id: str) -> Job:
         return await self._transport.send(_calls.get_job(job_id))
 
-    async def list(self, status: str | None = None) -> AsyncIterator[Job]:
-        """All jobs, newest first; pages are fetched as they are needed."""
+    async def list(self, status: str | None = None, sweep: str | None = None) -> AsyncIterator[Job]:
+        """All jobs, or those of a sweep, newest first; pages are fetched as they are needed."""
         cursor: str | None = None
         while True:
-            page = await self._transport.send(_calls.list_jobs(cursor, status))
+            page = await self._transport.send(_calls.list_jobs(cursor, status, sweep))
             for item in page.data:
                 yield item
             cursor = page.next_cursor
@@ -103,6 +104,53 @@ class AsyncJobs:
         for artifact, target in chosen:
             await self._transport.download(job_id, artifact, target)
         return [target for _, target in chosen]
+
+
+class AsyncSweeps:
+    def __init__(self, transport: AsyncTransport) -> None:
+        self._transport = transport
+
+    async def create(self, spec: Mapping[str, Any], idempotency_key: str | None = None) -> SweepPoints:
+        """Queues a job for each method, budget and seed of a sweep spec; a key is made if none is given."""
+        return await self._transport.send(_calls.create_sweep(spec, idempotency_key))
+
+    async def get(self, sweep_id: str) -> SweepPoints:
+        return await self._transport.send(_calls.get_sweep(sweep_id))
+
+    async def list(self) -> AsyncIterator[Sweep]:
+        """All sweeps, newest first, without their points."""
+        cursor: str | None = None
+        while True:
+            page = await self._transport.send(_calls.list_sweeps(cursor))
+            for item in page.data:
+                yield item
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    async def cancel(self, sweep_id: str) -> SweepPoints:
+        """Cancels what has not ended; the frontier of what has stays."""
+        return await self._transport.send(_calls.cancel_sweep(sweep_id))
+
+    async def delete(self, sweep_id: str) -> None:
+        await self._transport.send(_calls.delete_sweep(sweep_id))
+
+    async def wait(self, sweep_id: str, timeout: float | None = None) -> SweepPoints:  # noqa: ASYNC109
+        """The sweep once all its points have ended, however they did. Raises JobTimeout after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not (sweep := await self.get(sweep_id)).finished:
+            if deadline is not None and time.monotonic() > deadline:
+                raise JobTimeout(f"The sweep {sweep_id} has not ended after {timeout:g} s; it goes on.")
+            await asyncio.sleep(1)
+        return sweep
+
+    async def frontier(self, sweep_id: str) -> Frontier:
+        """Loss against parameters and against tokens, of the points that have succeeded so far."""
+        return await self._transport.send(_calls.get_frontier(sweep_id))
+
+    async def frontier_page(self, sweep_id: str) -> str:
+        """The same as an HTML page with plots, which needs nothing else."""
+        return await self._transport.send(_calls.get_frontier_page(sweep_id))
 
 
 class AsyncModels:

@@ -15,6 +15,7 @@ from narrow_client._errors import NarrowClientError, not_narrow
 from narrow_client.models import (
     Dataset,
     Event,
+    Frontier,
     Health,
     Job,
     Model,
@@ -22,13 +23,15 @@ from narrow_client.models import (
     PageDataset,
     PageJob,
     PageModel,
+    PageSweep,
     Plan,
     Report,
+    SweepPoints,
 )
 
 T = TypeVar("T")
 
-PREFIXES = {"job": "job_", "model": "mdl_", "dataset": "ds_"}
+PREFIXES = {"job": "job_", "sweep": "swp_", "model": "mdl_", "dataset": "ds_"}
 
 MODEL_FILES: tuple[str, ...] = (
     "config.json",
@@ -56,7 +59,7 @@ class Call(Generic[T]):
 
 
 def is_id(kind: str, text: str) -> bool:
-    """Whether `text` looks like an id: job_..., mdl_..., ds_..."""
+    """Whether `text` looks like an id: job_..., swp_..., mdl_..., ds_..."""
     return re.fullmatch(PREFIXES[kind] + "[0-9A-Za-z]+", text) is not None
 
 
@@ -74,8 +77,8 @@ def create_job(spec: Mapping[str, Any], idempotency_key: str | None = None) -> C
     return Call("POST", "/jobs", _as(Job), json=dict(spec), headers=headers)
 
 
-def list_jobs(cursor: str | None, status: str | None) -> Call[PageJob]:
-    return Call("GET", "/jobs", _as(PageJob), params=_given(cursor=cursor, status=status, limit=100))
+def list_jobs(cursor: str | None, status: str | None, sweep: str | None = None) -> Call[PageJob]:
+    return Call("GET", "/jobs", _as(PageJob), params=_given(cursor=cursor, status=status, sweep=sweep, limit=100))
 
 
 def get_job(job_id: str) -> Call[Job]:
@@ -96,6 +99,35 @@ def get_report(job_id: str) -> Call[Report]:
 
 def list_artifacts(job_id: str) -> Call[PageArtifact]:
     return Call("GET", path_of("job", job_id, "artifacts"), _as(PageArtifact))
+
+
+def create_sweep(spec: Mapping[str, Any], idempotency_key: str | None = None) -> Call[SweepPoints]:
+    headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(16)}
+    return Call("POST", "/sweeps", _as(SweepPoints), json=dict(spec), headers=headers)
+
+
+def list_sweeps(cursor: str | None) -> Call[PageSweep]:
+    return Call("GET", "/sweeps", _as(PageSweep), params=_given(cursor=cursor, limit=100))
+
+
+def get_sweep(sweep_id: str) -> Call[SweepPoints]:
+    return Call("GET", path_of("sweep", sweep_id), _as(SweepPoints))
+
+
+def cancel_sweep(sweep_id: str) -> Call[SweepPoints]:
+    return Call("POST", path_of("sweep", sweep_id, "cancel"), _as(SweepPoints))
+
+
+def delete_sweep(sweep_id: str) -> Call[None]:
+    return Call("DELETE", path_of("sweep", sweep_id), _nothing, safe=False)
+
+
+def get_frontier(sweep_id: str) -> Call[Frontier]:
+    return Call("GET", path_of("sweep", sweep_id, "frontier"), _as(Frontier), headers={"Accept": "application/json"})
+
+
+def get_frontier_page(sweep_id: str) -> Call[str]:
+    return Call("GET", path_of("sweep", sweep_id, "frontier"), _page, headers={"Accept": "text/html"})
 
 
 def create_plan(spec: Mapping[str, Any]) -> Call[Plan]:
@@ -149,6 +181,12 @@ def _as(kind: type[T]) -> Callable[[httpx.Response], T]:
             raise not_narrow(response.request.url) from error
 
     return read
+
+
+def _page(response: httpx.Response) -> str:
+    if not response.headers.get("content-type", "").startswith("text/html"):
+        raise not_narrow(response.request.url)
+    return response.text
 
 
 def _nothing(response: httpx.Response) -> None:

@@ -37,6 +37,7 @@ def compress(
     column: str = "text",
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
+    broad: str | Path | None = None,
     client: Narrow | None = None,
     progress: bool | Callable[[Event], None] = True,
 ) -> Result:
@@ -44,8 +45,9 @@ def compress(
 
     `budget` is the share of parameters to keep (0.5), their number (4_000_000), or the API's own form
     ({"keep": {"neuron": 0.25}}). `skills` maps names to (file or id, role), with the roles keep, forget and watch.
-    `method` and `options` are merged into the job spec as they are. Results lie in `out`: model/, onnx/, report.json,
-    report.html, plan.json. `progress` prints to the terminal, or takes a function of each event.
+    `method` and `options` are merged into the job spec as they are; `broad` is the text of a curriculum (file or id).
+    Results lie in `out`: model/, onnx/, report.json, report.html, plan.json. `progress` prints to the
+    terminal, or takes a function of each event.
 
     Raises JobFailed, JobCancelled, ApiError, ConnectionFailed. Ctrl-C cancels the job; a lost connection does not.
     """
@@ -54,7 +56,7 @@ def compress(
     out = Path(out)
     try:
         check_out(out)
-        spec = upload_spec(client, base, target, budget, skills, method, export, column, seed, options)
+        spec = upload_spec(client, base, target, budget, skills, method, export, column, seed, options, broad)
         job = client.jobs.create(spec)
         fetch = f"'narrow download {job.id} --out {out}' fetches what came out"
         try:
@@ -124,10 +126,11 @@ def upload_spec(
     column: str,
     seed: int,
     options: Mapping[str, Any] | None = None,
+    broad: str | Path | None = None,
 ) -> dict[str, Any]:
     """The job spec, for which everything local is uploaded, once all of it has been found."""
     check_model(base)
-    for data in (target, *(data for data, _ in (skills or {}).values())):
+    for data in (target, *(data for data, _ in (skills or {}).values()), *([broad] if broad else [])):
         check_data(data)
     return {
         "base": {"model": client.models.upload(base).id if Path(base).is_dir() else str(base)},
@@ -140,6 +143,7 @@ def upload_spec(
         "method": dict(method or {}),
         "export": list(export),
         "seed": seed,
+        **({"broad": {"dataset": _dataset_id(client, broad, column)}} if broad else {}),
         **(options or {}),
     }
 

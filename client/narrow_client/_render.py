@@ -11,7 +11,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tas
 from rich.table import Table
 from rich.text import Text
 
-from narrow_client.models import Budget, Event, Job, Plan, Report, Size
+from narrow_client._files import TERMINAL
+from narrow_client.models import Budget, Event, Frontier, Job, Plan, Point, Report, Size, Spread, SweepPoints
 
 WORDS = {
     "load": "read model and data",
@@ -126,6 +127,86 @@ def _figures(event: Event, data: dict[str, Any]) -> str:
     if "sparsity" in data:
         parts.append(f"{data['sparsity']:.0%} zero")
     return "  ".join(parts) or plain(event.message)[:40]
+
+
+class SweepDisplay:
+    """Shows how far a sweep is: a bar in a terminal, and a line for each point that ends."""
+
+    def __init__(self, sweep: SweepPoints, show: bool, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.show = show
+        self.live = show and self.console.is_terminal
+        self.told: set[str] = set()
+        self.bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=28, complete_style="blue", finished_style="green"),
+            TextColumn("{task.completed} of {task.total}"),
+            TextColumn("{task.fields[doing]}", style="dim", markup=False),
+            console=self.console,
+        )
+        self.task = self.bar.add_task("points", total=len(sweep.points), doing="")
+        if show:
+            line = f"sweep {sweep.id}, {len(sweep.points)} points: 'narrow sweep {sweep.id}' takes it up from anywhere"
+            self.console.print(Text(line), soft_wrap=True)
+        self(sweep, None)
+
+    def __enter__(self) -> Self:
+        if self.live:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.bar.stop()
+
+    def __call__(self, sweep: SweepPoints, running: Job | None) -> None:
+        ended = [(number, point) for number, point in enumerate(sweep.points, 1) if point.status in TERMINAL]
+        for number, point in ended:
+            if self.show and point.job not in self.told:
+                self.told.add(point.job)
+                self.console.print(Text(f"{number} of {len(sweep.points)}: {plain(_point(point))}"), soft_wrap=True)
+        self.bar.update(self.task, completed=len(ended), doing=WORDS.get(running.phase, "") if running else "")
+
+
+def _point(point: Point) -> str:
+    name = f"{point.method}, {_budget(point.budget)}, seed {point.seed}"
+    if point.figures:
+        return f"{name}: {point.figures.parameters:,} parameters, loss {point.figures.loss:.3f}"
+    return f"{name}: {point.status}" + (f". {point.error.message}" if point.error else "")
+
+
+def frontier_view(frontier: Frontier, paths: dict[str, Path] | None = None) -> RenderableType:
+    """The frontier as a table; `paths` are told at the end."""
+    table = Table(
+        title=f"{plain(frontier.target)}: {frontier.finished} of {frontier.of} points; ● is beaten by none in size and loss",
+        title_justify="left",
+        title_style="dim",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    table.add_column("")
+    table.add_column("method", overflow="fold")
+    table.add_column("budget", overflow="fold")
+    for column in ("parameters", "before training", "loss", "retention", "tokens"):
+        table.add_column(column, justify="right")
+    for point in frontier.points:
+        figures = (_spread(point.cut_loss), _spread(point.loss), _spread(point.retention), f"{point.tokens.mean:,.0f}")
+        row = ("" if point.dominated else "●", point.method, _budget(point.budget), f"{point.parameters.mean:,.0f}", *figures)
+        table.add_row(*(Text(plain(cell)) for cell in row), style="dim" if point.dominated else "")
+    if frontier.points:
+        table.add_row("", "the base", "", f"{frontier.base_parameters:,}", "", f"{frontier.base_loss:.3f}", "1.000", "")
+    parts: list[RenderableType] = [table if frontier.points else Text("no point has succeeded")]
+    if paths:
+        grid = Table.grid(padding=(0, 2))
+        for name, path in paths.items():
+            grid.add_row(Text(name, style="dim"), Text(str(path)))
+        parts += [Text(), grid]
+    return Group(*parts)
+
+
+def _spread(figure: Spread) -> str:
+    span = f" ({figure.low:.3f} – {figure.high:.3f})" if figure.low != figure.high else ""
+    return f"{figure.mean:.3f}{span}"
 
 
 def report_view(report: Report, paths: dict[str, Path] | None = None) -> RenderableType:

@@ -9,7 +9,7 @@ from narrow_client import _calls
 from narrow_client._errors import JobTimeout
 from narrow_client._files import is_terminal, no_files, targets
 from narrow_client._transport import Transport
-from narrow_client.models import Artifact, Dataset, Event, Health, Job, Model, Plan, Report
+from narrow_client.models import Artifact, Dataset, Event, Frontier, Health, Job, Model, Plan, Report, Sweep, SweepPoints
 
 
 class Narrow:
@@ -21,6 +21,7 @@ class Narrow:
     def __init__(self, url: str | None = None, api_key: str | None = None) -> None:
         self._transport = Transport(url, api_key)
         self.jobs = Jobs(self._transport)
+        self.sweeps = Sweeps(self._transport)
         self.models = Models(self._transport)
         self.datasets = Datasets(self._transport)
 
@@ -57,11 +58,11 @@ class Jobs:
     def get(self, job_id: str) -> Job:
         return self._transport.send(_calls.get_job(job_id))
 
-    def list(self, status: str | None = None) -> Iterator[Job]:
-        """All jobs, newest first; pages are fetched as they are needed."""
+    def list(self, status: str | None = None, sweep: str | None = None) -> Iterator[Job]:
+        """All jobs, or those of a sweep, newest first; pages are fetched as they are needed."""
         cursor: str | None = None
         while True:
-            page = self._transport.send(_calls.list_jobs(cursor, status))
+            page = self._transport.send(_calls.list_jobs(cursor, status, sweep))
             yield from page.data
             cursor = page.next_cursor
             if cursor is None:
@@ -101,6 +102,52 @@ class Jobs:
         for artifact, target in chosen:
             self._transport.download(job_id, artifact, target)
         return [target for _, target in chosen]
+
+
+class Sweeps:
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def create(self, spec: Mapping[str, Any], idempotency_key: str | None = None) -> SweepPoints:
+        """Queues a job for each method, budget and seed of a sweep spec; a key is made if none is given."""
+        return self._transport.send(_calls.create_sweep(spec, idempotency_key))
+
+    def get(self, sweep_id: str) -> SweepPoints:
+        return self._transport.send(_calls.get_sweep(sweep_id))
+
+    def list(self) -> Iterator[Sweep]:
+        """All sweeps, newest first, without their points."""
+        cursor: str | None = None
+        while True:
+            page = self._transport.send(_calls.list_sweeps(cursor))
+            yield from page.data
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
+    def cancel(self, sweep_id: str) -> SweepPoints:
+        """Cancels what has not ended; the frontier of what has stays."""
+        return self._transport.send(_calls.cancel_sweep(sweep_id))
+
+    def delete(self, sweep_id: str) -> None:
+        self._transport.send(_calls.delete_sweep(sweep_id))
+
+    def wait(self, sweep_id: str, timeout: float | None = None) -> SweepPoints:
+        """The sweep once all its points have ended, however they did. Raises JobTimeout after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not (sweep := self.get(sweep_id)).finished:
+            if deadline is not None and time.monotonic() > deadline:
+                raise JobTimeout(f"The sweep {sweep_id} has not ended after {timeout:g} s; it goes on.")
+            time.sleep(1)
+        return sweep
+
+    def frontier(self, sweep_id: str) -> Frontier:
+        """Loss against parameters and against tokens, of the points that have succeeded so far."""
+        return self._transport.send(_calls.get_frontier(sweep_id))
+
+    def frontier_page(self, sweep_id: str) -> str:
+        """The same as an HTML page with plots, which needs nothing else."""
+        return self._transport.send(_calls.get_frontier_page(sweep_id))
 
 
 class Models:

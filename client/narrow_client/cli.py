@@ -21,9 +21,11 @@ from rich.console import Console
 from narrow_client._compress import check_data, check_model, upload_spec
 from narrow_client._compress import compress as run_compress
 from narrow_client._errors import InvalidRequest, NarrowClientError
-from narrow_client._render import ProgressDisplay, jobs_table, plain, plan_view, report_view
+from narrow_client._files import check_out
+from narrow_client._render import ProgressDisplay, frontier_view, jobs_table, plain, plan_view, report_view
+from narrow_client._sweep import follow, is_sweep, keep_frontier, read_sweep, shortfall, upload_sweep
 from narrow_client._sync import Narrow
-from narrow_client.models import Budget, Event, Job, JobSpec, Prune, SkillId
+from narrow_client.models import Budget, Event, Job, JobSpec, Method, SkillId
 
 
 def words(model: type[BaseModel], field: str) -> tuple[str, ...]:
@@ -171,15 +173,15 @@ def parse_budget(_: click.Context, __: click.Parameter, value: str) -> dict[str,
     metavar="NAME=FILE:ROLE",
     help="Also measure this; role keep, forget or watch.",
 )
-@click.option("--method", type=click.Choice(words(Prune, "kind")), default="prune", show_default=True)
+@click.option("--method", type=click.Choice(words(Method, "kind")), default="prune", show_default=True)
 @click.option(
     "--unit",
     "units",
     multiple=True,
-    type=click.Choice(words(Prune, "units")),
+    type=click.Choice(words(Method, "units")),
     help="Kind of unit to cut. Repeat for several.",
 )
-@click.option("--importance", type=click.Choice(words(Prune, "importance")), help="How units are scored.")
+@click.option("--importance", type=click.Choice(words(Method, "importance")), help="How units are scored.")
 @click.option("--recover-tokens", type=click.IntRange(0), help="Tokens to train on after the cut.")
 @click.option("--column", default="text", show_default=True, help="Field of the text in JSON Lines.")
 @click.option("--export", "exports", multiple=True, type=click.Choice(words(JobSpec, "export")), help="Formats; both by default.")
@@ -241,6 +243,39 @@ def compress(
 
 
 @main.command()
+@click.argument("spec", metavar="SPEC_OR_SWEEP")
+@click.option("--out", default="narrow-sweep", show_default=True, type=click.Path(file_okay=False, path_type=Path))
+@JSON
+def sweep(spec: str, out: Path, as_json: bool) -> None:
+    """Compare methods × budgets × seeds: run them all, show the frontier.
+
+    SPEC is a JSON file: base, target and skills as ids or as {"path": ...}, with methods, budgets and seeds. An id (swp_...)
+    takes up a sweep that is there. Ctrl-C cancels a sweep that this command has made.
+    """
+    path = Path(spec)
+    wanted = {}
+    if not is_sweep(spec):
+        if not path.is_file():
+            raise click.UsageError(f"There is no file at {spec!r}, and it is not the id of a sweep (swp_...) either.")
+        try:
+            wanted = read_sweep(path)
+        except NarrowClientError as error:
+            raise click.UsageError(str(error)) from error
+    check_out(out)
+    with Narrow() as client:
+        found = client.sweeps.create(upload_sweep(client, wanted)) if wanted else client.sweeps.get(spec)
+        found = follow(client, found, show=not as_json, cancel=bool(wanted))
+        frontier = keep_frontier(client, found, out)
+    if as_json:
+        click.echo(frontier.model_dump_json(indent=2))
+    else:
+        paths = {"page": out / "frontier.html", "data": out / "frontier.json"}
+        Console().print(frontier_view(frontier, paths))
+    if missing := shortfall(found):
+        _fail(missing)
+
+
+@main.command()
 @click.option("--status", type=click.Choice(words(Job, "status")), help="Only jobs in this state.")
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
 @JSON
@@ -285,9 +320,13 @@ def watch(job: str, as_json: bool) -> None:
 @main.command()
 @click.argument("job")
 def cancel(job: str) -> None:
-    """Cancel a job."""
+    """Cancel a job, or a sweep (swp_...)."""
     with Narrow() as client:
-        click.echo(client.jobs.cancel(job).status)
+        if is_sweep(job):
+            counts = client.sweeps.cancel(job).counts
+            click.echo(", ".join(f"{count} {status}" for status, count in sorted(counts.items())))
+        else:
+            click.echo(client.jobs.cancel(job).status)
 
 
 @main.command()

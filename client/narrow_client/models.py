@@ -5,7 +5,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, RootModel
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    RootModel,
+    StringConstraints,
+)
 from typing_extensions import TypeAliasType
 
 
@@ -184,6 +191,38 @@ class Budget(BaseModel):
             title="Keep",
         ),
     ] = None
+
+
+class Curriculum(BaseModel):
+    """
+    Train on broad text as well, since skills rest on one another (arXiv 2505.15811, section 3): its share of the tokens
+    goes from `start` to `end` in a straight line, and stays there.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    start: Annotated[
+        float | None,
+        Field(
+            description="Share of broad text at first.", ge=0.0, le=1.0, title="Start"
+        ),
+    ] = 1.0
+    end: Annotated[
+        float | None,
+        Field(
+            description="Share of broad text in the end.", ge=0.0, le=1.0, title="End"
+        ),
+    ] = 0.0
+    until: Annotated[
+        float | None,
+        Field(
+            description="Part of the training after which it is the share in the end.",
+            ge=0.0,
+            le=1.0,
+            title="Until",
+        ),
+    ] = 0.5
 
 
 class CurvePoint(BaseModel):
@@ -371,6 +410,18 @@ class JobError(BaseModel):
     ]
 
 
+class Multiple(RootModel[int]):
+    root: Annotated[
+        int,
+        Field(
+            description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. By default 64 in MLPs of 4,096 neurons and more, else 8. Neurons of experts are kept in multiples of 8 in any case.",
+            ge=1,
+            le=1024,
+            title="Multiple",
+        ),
+    ]
+
+
 class Model(BaseModel):
     id: Annotated[str, Field(examples=["mdl_01h455vb4pex5vsknk084sn02q"], title="Id")]
     name: Annotated[str, Field(title="Name")]
@@ -503,18 +554,6 @@ class Provenance(BaseModel):
     regularizer_tokens: Annotated[int, Field(title="Regularizer Tokens")]
 
 
-class Multiple(RootModel[int]):
-    root: Annotated[
-        int,
-        Field(
-            description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. By default 64 in MLPs of 4,096 neurons and more, else 8. Neurons of experts are kept in multiples of 8 in any case.",
-            ge=1,
-            le=1024,
-            title="Multiple",
-        ),
-    ]
-
-
 class LearningRate(RootModel[float]):
     root: Annotated[
         float,
@@ -523,6 +562,18 @@ class LearningRate(RootModel[float]):
             gt=0.0,
             le=1.0,
             title="Learning Rate",
+        ),
+    ]
+
+
+class Mixture(RootModel[float]):
+    root: Annotated[
+        float,
+        Field(
+            description="β of js, by default 0.5, or α of the skewed divergences, by default 0.1.",
+            gt=0.0,
+            lt=1.0,
+            title="Mixture",
         ),
     ]
 
@@ -538,7 +589,7 @@ class Recover(BaseModel):
     objective: Annotated[
         Literal["next_token", "distill", "mixed"] | None,
         Field(
-            description="next_token: the data's own next token; distill: KL to the base; mixed: the mean of both.",
+            description="next_token: the data's own next token; distill: divergence from the base; mixed: the mean of both.",
             title="Objective",
         ),
     ] = "mixed"
@@ -582,6 +633,23 @@ class Recover(BaseModel):
             title="Temperature",
         ),
     ] = 1.0
+    divergence: Annotated[
+        Literal["kl", "reverse_kl", "js", "skew_kl", "skew_reverse_kl"] | None,
+        Field(
+            description="Of base p and student q in the distillation term. kl: KL(p‖q); reverse_kl: KL(q‖p); js: generalised Jensen–Shannon, β KL(p‖m) + (1−β) KL(q‖m) with m = βp + (1−β)q; skew_kl: KL(p‖αp + (1−α)q); skew_reverse_kl: KL(q‖(1−α)p + αq).",
+            title="Divergence",
+        ),
+    ] = "kl"
+    mixture: Annotated[
+        Mixture | None,
+        Field(
+            description="β of js, by default 0.5, or α of the skewed divergences, by default 0.1.",
+            title="Mixture",
+        ),
+    ] = None
+    curriculum: Annotated[
+        Curriculum | None, Field(description="Mixes in the text of `broad`.")
+    ] = None
 
 
 class Sample(BaseModel):
@@ -692,6 +760,16 @@ class Speed(BaseModel):
     decode_narrow: Annotated[float, Field(title="Decode Narrow")]
 
 
+class Spread(BaseModel):
+    """
+    A figure over seeds: mean and range.
+    """
+
+    mean: Annotated[float, Field(title="Mean")]
+    low: Annotated[float, Field(title="Low")]
+    high: Annotated[float, Field(title="High")]
+
+
 class Trial(BaseModel):
     """
     A shape that was tried before one was chosen. Losses are of training text set apart, in nats above the base's.
@@ -758,43 +836,101 @@ class Allocation(BaseModel):
     ] = 0
 
 
-class Plan(BaseModel):
+class CurveMean(BaseModel):
+    phase: Annotated[str, Field(title="Phase")]
+    tokens: Annotated[
+        int, Field(description="Trained on so far, over all phases.", title="Tokens")
+    ]
+    loss: Spread
+
+
+class Figures(BaseModel):
     """
-    A dry run: what a job would make, with nothing queued.
+    What a run came to on its target. Losses are nats per token of the base, on held-out text.
     """
 
-    family: Annotated[str, Field(title="Family")]
-    before: Size
-    after: Size
-    keep: Annotated[
-        dict[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"], int],
+    target: Annotated[str, Field(title="Target")]
+    base_parameters: Annotated[int, Field(title="Base Parameters")]
+    base_loss: Annotated[float, Field(title="Base Loss")]
+    parameters: Annotated[int, Field(title="Parameters")]
+    cut_loss: Annotated[
+        float,
         Field(
-            description="Units kept in each layer; for `layer`, `residual` and `token`, in the model.",
-            title="Keep",
+            description="Before any training: after the cut and the refit.",
+            title="Cut Loss",
         ),
     ]
-    memory_bytes: Annotated[
-        int, Field(description="Estimated peak of the job.", title="Memory Bytes")
+    loss: Annotated[float, Field(description="After recovery.", title="Loss")]
+    retention: Interval
+    tokens: Annotated[
+        int, Field(description="Trained on, with those of group lasso.", title="Tokens")
     ]
     seconds: Annotated[
         float,
         Field(
-            description="Rough estimate of the job's time on this server's machine.",
+            description="Of all its stages, also of those that another point did for it.",
             title="Seconds",
         ),
     ]
-    notices: Annotated[list[str], Field(title="Notices")]
 
 
-class Prune(BaseModel):
+class FrontierCurve(BaseModel):
     """
-    Score, cut, refit, recover.
+    Held-out loss against tokens, of a method at a budget. It is measured on a part of the text that the points have.
+    """
+
+    method: Annotated[str, Field(title="Method")]
+    budget: Budget
+    points: Annotated[list[CurveMean], Field(title="Points")]
+
+
+class FrontierPoint(BaseModel):
+    """
+    A method at a budget, over the seeds that have finished.
+    """
+
+    method: Annotated[str, Field(title="Method")]
+    budget: Budget
+    seeds: Annotated[list[int], Field(title="Seeds")]
+    parameters: Spread
+    cut_loss: Spread
+    loss: Spread
+    retention: Spread
+    tokens: Spread
+    seconds: Spread
+    dominated: Annotated[
+        bool,
+        Field(
+            description="Another point has no more parameters and no more loss, and less of one: by the means.",
+            title="Dominated",
+        ),
+    ]
+
+
+class Method(BaseModel):
+    """
+    How the small model comes about: one line, of which each kind uses what it needs.
+
+    What is not given follows the kind: see `DEFAULTS`.
     """
 
     model_config = ConfigDict(
         extra="forbid",
     )
-    kind: Annotated[Literal["prune"], Field(title="Kind")] = "prune"
+    kind: Annotated[
+        Literal["prune", "distill", "scratch"] | None,
+        Field(
+            description="prune: score, cut, refit, recover. distill: a student of the size asked for, trained to the base's distribution. scratch: fresh weights trained on the text alone, the control.",
+            title="Kind",
+        ),
+    ] = "prune"
+    init: Annotated[
+        Literal["cut", "layers", "fresh"] | None,
+        Field(
+            description="Weights that training starts from. cut: the base's best units; layers: evenly spaced layers of the base; fresh: none of the base, of which only the shape is taken. By default cut to prune, else fresh.",
+            title="Init",
+        ),
+    ] = "cut"
     units: Annotated[
         list[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"]] | None,
         Field(
@@ -828,11 +964,65 @@ class Prune(BaseModel):
     refit: Annotated[
         bool | None,
         Field(
-            description="Refit layer by layer towards the base's residual stream: least squares for the projections that read the cut units, and a short training of the whole layer. No labels are used.",
+            description="Refit layer by layer towards the base's residual stream: least squares for the projections that read the cut units, and a short training of the whole layer. No labels are used. By default only to prune.",
             title="Refit",
         ),
     ] = True
-    recover: Recover | None = None
+    recover: Annotated[
+        Recover | None,
+        Field(
+            description="Its objective is by default mixed to prune, distill to distill, and next_token from scratch."
+        ),
+    ] = None
+
+
+class Plan(BaseModel):
+    """
+    A dry run: what a job would make, with nothing queued.
+    """
+
+    family: Annotated[str, Field(title="Family")]
+    before: Size
+    after: Size
+    keep: Annotated[
+        dict[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"], int],
+        Field(
+            description="Units kept in each layer; for `layer`, `residual` and `token`, in the model.",
+            title="Keep",
+        ),
+    ]
+    memory_bytes: Annotated[
+        int, Field(description="Estimated peak of the job.", title="Memory Bytes")
+    ]
+    seconds: Annotated[
+        float,
+        Field(
+            description="Rough estimate of the job's time on this server's machine.",
+            title="Seconds",
+        ),
+    ]
+    notices: Annotated[list[str], Field(title="Notices")]
+
+
+class Point(BaseModel):
+    """
+    A point of a sweep, which is a job.
+    """
+
+    job: Annotated[str, Field(title="Job")]
+    method: Annotated[
+        str, Field(description="The name of its method in the sweep.", title="Method")
+    ]
+    budget: Budget
+    seed: Annotated[int, Field(title="Seed")]
+    status: Annotated[
+        Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"],
+        Field(title="Status"),
+    ]
+    error: JobError | None = None
+    figures: Annotated[
+        Figures | None, Field(description="What came out, once it has succeeded.")
+    ] = None
 
 
 class Report(BaseModel):
@@ -862,6 +1052,102 @@ class Report(BaseModel):
     provenance: Provenance
 
 
+class SweepSpec(BaseModel):
+    """
+    What `POST /sweeps` takes: a job for each method, budget and seed, over one base and the same data.
+
+    The frontier that comes out is loss against parameters and against tokens.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    base: ModelId
+    target: DatasetId
+    broad: Annotated[
+        DatasetId | None,
+        Field(description="The broad text of the methods that have a curriculum."),
+    ] = None
+    skills: Annotated[
+        list[SkillId] | None,
+        Field(max_length=50, title="Skills", validate_default=True),
+    ] = []
+    methods: Annotated[
+        dict[Annotated[str, StringConstraints(pattern=r"^[\w][\w .+-]*$", min_length=1, max_length=100)], Method] | None,
+        Field(
+            description="What is compared, by a name of your own.",
+            examples=[{"prune": {}, "scratch": {"kind": "scratch"}}],
+            title="Methods",
+        ),
+    ] = None
+    budgets: Annotated[
+        list[Budget],
+        Field(
+            examples=[[{"parameters": 0.5}, {"parameters": 0.25}]],
+            max_length=10,
+            min_length=1,
+            title="Budgets",
+        ),
+    ]
+    seeds: Annotated[
+        list[int] | None,
+        Field(
+            description="The figures are means over the seeds.",
+            max_length=10,
+            min_length=1,
+            title="Seeds",
+        ),
+    ] = [0]
+    export: Annotated[
+        list[Literal["safetensors", "onnx"]] | None,
+        Field(max_length=2, min_length=1, title="Export"),
+    ] = ["safetensors"]
+    block_tokens: Annotated[
+        int | None,
+        Field(
+            description="Length of the token blocks that training reads.",
+            ge=8,
+            le=131072,
+            title="Block Tokens",
+        ),
+    ] = 512
+    skill_tokens: Annotated[
+        int | None,
+        Field(
+            description="Tokens that each skill is measured on, at most.",
+            ge=64,
+            le=1000000000,
+            title="Skill Tokens",
+        ),
+    ] = 65536
+
+
+class Frontier(BaseModel):
+    """
+    Loss against parameters and against tokens, of what has finished of a sweep.
+    """
+
+    target: Annotated[
+        str,
+        Field(
+            description="The target's name; empty while nothing has finished.",
+            title="Target",
+        ),
+    ]
+    finished: Annotated[
+        int,
+        Field(description="Points of the sweep that have succeeded.", title="Finished"),
+    ]
+    of: Annotated[int, Field(title="Of")]
+    base_parameters: Annotated[int, Field(title="Base Parameters")]
+    base_loss: Annotated[float, Field(title="Base Loss")]
+    points: Annotated[
+        list[FrontierPoint],
+        Field(description="By parameters, the smallest first.", title="Points"),
+    ]
+    curves: Annotated[list[FrontierCurve], Field(title="Curves")]
+
+
 class JobSpec(BaseModel):
     """
     What `POST /jobs` takes: inputs by id. The target's skill is named after its dataset.
@@ -870,7 +1156,7 @@ class JobSpec(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
     )
-    method: Prune | None = None
+    method: Method | None = None
     budget: Budget
     export: Annotated[
         list[Literal["safetensors", "onnx"]] | None,
@@ -897,10 +1183,53 @@ class JobSpec(BaseModel):
     seed: Annotated[int | None, Field(ge=0, le=2147483647, title="Seed")] = 0
     base: ModelId
     target: DatasetId
+    broad: Annotated[
+        DatasetId | None,
+        Field(description="The broad text of `method.recover.curriculum`."),
+    ] = None
     skills: Annotated[
         list[SkillId] | None,
         Field(max_length=50, title="Skills", validate_default=True),
     ] = []
+
+
+class Sweep(BaseModel):
+    id: Annotated[str, Field(examples=["swp_01h455vb4pex5vsknk084sn02q"], title="Id")]
+    spec: SweepSpec
+    counts: Annotated[
+        dict[Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"], int],
+        Field(description="Points by the status of their jobs.", title="Counts"),
+    ]
+    finished: Annotated[
+        bool,
+        Field(
+            description="Whether every point has ended, however it did.",
+            title="Finished",
+        ),
+    ]
+    created_at: Annotated[AwareDatetime, Field(title="Created At")]
+
+
+class SweepPoints(BaseModel):
+    """
+    A sweep with its points, in the order in which they run.
+    """
+
+    id: Annotated[str, Field(examples=["swp_01h455vb4pex5vsknk084sn02q"], title="Id")]
+    spec: SweepSpec
+    counts: Annotated[
+        dict[Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"], int],
+        Field(description="Points by the status of their jobs.", title="Counts"),
+    ]
+    finished: Annotated[
+        bool,
+        Field(
+            description="Whether every point has ended, however it did.",
+            title="Finished",
+        ),
+    ]
+    created_at: Annotated[AwareDatetime, Field(title="Created At")]
+    points: Annotated[list[Point], Field(title="Points")]
 
 
 class Job(BaseModel):
@@ -930,6 +1259,10 @@ class Job(BaseModel):
             title="Result Model",
         ),
     ] = None
+    sweep: Annotated[
+        str | None,
+        Field(description="The sweep that it is a point of, if it is.", title="Sweep"),
+    ] = None
     created_at: Annotated[AwareDatetime, Field(title="Created At")]
     started_at: Annotated[AwareDatetime | None, Field(title="Started At")] = None
     finished_at: Annotated[AwareDatetime | None, Field(title="Finished At")] = None
@@ -937,4 +1270,9 @@ class Job(BaseModel):
 
 class PageJob(BaseModel):
     data: Annotated[list[Job], Field(title="Data")]
+    next_cursor: Annotated[str | None, Field(title="Next Cursor")] = None
+
+
+class PageSweep(BaseModel):
+    data: Annotated[list[Sweep], Field(title="Data")]
     next_cursor: Annotated[str | None, Field(title="Next Cursor")] = None

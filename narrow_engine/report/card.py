@@ -14,7 +14,7 @@ tags:
 
 # A narrow model for {target}
 
-Cut from a larger {family} model for one domain with Narrow: {before:,} parameters became {after:,} ({share:.0%}).
+{made} for one domain with Narrow: {before:,} parameters became {after:,} ({share:.0%}).
 It keeps {value:.1%} of the base's skill on {target} (95 % interval {low:.1%} to {high:.1%}; perplexity of the base ÷ its own).
 
 With transformers 5 or newer:
@@ -40,7 +40,7 @@ base gets wrong, this model gets wrong as well; the terms under which the base m
 
 ## How it was made
 
-{cut}, {tokens:,} tokens of recovery ({objective}), seed {seed}, from the base whose
+{cut}, {tokens:,} tokens of training ({objective}), seed {seed}, from the base whose
 files have the SHA-256 `{base}`. The whole account is in report.json and report.html beside this folder.
 """
 
@@ -60,6 +60,12 @@ logits, *present = session.run(None, feed)
 ```
 """
 
+_MADE = {
+    "prune": "Cut from a larger {family} model",
+    "distill": "Distilled from a larger {family} model",
+    "scratch": "Trained from scratch in the shape of a smaller {family} model",
+}
+
 
 def render_card(report: Report) -> str:
     """Markdown with the front matter that model hubs read. Names from users are kept to one line of plain text."""
@@ -72,6 +78,7 @@ def render_card(report: Report) -> str:
     )
     return _TEMPLATE.format(
         family=report.family,
+        made=_MADE[method["kind"]].format(family=report.family),
         target=_plain(report.target),
         before=report.before.parameters,
         after=report.after.parameters,
@@ -96,7 +103,11 @@ def _cut(report: Report) -> str:
     said = []
     if "token" in method["units"]:
         said.append(f"vocabulary trimmed from {report.before.vocabulary:,} to {report.after.vocabulary:,} tokens")
-    if scored:
+    if method["init"] == "fresh":
+        said.append(f"fresh weights in a shape with fewer {scored}" if scored else "fresh weights")
+    elif method["init"] == "layers":
+        said.append("evenly spaced layers of the base")
+    elif scored:
         said.append(f"{scored} scored by {method['importance']}, {'least-squares refit' if method['refit'] else 'no refit'}")
     words = ", ".join(said)
     return words[0].upper() + words[1:]

@@ -7,11 +7,12 @@ escaped by the template.
 
 import io
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from narrow_engine.report.model import Cut, Report, Skill
@@ -26,12 +27,33 @@ STAGES = ("load", "measure_base", "score", "allocate", "sparsify", "plan", "slic
 RUNTIMES = {"torch": "torch", "onnxruntime": "ONNX Runtime"}
 STILL_THERE = 0.5
 """Retention above which a skill to forget is not called forgotten."""
+_DRAWING = threading.Lock()
 NAME_CHARACTERS = 30
 """Of a skill's name, beside its bar: what a phone has room for. The table under it has all of it."""
 
 
 def render_page(report: Report) -> str:
     """The page as HTML text."""
+    row = report.skills[report.target]
+    seconds = report.provenance.seconds
+    return template("page.html").render(
+        report=report,
+        row=row,
+        runtimes=RUNTIMES,
+        units=PLURAL,
+        verdict=verdict(report),
+        summary=" ".join(summary(report)),
+        share=report.after.parameters / report.before.parameters,
+        scale=1.02 * max(1.0, *(skill.retention.high for skill in report.skills.values())),
+        first=next((point.validation for point in report.curve if point.phase == "recover"), None),
+        curve_chart=svg(lambda axes: _curve(axes, report)) if len(report.curve) > 1 else "",
+        cut_chart=svg(lambda axes: _cuts(axes, report)) if any(cut.unit != "token" for cut in report.cuts) else "",
+        seconds={name: seconds[name] for name in sorted(seconds, key=_order) if seconds[name] >= 0.05},
+    )
+
+
+def template(name: str) -> Template:
+    """A template of this folder, with the filters that pages use."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -47,22 +69,7 @@ def render_page(report: Report) -> str:
         "words": lambda name: name.replace("_", " "),
         "clip": lambda name: name if len(name) <= NAME_CHARACTERS else name[: NAME_CHARACTERS - 1] + "…",
     }
-    row = report.skills[report.target]
-    seconds = report.provenance.seconds
-    return environment.get_template("page.html").render(
-        report=report,
-        row=row,
-        runtimes=RUNTIMES,
-        units=PLURAL,
-        verdict=verdict(report),
-        summary=" ".join(summary(report)),
-        share=report.after.parameters / report.before.parameters,
-        scale=1.02 * max(1.0, *(skill.retention.high for skill in report.skills.values())),
-        first=next((point.validation for point in report.curve if point.phase == "recover"), None),
-        curve_chart=_svg(lambda axes: _curve(axes, report)) if len(report.curve) > 1 else "",
-        cut_chart=_svg(lambda axes: _cuts(axes, report)) if any(cut.unit != "token" for cut in report.cuts) else "",
-        seconds={name: seconds[name] for name in sorted(seconds, key=_order) if seconds[name] >= 0.05},
-    )
+    return environment.get_template(name)
 
 
 def verdict(report: Report) -> str:
@@ -130,12 +137,13 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _svg(draw: Callable[[Any], None]) -> Markup:
+def svg(draw: Callable[[Any], None]) -> Markup:
+    """A chart that `draw` draws on matplotlib's axes. The service draws in threads, and matplotlib's settings are global."""
     # Imported here: it takes half a second that a run without a report need not spend.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "narrow"}):
+    with _DRAWING, rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "svg.hashsalt": "narrow"}):
         figure = Figure(figsize=(5.2, 3.1), layout="constrained")
         figure.patch.set_visible(False)
         axes = figure.add_subplot()
@@ -151,19 +159,19 @@ def _svg(draw: Callable[[Any], None]) -> Markup:
         draw(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
     for placeholder, colour in COLOURS.items():
-        svg = svg.replace(placeholder, colour)
-    svg = re.sub(r"font: (\d+)px 'sans-serif'", r"font: \1px system-ui, sans-serif", svg)
-    svg = re.sub(
+        text = text.replace(placeholder, colour)
+    text = re.sub(r"font: (\d+)px 'sans-serif'", r"font: \1px system-ui, sans-serif", text)
+    text = re.sub(
         r'<svg [^>]*viewBox="([^"]+)"[^>]*>',
         r'<svg viewBox="\1" aria-hidden="true" xmlns:xlink="http://www.w3.org/1999/xlink">',
-        svg,
+        text,
         count=1,
     )
     # matplotlib escapes text; what it wrote is markup.
-    return Markup(svg)  # noqa: S704
+    return Markup(text)  # noqa: S704
 
 
 def _curve(axes: Any, report: Report) -> None:
@@ -189,7 +197,7 @@ def _curve(axes: Any, report: Report) -> None:
     axes.margins(y=0.1)
     axes.set_xlabel(f"{name} tokens trained on")
     axes.set_ylabel("loss, nats per token")
-    _legend(axes, columns=1)
+    legend(axes, columns=1)
 
 
 def _cuts(axes: Any, report: Report) -> None:
@@ -217,10 +225,10 @@ def _cuts(axes: Any, report: Report) -> None:
     axes.set_ylim(0, 1)
     axes.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _legend(axes, columns=3)
+    legend(axes, columns=3)
 
 
-def _legend(axes: Any, columns: int) -> None:
+def legend(axes: Any, columns: int) -> None:
     options = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.4} if columns > 1 else {}
     for text in axes.legend(frameon=False, ncols=columns, handlelength=1.4, columnspacing=1.4, **options).get_texts():
         text.set_color(INK)

@@ -1,21 +1,21 @@
 """Jobs: make one, look at it, end it."""
 
-import hashlib
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request, Response
-from sqlalchemy.exc import IntegrityError
+from fastapi import APIRouter, Query, Request, Response
 from sqlmodel import Session, col, delete, select
 
 from narrow_engine.model_files import DTYPES
 from narrow_engine.sizing import solve
 from narrow_engine.spec import JobSpec
 from service import janitor, queue
+from service.api import idempotency
 from service.api.paging import Cursor, Limit, page
 from service.api.schemas import Job, JobError, Page, Progress, Status
 from service.db.session import Db, ReadDb
-from service.db.tables import TERMINAL, ArtifactRow, DatasetRow, IdempotencyRow, JobRow, ModelRow, now
+from service.db.tables import TERMINAL, ArtifactRow, DatasetRow, JobRow, ModelRow
 from service.problems import ApiError, not_found, responses
 from service.storage import Storage, doubt
 from service.uploads import require_space
@@ -33,6 +33,7 @@ def as_job(row: JobRow) -> Job:
         attempt=row.attempt,
         error=JobError.model_validate(row.error) if row.error else None,
         result_model=row.result_model,
+        sweep=row.sweep,
         created_at=row.created_at,
         started_at=row.started_at,
         finished_at=row.finished_at,
@@ -40,43 +41,35 @@ def as_job(row: JobRow) -> Job:
 
 
 @router.post("", status_code=201, responses=responses(404, 409, 413, 507))
-def create_job(
-    spec: JobSpec,
-    request: Request,
-    response: Response,
-    session: Db,
-    idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200, description="Makes a retry safe.")] = None,
-) -> Job:
+def create_job(spec: JobSpec, request: Request, response: Response, session: Db, idempotency_key: idempotency.Key = None) -> Job:
     """Queue a compression. With an `Idempotency-Key`, the same request sent again answers with the job it made first."""
-    body = hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
-    if idempotency_key and (known := session.get(IdempotencyRow, idempotency_key)):
-        if known.body_sha256 != body:
-            raise ApiError(422, "idempotency_key_reused", "This Idempotency-Key came with another job before: use a new one.")
+    known = idempotency.made_before(session, idempotency_key, spec)
+    if known and known.job_id:
         job = queue.find(session, known.job_id)
         session.commit()
     else:
         require_space(request.app.state.settings)
         check_spec(session, spec)
         job = queue.enqueue(session, spec)
-        if idempotency_key:
-            session.add(IdempotencyRow(key=idempotency_key, body_sha256=body, job_id=job.id, created_at=now()))
-        try:
-            session.commit()
-        except IntegrityError as error:
-            detail = "Another request with this Idempotency-Key is being answered: send it again in a moment."
-            raise ApiError(409, "request_in_progress", detail) from error
+        idempotency.commit(session, idempotency_key, spec, job_id=job.id)
     response.headers["Location"] = f"/jobs/{job.id}"
     return as_job(job)
 
 
 @router.get("", responses=responses())
 def list_jobs(
-    session: ReadDb, cursor: Cursor = None, limit: Limit = 20, status: Annotated[Status | None, Query()] = None
+    session: ReadDb,
+    cursor: Cursor = None,
+    limit: Limit = 20,
+    status: Annotated[Status | None, Query()] = None,
+    sweep: Annotated[str | None, Query(max_length=60, description="Only the points of this sweep.")] = None,
 ) -> Page[Job]:
     """Jobs, newest first."""
     statement = select(JobRow)
     if status:
         statement = statement.where(JobRow.status == status)
+    if sweep:
+        statement = statement.where(JobRow.sweep == sweep)
     return page(session, statement, JobRow, cursor, limit, as_job)
 
 
@@ -102,16 +95,24 @@ def delete_job(job_id: str, request: Request, session: Db) -> None:
     job = queue.find(session, job_id)
     if job.status not in TERMINAL:
         raise ApiError(409, "job_not_finished", f"The job is {job.status}: cancel it first.")
-    digests = list(session.exec(select(ArtifactRow.sha256).where(ArtifactRow.job_id == job_id)))
+    digests = forget(session, request, [job])
+    session.commit()
+    janitor.tidy_artifacts(session, request.app.state.storage, digests)
+
+
+def forget(session: Session, request: Request, jobs: Sequence[JobRow]) -> list[str]:
+    """Removes finished jobs and returns the digests of their files, which may be nobody's after the commit."""
+    digests: list[str] = []
     storage: Storage = request.app.state.storage
+    for job in jobs:
+        digests += session.exec(select(ArtifactRow.sha256).where(ArtifactRow.job_id == job.id))
+        session.exec(delete(ArtifactRow).where(col(ArtifactRow.job_id) == job.id))
+        session.delete(job)
+        janitor.remove_run(request.app.state.settings, job.id)
     for sha256 in set(digests):
         with suppress(OSError):  # a full disk must not keep anybody from making room
             doubt(storage.path(sha256)).touch()
-    session.exec(delete(ArtifactRow).where(col(ArtifactRow.job_id) == job_id))
-    session.delete(job)
-    janitor.remove_run(request.app.state.settings, job.id)
-    session.commit()
-    janitor.tidy_artifacts(session, storage, digests)
+    return digests
 
 
 def check_spec(session: Session, spec: JobSpec) -> ModelRow:
@@ -120,7 +121,7 @@ def check_spec(session: Session, spec: JobSpec) -> ModelRow:
     if base is None:
         raise not_found("model", spec.base.model)
     names = [skill.name for skill in spec.skills]
-    for reference in (spec.target, *spec.skills):
+    for reference in spec.data:
         data = session.get(DatasetRow, reference.dataset)
         if data is None:
             raise not_found("dataset", reference.dataset)

@@ -6,8 +6,9 @@ from typing import Any, Generic, Literal, TypeVar
 from pydantic import BaseModel, Field
 
 from narrow_engine.events import Event
+from narrow_engine.report.frontier import Figures
 from narrow_engine.report.model import Size
-from narrow_engine.spec import JobSpec, Unit
+from narrow_engine.spec import Budget, JobSpec, SweepSpec, Unit
 
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 Phase = Literal[
@@ -76,9 +77,36 @@ class Job(BaseModel):
     attempt: int = Field(description="How often the job has been started; more than 1 after a crash.")
     error: JobError | None = None
     result_model: str | None = Field(None, description="Id of the model that came out: it can be the base of another job.")
+    sweep: str | None = Field(None, description="The sweep that it is a point of, if it is.")
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
+
+
+class Sweep(BaseModel):
+    id: str = Field(examples=["swp_01h455vb4pex5vsknk084sn02q"])
+    spec: SweepSpec
+    counts: dict[Status, int] = Field(description="Points by the status of their jobs.")
+    finished: bool = Field(description="Whether every point has ended, however it did.")
+    created_at: datetime
+
+
+class Point(BaseModel):
+    """A point of a sweep, which is a job."""
+
+    job: str
+    method: str = Field(description="The name of its method in the sweep.")
+    budget: Budget
+    seed: int
+    status: Status
+    error: JobError | None = None
+    figures: Figures | None = Field(None, description="What came out, once it has succeeded.")
+
+
+class SweepPoints(Sweep):
+    """A sweep with its points, in the order in which they run."""
+
+    points: list[Point]
 
 
 class Artifact(BaseModel):

@@ -67,11 +67,20 @@ class DatasetRow(SQLModel, table=True):
     created_at: datetime = _time(nullable=False)
 
 
+class SweepRow(SQLModel, table=True):
+    __tablename__ = "sweep"
+
+    id: str = Field(primary_key=True)
+    spec: dict[str, Any] = Field(sa_type=JSON)
+    created_at: datetime = _time(nullable=False)
+
+
 class JobRow(SQLModel, table=True):
     __tablename__ = "job"
     __table_args__ = (
         CheckConstraint(f"status IN {STATUSES}", name="status_known"),
         Index("job_claim", "status", "id"),
+        Index("job_sweep", "sweep"),
     )
 
     id: str = Field(primary_key=True)
@@ -89,6 +98,17 @@ class JobRow(SQLModel, table=True):
     created_at: datetime = _time(nullable=False)
     started_at: datetime | None = _time()
     finished_at: datetime | None = _time()
+    sweep: str | None = Field(default=None, foreign_key="sweep.id", description="The sweep that it is a point of.")
+    method: str | None = Field(default=None, description="The name that the sweep has for its method.")
+
+
+class OutcomeRow(SQLModel, table=True):
+    """What a frontier needs of a finished point: it is stored with the job's end, so that no report is read for it again."""
+
+    __tablename__ = "outcome"
+
+    job_id: str = Field(sa_column=Column(ForeignKey("job.id", ondelete="CASCADE"), primary_key=True))
+    outcome: dict[str, Any] = Field(sa_type=JSON, description="An `Outcome`.")
 
 
 class EventRow(SQLModel, table=True):
@@ -119,5 +139,6 @@ class IdempotencyRow(SQLModel, table=True):
 
     key: str = Field(primary_key=True)
     body_sha256: str
-    job_id: str = Field(sa_column=Column(ForeignKey("job.id", ondelete="CASCADE"), nullable=False))
+    job_id: str | None = Field(sa_column=Column(ForeignKey("job.id", ondelete="CASCADE")))
+    sweep_id: str | None = Field(sa_column=Column(ForeignKey("sweep.id", ondelete="CASCADE")))
     created_at: datetime = _time(nullable=False)

@@ -47,7 +47,8 @@ def imported(file: Path) -> set[str]:
 
 
 ENGINE_FOR_THE_SERVICE = {
-    f"narrow_engine.{name}" for name in ("spec", "families", "sizing", "errors", "events", "documents", "model_files", "report")
+    f"narrow_engine.{name}"
+    for name in ("spec", "families", "sizing", "errors", "events", "documents", "model_files", "report", "shelf")
 }
 
 

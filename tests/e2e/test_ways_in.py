@@ -137,6 +137,69 @@ def test_compress_as_a_command_refuses_plans_and_is_interrupted(service, tiny_fo
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
+def test_a_sweep_as_a_command_shows_its_frontier(service, tiny_folder, python_file, tmp_path):
+    """From a file with local paths to a table, a page and JSON; taken up again by its id; interrupted, it is cancelled."""
+    spec = {
+        "base": {"path": os.path.relpath(tiny_folder, tmp_path)},
+        "target": {"path": str(python_file)},
+        "methods": {"default": METHOD, "untrained": {**METHOD, "recover": {"tokens": 0}}},
+        "budgets": [{"parameters": 0.85}],
+        **OPTIONS,
+    }
+    (tmp_path / "sweep.json").write_text(json.dumps(spec))
+    command = narrow("sweep", tmp_path / "sweep.json", "--out", tmp_path / "out", url=service.url)
+    out, err = command.communicate(timeout=240)
+    assert command.returncode == 0, err
+    assert "2 of 2: untrained, 0.85, seed 0:" in err
+    assert "the base" in out
+    frontier = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    assert sorted(point["method"] for point in frontier["points"]) == ["default", "untrained"]
+    assert (tmp_path / "out" / "frontier.html").read_text().startswith("<!doctype html>")
+
+    sweep = service.http.get("/sweeps").json()["data"][0]["id"]
+    again = narrow("sweep", sweep, "--out", tmp_path / "again", "--json", url=service.url)
+    out, err = again.communicate(timeout=60)
+    assert (again.returncode, json.loads(out)) == (0, frontier), err
+
+    spec["methods"] = {"slow": {**METHOD, "recover": {"tokens": 50_000_000, "batch_tokens": 256}}}
+    (tmp_path / "slow.json").write_text(json.dumps(spec))
+    slow = narrow("sweep", tmp_path / "slow.json", "--out", tmp_path / "slow", url=service.url)
+    deadline = time.monotonic() + 60
+    while not service.http.get("/jobs", params={"status": "running"}).json()["data"] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    slow.send_signal(signal.SIGINT)
+    _, err = slow.communicate(timeout=60)
+    sweep = service.http.get("/sweeps").json()["data"][0]["id"]
+    assert (slow.returncode, f"interrupted: the sweep {sweep} was cancelled" in err) == (130, True), err
+    job = service.http.get("/jobs", params={"sweep": sweep}).json()["data"][0]["id"]
+    service.wait(job, lambda j: j["status"] == "cancelled")
+    ended = narrow("sweep", sweep, "--out", tmp_path / "slow", url=service.url)
+    out, err = ended.communicate(timeout=60)
+    assert (ended.returncode, "no point has succeeded" in out, "1 cancelled" in err) == (1, True, True), (out, err)
+
+
+def test_a_sweep_as_a_command_refuses_what_is_wrong_before_it_sends_anything(tiny_folder, python_file, tmp_path):
+    good = {"base": {"path": str(tiny_folder)}, "target": {"path": str(python_file)}, "budgets": [{"parameters": 0.5}]}
+    cases = [
+        ("{", "is not JSON"),
+        ("[]", "is not a JSON object"),
+        (json.dumps({**good, "base": {"path": "nowhere"}}), "there is no folder at"),
+        (json.dumps({**good, "skills": [{"name": "a", "path": "nowhere"}]}), "there is no file at"),
+        (json.dumps({**good, "budget": 0.5}), "budget: Extra inputs are not permitted"),
+        (json.dumps({**good, "methods": {"a": {"kind": "bake"}}}), "methods.a.kind"),
+        (json.dumps({"base": good["base"], "target": good["target"]}), "budgets: Field required"),
+    ]
+    for text, words in cases:
+        (tmp_path / "spec.json").write_text(text)
+        command = narrow("sweep", tmp_path / "spec.json", "--out", tmp_path / "out", url="http://127.0.0.1:9")
+        _, err = command.communicate(timeout=30)
+        assert (command.returncode, words in " ".join(err.split())) == (2, True), (text, err)
+    command = narrow("sweep", tmp_path / "none.json", url="http://127.0.0.1:9")
+    assert command.wait(30) == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_recipe_makes_a_model(tmp_path):
     for domain in ("python", "c"):
         (tmp_path / "corpora" / domain).mkdir(parents=True)

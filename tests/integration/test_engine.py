@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
-from tiny import tiny_model, write_jsonl
+from tiny import documents, tiny_model, write_jsonl
 
 from narrow_engine import corpus
 from narrow_engine.events import read_events
@@ -290,3 +291,51 @@ def test_a_dataset_with_blank_rows_says_how_many(spec, tmp_path, python_file):
     assert status == 0, told
     report = Report.model_validate_json((tmp_path / "run" / "result" / "report.json").read_text())
     assert any("2 blank documents" in n.message for n in report.notices)
+
+
+@pytest.mark.parametrize(
+    ("method", "from_base"),
+    [
+        ({"kind": "distill"}, False),
+        ({"kind": "distill", "init": "cut"}, True),
+        ({"kind": "distill", "init": "layers", "units": ["layer", "token"]}, True),
+        ({"kind": "scratch"}, False),
+    ],
+)
+def test_students_go_down_the_same_line(spec, tmp_path, method, from_base):
+    method = {"calibration_tokens": 1024, "recover": {"tokens": 5120, "batch_tokens": 256}, **method}
+    budget = {"keep": {"layer": 0.67}} if "layer" in method.get("units", ()) else {"parameters": 0.8}
+    code, told = finish(start(spec(method=method, budget=budget), tmp_path / "run"))
+    assert code == 0, told
+    report = Report.model_validate_json((tmp_path / "run" / "result" / "report.json").read_text())
+    assert report.after.parameters < report.before.parameters
+    assert report.spec["method"]["recover"]["objective"] == ("next_token" if method["kind"] == "scratch" else "distill")
+    assert report.skills["python"].recovered.loss < report.skills["python"].cut.loss
+    assert ("slice" in report.parity) == from_base
+    assert (tmp_path / "run" / "score").exists() == (method.get("init") == "cut")
+    if method.get("init") == "layers":
+        assert [cut.per_layer for cut in report.cuts if cut.unit == "layer"] == [[0, 2]]
+    card = (tmp_path / "run" / "result" / "model" / "README.md").read_text()
+    assert ("Trained from scratch" if method["kind"] == "scratch" else "Distilled from") in card
+
+
+def test_a_curriculum_mixes_in_broad_text_that_nothing_is_measured_on(spec, tmp_path):
+    broad = write_jsonl(tmp_path / "broad.jsonl", [*documents("german", 40), *documents("python", 5)])
+    recover = {"tokens": 5120, "batch_tokens": 256, "curriculum": {"start": 1, "end": 1}}
+    method = {"kind": "scratch", "recover": recover}
+    code, told = finish(start(spec(method=method, broad={"path": str(broad)}), tmp_path / "run"))
+    assert code == 0, told
+    run = tmp_path / "run"
+    report = Report.model_validate_json((run / "result" / "report.json").read_text())
+    assert "measured_on" in [notice.code for notice in report.notices]
+    measured = [corpus.load(run / "load", f"skill-{n}.base").hashes for n in (0, 1)]
+    kept = corpus.load(run / "load", "broad").hashes
+    assert len(kept) > 10
+    assert not np.isin(kept, np.concatenate(measured)).any()
+    assert report.spec.get("broad") is None
+    # Broad alone, half German, teaches more of it than the target's text does.
+    method = {"kind": "scratch", "recover": {**recover, "curriculum": {"start": 0, "end": 0}}}
+    code, told = finish(start(spec(method=method, broad={"path": str(broad)}), run))
+    assert code == 0, told
+    narrow = Report.model_validate_json((run / "result" / "report.json").read_text())
+    assert report.skills["german"].recovered.loss < narrow.skills["german"].recovered.loss

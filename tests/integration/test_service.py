@@ -268,6 +268,11 @@ def test_what_is_wrong_with_a_field_is_told_in_words(service, done):
             "/method/recover/token",
             "there is no option 'token' here: is it misspelt?",
         ),
+        (
+            {**spec, "method": {"recover": {"mixture": 0.5}}},
+            "/method/recover",
+            "'mixture' is the β or α of js, skew_kl, skew_reverse_kl, and 'kl' has none: choose one of those",
+        ),
         ({**spec, "budget": {"parameters": 1.5}}, "/budget", "'parameters' above 1 is a count"),
         ({k: v for k, v in spec.items() if k != "target"}, "/target", "is missing"),
         ({**spec, "base": {"model": "llama"}}, "/base/model", "is not an id like mdl_01h4"),

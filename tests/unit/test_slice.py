@@ -12,7 +12,7 @@ from narrow_engine.families import dimensions
 from narrow_engine.models import config_dict
 from narrow_engine.plan import make_plan, whole_plan
 from narrow_engine.sizing import parameters, solve, unit_counts
-from narrow_engine.slice import compare, mask_model, slice_model
+from narrow_engine.slice import compare, mask_model, renew, slice_model
 from narrow_engine.spec import Options
 
 
@@ -121,3 +121,18 @@ def test_heads_are_cut_evenly_over_groups_and_ties_are_stable():
     plan = make_plan(config, scores, {"head": 4, "neuron": 5})
     assert plan.heads == [[0, 1, 3, 4]] * 3
     assert plan.neurons == [[0, 1, 2, 3, 4]] * 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fresh_weights_are_drawn_by_the_seed(family):
+    model, drawn = tiny_model(family), []
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for seed in (1, 1, 2):
+        renew(model, seed)
+        drawn.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    for name, parameter in before.items():
+        assert torch.equal(drawn[0][name], drawn[1][name])
+        if parameter.ndim > 1:
+            assert not torch.equal(drawn[0][name], parameter)
+            assert not torch.equal(drawn[0][name], drawn[2][name])
+    assert torch.isfinite(model(input_ids=torch.arange(12)[None]).logits).all()

@@ -1,17 +1,22 @@
 """The training loop: what was interrupted ends as if it had not been, and group lasso reaches exact zeros."""
 
 import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import FAMILIES, tiny_model
+from torch.autograd.graph import saved_tensors_hooks
 
+from narrow_engine import memory
 from narrow_engine.corpus import Blocks
 from narrow_engine.errors import Cancelled
 from narrow_engine.families import dimensions
-from narrow_engine.models import config_dict
+from narrow_engine.models import config_dict, hidden_states
+from narrow_engine.muon import training_dtype
 from narrow_engine.regularize import GroupLasso
+from narrow_engine.spec import Divergence
 from narrow_engine.train import Settings, shape, train
 
 TOKENS = np.random.default_rng(0).integers(0, 320, 6000).astype(np.uint32)
@@ -21,11 +26,12 @@ def blocks():
     return Blocks(TOKENS, 32, 5)
 
 
-def run(model, settings, folder, stop_at=None, **extra):
+def run(model, settings, folder, stop_at=None, emit=lambda *_: None, watch=lambda model: None, **extra):
     seen = []
 
     def check():
         seen.append(1)
+        watch(model)
         if stop_at is not None and len(seen) > stop_at:
             raise Cancelled
 
@@ -36,7 +42,7 @@ def run(model, settings, folder, stop_at=None, **extra):
         settings,
         phase="recover",
         folder=folder,
-        emit=lambda *_: None,
+        emit=emit,
         check=check,
         validate=lambda m: 1.0,
         **extra,
@@ -60,6 +66,14 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(tmp_path, family, obj
         assert torch.equal(a, b), name
     assert [p.loss for p in curve] == [p.loss for p in again]
     assert [p.tokens for p in curve] == [p.tokens for p in again]
+
+
+@pytest.mark.parametrize("divergence", get_args(Divergence))
+def test_every_divergence_brings_the_student_to_the_base(tmp_path, divergence):
+    model, teacher = tiny_model("llama", seed=2), tiny_model("llama", seed=1, initializer_range=0.1)
+    settings = Settings(32 * 4 * 15, 128, "distill", 1.0, "muon", 1e-2, divergence=divergence)
+    curve = run(model, settings, tmp_path / "a", teacher=teacher)
+    assert curve[-1].loss < 0.5 * curve[1].loss
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -134,3 +148,49 @@ def test_blocks_cover_an_epoch_once_and_follow_the_seed():
     assert torch.equal(blocks().batch(7, 3), one.batch(7, 3))
     assert not torch.equal(Blocks(TOKENS, 32, 6).batch(0, 3), first[:3])
     assert not torch.equal(one.batch(one.count, 3), first[:3]), "the next epoch has another order"
+
+
+def kept_by_autograd(model, rows, length):
+    """Bytes, counted at the very size."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(0, 320, (rows, length))
+    low = training_dtype(model.device)
+    with torch.autocast("cpu", low, enabled=low != torch.float32), saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = hidden_states(model, ids)
+    del hidden
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "qwen3_moe"])
+def test_the_memory_of_activations_is_told_from_short_blocks(family):
+    model = tiny_model(family).train()
+    assert memory.activations(model, 6, 512) == pytest.approx(kept_by_autograd(model, 6, 512), rel=0.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_that_do_not_fit_are_computed_again_with_the_same_result(family, tmp_path, monkeypatch):
+    settings, teacher = Settings(32 * 4 * 4, 128, "mixed", 1.0, "muon", 3e-3), tiny_model(family, seed=1)
+    models, told = [tiny_model(family), tiny_model(family)], []
+    run(models[0], settings, tmp_path / "whole", teacher=teacher, emit=lambda *event: told.append(event))
+    monkeypatch.setattr(memory, "limit", lambda device: 100_000)
+    kept = []
+    run(
+        models[1],
+        settings,
+        tmp_path / "again",
+        teacher=teacher,
+        emit=lambda *event: told.append(event),
+        watch=lambda model: kept.append(kept_by_autograd(model.train(), 4, 32)),
+    )
+    assert kept[0] < 0.5 * kept_by_autograd(models[1].train(), 4, 32)
+    for (name, a), (_, b) in zip(*(m.named_parameters() for m in models), strict=True):
+        assert torch.equal(a, b), name
+    assert [data["code"] for kind, _, _, data in told if kind == "notice"] == ["recomputed"]

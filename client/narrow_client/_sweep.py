@@ -1,0 +1,144 @@
+"""`narrow sweep`: uploads what a spec file names, follows the sweep, and brings its frontier."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from narrow_client._calls import is_id
+from narrow_client._errors import Conflict, ConnectionFailed, NarrowClientError, ServerError
+from narrow_client._render import SweepDisplay
+from narrow_client._sync import Narrow
+from narrow_client.models import Frontier, SweepPoints, SweepSpec
+
+SECONDS = 1.0
+"""Between two looks at a sweep."""
+PATIENCE = 60.0
+"""Seconds without the service after which it is given up: a restart takes less."""
+INPUTS = {"base": "model", "target": "dataset", "broad": "dataset"}
+EXAMPLES = {"model": "mdl_0000000000000000", "dataset": "ds_0000000000000000"}
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """A spec file, with its local paths, which count from its own folder, made absolute. Nothing is uploaded yet.
+
+    Inputs are {"path": ...} or an id, as `POST /sweeps` takes it; the rest is what `POST /sweeps` takes.
+    """
+    try:
+        spec = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise NarrowClientError(f"{path.name} is not JSON: {error}.") from error
+    if not isinstance(spec, dict):
+        raise NarrowClientError(f"{path.name} is not a JSON object.")
+    skills = spec.get("skills", [])
+    inputs = [(kind, spec.get(name)) for name, kind in INPUTS.items()]
+    inputs += [("dataset", skill) for skill in skills] if isinstance(skills, list) else []
+    for kind, item in inputs:
+        if isinstance(item, dict) and "path" in item:
+            found = path.resolve().parent / str(item["path"])
+            if not (found.is_dir() if kind == "model" else found.is_file()):
+                raise NarrowClientError(f"{path.name}: there is no {'folder' if kind == 'model' else 'file'} at {found}.")
+            item["path"] = str(found)
+    try:
+        # What is misspelt is better told before anything is uploaded.
+        SweepSpec.model_validate(_with_ids(spec, lambda kind, item: EXAMPLES[kind]))
+    except ValidationError as error:
+        first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+        where = ".".join(str(part) for part in first["loc"])
+        raise NarrowClientError(f"{path.name}: {where}: {first['msg']}.") from error
+    return spec
+
+
+def upload_sweep(client: Narrow, spec: dict[str, Any]) -> dict[str, Any]:
+    """The spec with everything local uploaded, each file once."""
+    known: dict[tuple[str, str, str], str] = {}
+
+    def upload(kind: str, item: dict[str, Any]) -> str:
+        path, column = str(item["path"]), str(item.get("column", "text"))
+        if (kind, path, column) not in known:
+            made = client.models.upload(path) if kind == "model" else client.datasets.upload(path, column=column)
+            known[kind, path, column] = made.id
+        return known[kind, path, column]
+
+    return _with_ids(spec, upload)
+
+
+def _with_ids(spec: dict[str, Any], identify: Callable[[str, dict[str, Any]], str]) -> dict[str, Any]:
+    def replace(kind: str, item: Any) -> Any:
+        if not (isinstance(item, dict) and "path" in item):
+            return item
+        rest = {name: value for name, value in item.items() if name not in ("path", "column")}
+        return {**rest, kind: identify(kind, item)}
+
+    made = {**spec}
+    for name, kind in INPUTS.items():
+        if name in made:
+            made[name] = replace(kind, made[name])
+    if isinstance(made.get("skills"), list):
+        made["skills"] = [replace("dataset", skill) for skill in made["skills"]]
+    return made
+
+
+def follow(client: Narrow, sweep: SweepPoints, show: bool, cancel: bool) -> SweepPoints:
+    """The sweep once it has ended. Ctrl-C cancels it, if `cancel`; a lost connection never does."""
+    again = f"'narrow sweep {sweep.id}' takes it up again"
+    try:
+        with SweepDisplay(sweep, show) as display:
+            lost: float | None = None
+            while not sweep.finished:
+                time.sleep(SECONDS)
+                try:
+                    sweep, lost = client.sweeps.get(sweep.id), None
+                    running = next((point.job for point in sweep.points if point.status == "running"), None)
+                    display(sweep, client.jobs.get(running) if running and show else None)
+                except (ConnectionFailed, ServerError):
+                    lost = lost or time.monotonic()
+                    if time.monotonic() - lost > PATIENCE:
+                        raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_cancel(client, sweep) if cancel else f"the sweep {sweep.id} goes on: {again}") from None
+    except (ConnectionFailed, ServerError) as error:
+        error.args = (f"{error} The sweep {sweep.id} goes on: {again}.",)
+        raise
+    return sweep
+
+
+def _cancel(client: Narrow, sweep: SweepPoints) -> str:
+    try:
+        client.sweeps.cancel(sweep.id)
+    except Conflict:
+        return f"the sweep {sweep.id} had ended already: 'narrow sweep {sweep.id}' shows its frontier"
+    except NarrowClientError as error:
+        return f"the sweep {sweep.id} was not cancelled, so try 'narrow cancel {sweep.id}'. {error}"
+    return f"the sweep {sweep.id} was cancelled: 'narrow sweep {sweep.id}' shows the frontier of what had finished"
+
+
+def keep_frontier(client: Narrow, sweep: SweepPoints, out: Path) -> Frontier:
+    """Writes frontier.json and frontier.html into `out`."""
+    found, page = client.sweeps.frontier(sweep.id), client.sweeps.frontier_page(sweep.id)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "frontier.json").write_text(found.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (out / "frontier.html").write_text(page, encoding="utf-8")
+    except OSError as error:
+        again = f"'narrow sweep {sweep.id} --out DIR' tries again"
+        raise NarrowClientError(f"{out} cannot be written: {error}. The sweep {sweep.id} has ended: {again}.") from error
+    return found
+
+
+def shortfall(sweep: SweepPoints) -> str:
+    """What is missing of a sweep that has ended, as a sentence; empty if nothing is."""
+    missing = [point for point in sweep.points if point.status != "succeeded"]
+    if not missing:
+        return ""
+    counts = ", ".join(f"{count} {status}" for status, count in sorted(sweep.counts.items()))
+    failed = next((point for point in missing if point.error), None)
+    why = f" The first that failed, {failed.job}: {failed.error.message}" if failed and failed.error else ""
+    return f"Not every point of {sweep.id} has succeeded: {counts}.{why}"
+
+
+def is_sweep(text: str) -> bool:
+    return is_id("sweep", text)

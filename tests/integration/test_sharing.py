@@ -1,0 +1,142 @@
+"""Runs that share their first stages: the same results as alone, the same notices, and nothing lost where the shelf fails."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from narrow_engine import shelf
+from narrow_engine.events import read_events
+from narrow_engine.report.model import Report
+
+SHARED = ["load", "measure_base", "score"]
+
+
+@pytest.fixture
+def run(tmp_path, tiny_folder, python_file):
+    def start(name, share=True, **changes):
+        spec = {
+            "base": {"path": str(tiny_folder)},
+            "target": {"path": str(python_file)},
+            "target_name": "python",
+            "budget": {"parameters": 0.85},
+            "method": {"calibration_tokens": 512, "recover": {"tokens": 512, "batch_tokens": 256}},
+            "block_tokens": 64,
+            "skill_tokens": 512,
+            "export": ["safetensors"],
+            **changes,
+        }
+        (tmp_path / f"{name}.json").write_text(json.dumps(spec))
+        command = [
+            sys.executable,
+            "-m",
+            "narrow_engine",
+            str(tmp_path / f"{name}.json"),
+            "--out",
+            str(tmp_path / name),
+            "--quiet",
+        ]
+        options = ["--shared", str(tmp_path / "shelf")] if share else []
+        subprocess.run([*command, *options], check=True, timeout=240)
+        events = read_events(tmp_path / name / "events.jsonl")
+        report = Report.model_validate_json((tmp_path / name / "result" / "report.json").read_bytes())
+        return events, report, (tmp_path / name / "result" / "model" / "model.safetensors").read_bytes()
+
+    return start
+
+
+def reused(events):
+    return [e.phase for e in events if e.kind == "finished" and e.data["reused"]]
+
+
+def test_a_second_size_shares_what_is_the_same_and_comes_out_as_if_alone(run, tmp_path):
+    first, _, _ = run("first")
+    assert reused(first) == []
+    shared, report, weights = run("second", budget={"parameters": 0.8})
+    assert reused(shared) == SHARED
+    assert next(e.phase for e in shared if e.kind == "started") == "allocate"
+    alone, same, expected = run("alone", share=False, budget={"parameters": 0.8})
+    assert weights == expected
+    assert report.notices == same.notices
+    assert [e.message for e in shared if e.kind == "notice"] == [e.message for e in alone if e.kind == "notice"]
+    assert set(report.provenance.seconds) == set(same.provenance.seconds), "what was shared took its time too"
+    assert (tmp_path / "second" / "score" / "scores.safetensors").stat().st_nlink == 3
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A stage that a run has finished, and its record."""
+    out, record = tmp_path / "run" / "score", tmp_path / "run" / "score.json"
+    (out / "sub").mkdir(parents=True)
+    for number in range(20):
+        (out / "sub" / str(number)).write_text("x" * number)
+    record.write_text('{"key": "k", "seconds": 1.5, "notices": []}')
+    return out, record
+
+
+def test_who_comes_second_changes_nothing(finished, tmp_path):
+    place = shelf.place(tmp_path / "shelf", "score", "k")
+    shelf.put(place, *finished)
+    before = place.stat().st_ino
+    shelf.put(place, *finished)
+    assert (place.stat().st_ino, [p.name for p in place.parent.iterdir()]) == (before, [place.name])
+    assert shelf.take(place, tmp_path / "taken") == {"key": "k", "seconds": 1.5, "notices": []}
+    assert len(list((tmp_path / "taken" / "sub").iterdir())) == 20
+    assert shelf.take(shelf.place(tmp_path / "shelf", "score", "other"), tmp_path / "none") is None
+
+
+def test_without_hard_links_it_copies(finished, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    place = shelf.place(tmp_path / "shelf", "score", "k")
+    shelf.put(place, *finished)
+    assert shelf.take(place, tmp_path / "taken")
+    assert (tmp_path / "taken" / "sub" / "7").read_text() == "x" * 7
+    assert (tmp_path / "taken" / "sub" / "7").stat().st_nlink == 1
+
+
+def test_what_nobody_used_for_long_goes_and_the_rest_stays(finished, tmp_path):
+    old, fresh = (shelf.place(tmp_path / "shelf", "score", key) for key in ("old", "fresh"))
+    shelf.put(old, *finished)
+    shelf.put(fresh, *finished)
+    for name in (".tmp-torn", ".tmp-now", ".gone-x"):
+        (old.parent / name).mkdir()
+    for path in (old, fresh, old.parent / ".tmp-torn"):
+        os.utime(path, (0, time.time() - 4000))
+    shelf.take(fresh, tmp_path / "taken")
+    shelf.tidy(old.parent, 2000)
+    assert sorted(p.name for p in old.parent.iterdir()) == sorted([".tmp-now", fresh.name])
+
+
+def test_taking_while_it_is_put_and_removed_gives_all_or_nothing(finished, tmp_path):
+    place, stop = shelf.place(tmp_path / "shelf", "score", "k"), threading.Event()
+    shelf.put(place, *finished)
+
+    def churn():
+        while not stop.is_set():
+            shelf.put(place, *finished)
+            time.sleep(0.002)
+            shelf.tidy(place.parent, 0)
+
+    threads = [threading.Thread(target=churn) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    taken = 0
+    for number in range(300):
+        out = tmp_path / "taken" / str(number)
+        out.parent.mkdir(exist_ok=True)
+        if shelf.take(place, out) is not None:
+            taken += 1
+            assert len(list((out / "sub").iterdir())) == 20
+        else:
+            assert not out.exists()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert taken

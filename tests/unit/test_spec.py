@@ -1,0 +1,54 @@
+"""What a method's options are by default, and what is refused with a sentence."""
+
+import pytest
+from pydantic import ValidationError
+
+from narrow_engine.spec import CompressionSpec, Method, Options
+
+
+def test_what_is_not_given_follows_the_kind():
+    found = {kind: Method.model_validate({"kind": kind, "recover": {"tokens": 5}}) for kind in ("prune", "distill", "scratch")}
+    assert {kind: (m.init, m.refit, m.recover.objective) for kind, m in found.items()} == {
+        "prune": ("cut", True, "mixed"),
+        "distill": ("fresh", False, "distill"),
+        "scratch": ("fresh", False, "next_token"),
+    }
+    assert all(method.recover.tokens == 5 for method in found.values())
+    assert Method() == Method.model_validate({}) == Method.model_validate({"kind": "prune"})
+    for method in found.values():
+        assert Method.model_validate(method.model_dump()) == method
+    assert Method.model_validate({"kind": "distill", "recover": {"objective": "mixed"}}).recover.objective == "mixed"
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ({"kind": "prune", "init": "fresh", "refit": False}, "pruning starts from the base"),
+        ({"kind": "distill", "refit": True}, "fresh weights take nothing of the base"),
+        ({"kind": "distill", "regularizer": {}}, "fresh weights take nothing of the base"),
+        ({"kind": "distill", "recover": {"objective": "next_token"}}, "to distill, the objective must be"),
+        ({"kind": "scratch", "init": "cut"}, "'scratch' takes nothing of the base"),
+        ({"kind": "scratch", "recover": {"objective": "mixed"}}, "'scratch' takes nothing of the base"),
+        ({"kind": "distill", "init": "layers"}, "'units' must be 'layer'"),
+        ({"units": ["neuron", "neuron"]}, "names a kind of unit twice"),
+        ({"units": ["head"], "regularizer": {}}, "group_lasso acts on neurons"),
+        ({"kind": "destill"}, "'prune', 'distill' or 'scratch'"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(method, words):
+    with pytest.raises(ValidationError, match=words):
+        Method.model_validate(method)
+
+
+@pytest.mark.parametrize("budget", [{"retention": 0.9}, {"latency": 0.5}])
+@pytest.mark.parametrize("method", [{"kind": "scratch"}, {"init": "layers", "units": ["layer"]}])
+def test_a_budget_that_is_met_by_trying_needs_a_cut(budget, method):
+    with pytest.raises(ValidationError, match="set 'init' to 'cut'"):
+        Options.model_validate({"budget": budget, "method": method})
+
+
+@pytest.mark.parametrize(("broad", "curriculum"), [({"path": "b"}, None), (None, {})])
+def test_broad_text_and_its_curriculum_come_together(broad, curriculum):
+    inputs = {"base": {"path": "m"}, "target": {"path": "t"}, "budget": {"parameters": 0.5}, "broad": broad}
+    with pytest.raises(ValidationError, match="give both, or neither"):
+        CompressionSpec.model_validate({**inputs, "method": {"recover": {"curriculum": curriculum}}})
