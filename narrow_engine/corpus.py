@@ -253,8 +253,8 @@ class Mixture:
     def broad_before(self, index: int) -> int:
         """How many of the blocks before a number are broad: the integral of the share, rounded."""
         falling = min(float(index), self.until)
-        slope = (self.end - self.start) / self.until if self.until else 0.0
-        return round(self.start * falling + slope * falling**2 / 2 + self.end * (index - falling))
+        way = falling / self.until if self.until else 0.0
+        return round(self.start * falling + (self.end - self.start) * way * falling / 2 + self.end * (index - falling))
 
     def batch(self, first: int, rows: int) -> torch.Tensor:
         """Like `Blocks.batch`."""

@@ -78,7 +78,7 @@ def render_card(report: Report) -> str:
     )
     return _TEMPLATE.format(
         family=report.family,
-        made=_MADE[method["kind"]].format(family=report.family),
+        made=_MADE[method.get("kind", "prune")].format(family=report.family),
         target=_plain(report.target),
         before=report.before.parameters,
         after=report.after.parameters,
@@ -103,9 +103,10 @@ def _cut(report: Report) -> str:
     said = []
     if "token" in method["units"]:
         said.append(f"vocabulary trimmed from {report.before.vocabulary:,} to {report.after.vocabulary:,} tokens")
-    if method["init"] == "fresh":
+    init = method.get("init", "cut")
+    if init == "fresh":
         said.append(f"fresh weights in a shape with fewer {scored}" if scored else "fresh weights")
-    elif method["init"] == "layers":
+    elif init == "layers":
         said.append("evenly spaced layers of the base")
     elif scored:
         said.append(f"{scored} scored by {method['importance']}, {'least-squares refit' if method['refit'] else 'no refit'}")

@@ -5,7 +5,6 @@ from typing import Annotated
 from fastapi import APIRouter, File, Form, Request, UploadFile
 from sqlmodel import col, select
 
-from narrow_engine.spec import JobSpec
 from service.api.paging import Cursor, Limit, page
 from service.api.schemas import Dataset, Page
 from service.db.session import Db, ReadDb
@@ -49,6 +48,7 @@ def delete_dataset(dataset_id: str, request: Request, session: Db) -> None:
     if row is None:
         raise not_found("dataset", dataset_id)
     for job in session.exec(select(JobRow).where(col(JobRow.status).not_in(TERMINAL))):
-        if dataset_id in [data.dataset for data in JobSpec.model_validate(job.spec).data]:
+        parts = [job.spec["target"], job.spec.get("broad"), *job.spec["skills"]]
+        if dataset_id in [part["dataset"] for part in parts if part]:
             raise ApiError(409, "dataset_in_use", f"The job {job.id} needs this dataset: cancel it or wait for it.")
     forget(session, request.app.state.settings, "datasets", row)

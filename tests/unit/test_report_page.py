@@ -135,7 +135,7 @@ def test_tokens_are_in_the_words_and_not_in_the_chart():
         render_card(both).split()
     )
     both.spec["method"]["units"] = ["token"]
-    assert "Vocabulary trimmed from 9 to 6 tokens, 0 tokens of recovery" in " ".join(render_card(both).split())
+    assert "Vocabulary trimmed from 9 to 6 tokens, 0 tokens of training" in " ".join(render_card(both).split())
 
 
 def test_every_table_has_a_caption_and_every_figure_words():
