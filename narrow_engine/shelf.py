@@ -47,16 +47,23 @@ def put(place: Path, out: Path, record: Path) -> None:
 def take(place: Path, out: Path) -> dict[str, Any] | None:
     """Makes `out` the finished folder of a stage and returns its record; None, with nothing made, if there is no entry."""
     temporary = out.with_name(out.name + ".tmp")
+    held = -1
     try:
+        # Held open, the folder's inode is not given to one that is put in its place meanwhile.
+        held = os.open(place, os.O_RDONLY)
         os.utime(place)  # in use: `tidy` leaves it alone
         record: dict[str, Any] = json.loads((place / RECORD).read_text())
         shutil.copytree(place / "out", temporary, copy_function=_link)
-        # Removal begins with a new name: if the entry is still here, nothing was missing from it a moment ago.
-        (place / RECORD).stat()
+        # Removal begins with a new name: if the same entry is still here, nothing was missing from it a moment ago.
+        if not os.path.samestat(os.fstat(held), place.stat()):
+            raise FileNotFoundError(place)
         temporary.rename(out)
     except (OSError, ValueError):
         shutil.rmtree(temporary, ignore_errors=True)
         return None
+    finally:
+        if held >= 0:
+            os.close(held)
     return record
 
 
