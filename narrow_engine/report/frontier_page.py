@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from narrow_engine.report.frontier import Frontier, FrontierPoint
-from narrow_engine.report.page import ACCENT, INK, SOFT, THIRD, WARN, legend, svg, template
+from narrow_engine.report.page import ACCENT, INK, PAPER, SOFT, THIRD, WARN, legend, svg, template
 from narrow_engine.spec import PLURAL, QUANTITIES, Budget
 
 LOOKS = [(colour, marker) for marker in ("o", "s") for colour in (ACCENT, WARN, THIRD, SOFT, INK)]
@@ -40,15 +40,19 @@ def verdict(frontier: Frontier) -> str:
 
 
 def budget_words(budget: Budget) -> str:
-    """50% of parameters; 4,000,000 bytes; 95% retention; 25% of neurons."""
+    """25% of parameters; 4,000,000 bytes; 95% of the target kept; 25% of neurons."""
     if budget.retention is not None:
-        return f"{budget.retention:.4g} retention"
+        return f"{_share(budget.retention)} of the target kept"
     if budget.latency is not None:
-        return f"{budget.latency:.4g} of the latency" if budget.latency <= 1 else f"{budget.latency:.4g} ms a token"
+        return f"{_share(budget.latency)} of latency" if budget.latency <= 1 else f"{budget.latency:.4g} ms a token"
     if budget.keep is not None:
-        return ", ".join(f"{share:.4g} of {PLURAL[unit]}" for unit, share in budget.keep.items())
+        return ", ".join(f"{_share(share)} of {PLURAL[unit]}" for unit, share in budget.keep.items())
     quantity, amount = next((name, getattr(budget, name)) for name in QUANTITIES if getattr(budget, name) is not None)
-    return f"{amount:.4g} of {quantity}" if amount <= 1 else f"{amount:,.0f} {quantity}"
+    return f"{_share(amount)} of {quantity}" if amount <= 1 else f"{amount:,.0f} {quantity}"
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.4g}%"
 
 
 def _counted(number: int, noun: str) -> str:
@@ -73,7 +77,7 @@ def _sizes(axes: Any, frontier: Frontier) -> None:
         for size, point in zip(sizes, points, strict=True):
             _whiskers(axes, unit, size, point, colour)
             if point.dominated:
-                axes.plot([size], [point.loss.mean], color="white", marker=marker, markersize=2.6, linewidth=0)
+                axes.plot([size], [point.loss.mean], color=PAPER, marker=marker, markersize=2.6, linewidth=0)
     axes.axhline(frontier.base_loss, color=INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.plot(
         [frontier.base_parameters / unit],

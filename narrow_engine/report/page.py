@@ -19,8 +19,8 @@ from narrow_engine.report.model import Cut, Report, Skill
 from narrow_engine.spec import PLURAL
 
 COLOURS = {"#010203": "currentColor", "#010204": "var(--soft)", "#010205": "var(--line)", "#010206": "var(--accent)"}
-COLOURS |= {"#010207": "var(--warn)", "#010208": "var(--third)"}
-INK, SOFT, LINE, ACCENT, WARN, THIRD = COLOURS
+COLOURS |= {"#010207": "var(--warn)", "#010208": "var(--third)", "#010209": "var(--page)"}
+INK, SOFT, LINE, ACCENT, WARN, THIRD, PAPER = COLOURS
 """Colours that nothing else has, for matplotlib, which knows no CSS; the SVG gets the page's."""
 
 STAGES = ("load", "measure_base", "score", "allocate", "sparsify", "plan", "slice", "reconstruct", "recover", "measure", "export")
