@@ -26,7 +26,7 @@ def limit(device: torch.device) -> int:
 
 
 def activations(model: PreTrainedModel, rows: int, length: int) -> int:
-    """Bytes that autograd keeps of the body's forward pass on blocks [rows, length], in the precision of training.
+    """What `kept` would count for blocks [rows, length], in the precision of training.
 
     They are a + b · length + c · length² for one row: weights in another precision, activations, and, where a family cannot
     have its attention fused, what it keeps of every pair of positions. Short blocks tell a, b and c.
@@ -34,24 +34,25 @@ def activations(model: PreTrainedModel, rows: int, length: int) -> int:
     longest = min(PROBE, length)
     probes = [longest // 4, longest // 2, longest]
     powers = torch.tensor([[probe**power for power in range(3)] for probe in probes], dtype=torch.float64)
-    kept = torch.tensor([_kept(model, probe) for probe in probes], dtype=torch.float64)
-    fixed, linear, square = torch.linalg.solve(powers, kept).tolist()
+    counts = torch.tensor([kept(model, 1, probe) for probe in probes], dtype=torch.float64)
+    fixed, linear, square = torch.linalg.solve(powers, counts).tolist()
     total: float = fixed + rows * (linear * length + max(0.0, square) * length**2)
     return round(total)
 
 
-def _kept(model: PreTrainedModel, length: int) -> int:
+def kept(model: PreTrainedModel, rows: int, length: int) -> int:
+    """Bytes that autograd keeps of a forward pass of the body on blocks [rows, length], beside the weights: counted."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+    found: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     low = training_dtype(model.device)
-    ids = torch.arange(length, device=model.device)[None] % model.config.vocab_size
+    ids = torch.arange(rows * length, device=model.device).view(rows, length) % model.config.vocab_size
     with (
         torch.enable_grad(),
         torch.autocast(model.device.type, low, enabled=low != torch.float32),
@@ -60,4 +61,4 @@ def _kept(model: PreTrainedModel, length: int) -> int:
         # The graph holds what is counted until all of it is.
         hidden = hidden_states(model, ids)
     del hidden
-    return sum(kept.values())
+    return sum(found.values())

@@ -49,7 +49,7 @@ RATE = 0.025
 weights would wreck another's, which may be ten times smaller."""
 
 EXACT = 1e-9
-"""Relative squared error of a layer that has nothing to learn: group lasso has cut it already, or nothing in it was cut."""
+"""Relative squared error of a layer that has nothing to learn, since nothing in it or before it was cut."""
 
 
 @torch.no_grad()

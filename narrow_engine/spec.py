@@ -213,9 +213,10 @@ class Method(Model):
     def _defaults_of_kind(cls, given: Any) -> Any:
         if not isinstance(given, dict) or given.get("kind") not in DEFAULTS:
             return given
-        made = {**DEFAULTS[given["kind"]], **given}
-        if isinstance(made.get("recover", {}), dict):
-            made["recover"] = {"objective": OBJECTIVES[given["kind"]], **made.get("recover", {})}
+        defaults = DEFAULTS[given["kind"]]
+        made = {**defaults, **given}
+        if isinstance(made["recover"], dict):
+            made["recover"] = {**defaults["recover"], **made["recover"]}
         return made
 
     @model_validator(mode="after")
@@ -239,11 +240,10 @@ class Method(Model):
         return self
 
 
-OBJECTIVES: dict[str, Objective] = {"prune": "mixed", "distill": "distill", "scratch": "next_token"}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "prune": {},
-    "distill": {"init": "fresh", "refit": False},
-    "scratch": {"init": "fresh", "refit": False},
+    "prune": {"recover": {"objective": "mixed"}},
+    "distill": {"init": "fresh", "refit": False, "recover": {"objective": "distill"}},
+    "scratch": {"init": "fresh", "refit": False, "recover": {"objective": "next_token"}},
 }
 """What a method's options are where its kind says otherwise than their fields do."""
 
@@ -293,6 +293,10 @@ class DatasetPath(Model):
 class SkillPath(DatasetPath):
     name: Name
     role: Role = "watch"
+
+
+INPUTS = {"base", "target", "broad", "skills"}
+"""The fields that say where a spec's inputs are, in which a `CompressionSpec` and a `JobSpec` differ."""
 
 
 class CompressionSpec(Options):

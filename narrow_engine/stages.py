@@ -36,7 +36,7 @@ from narrow_engine.report.page import render_page
 from narrow_engine.run import Run, write_json
 from narrow_engine.sizing import leaves_a_choice, size_of, solve, vocabulary_is_fixed
 from narrow_engine.slice import compare, mask_model, renew, slice_model
-from narrow_engine.spec import DatasetPath, Role
+from narrow_engine.spec import INPUTS, DatasetPath, Role
 
 VALIDATION_TOKENS = 8192
 """Held-out tokens that the curve is drawn from; the table of skills uses all of them."""
@@ -49,8 +49,6 @@ ONNX_BOUND = 1e-3
 TIES = 3
 """Further tokens to compare mixtures of experts on. Of 72 models with 24 layers of 64 experts, exactly sliced, one chose another
 expert somewhere in 128 tokens, since two were tied to the last bits."""
-INPUTS = {"base", "target", "skills", "broad"}
-"""Of a spec: what says where things lie on this machine."""
 PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLES = 32, 48, 3
 
 

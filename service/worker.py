@@ -29,7 +29,7 @@ from narrow_engine.events import Event
 from narrow_engine.model_files import inspect_model
 from narrow_engine.report.frontier import outcome
 from narrow_engine.report.model import Report
-from narrow_engine.spec import CompressionSpec, JobSpec, sentence, wording
+from narrow_engine.spec import INPUTS, CompressionSpec, JobSpec, sentence, wording
 from service import janitor, queue
 from service.db.session import AWAY, connect, open_session, read_session
 from service.db.tables import ArtifactRow, DatasetRow, JobRow, ModelRow, OutcomeRow, now
@@ -283,7 +283,7 @@ class _Execution:
                 row = session.get_one(DatasetRow, identifier)
                 return {"path": str(data / "datasets" / identifier / row.file), "column": row.text_column}
 
-            options = spec.model_dump(exclude={"base", "target", "skills", "broad"})
+            options = spec.model_dump(exclude=INPUTS)
             made = CompressionSpec.model_validate(
                 {
                     **options,

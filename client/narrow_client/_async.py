@@ -59,16 +59,9 @@ class AsyncJobs:
     async def get(self, job_id: str) -> Job:
         return await self._transport.send(_calls.get_job(job_id))
 
-    async def list(self, status: str | None = None, sweep: str | None = None) -> AsyncIterator[Job]:
+    def list(self, status: str | None = None, sweep: str | None = None) -> AsyncIterator[Job]:
         """All jobs, or those of a sweep, newest first; pages are fetched as they are needed."""
-        cursor: str | None = None
-        while True:
-            page = await self._transport.send(_calls.list_jobs(cursor, status, sweep))
-            for item in page.data:
-                yield item
-            cursor = page.next_cursor
-            if cursor is None:
-                return
+        return self._transport.all(lambda cursor: _calls.list_jobs(cursor, status, sweep))
 
     async def cancel(self, job_id: str) -> Job:
         return await self._transport.send(_calls.cancel_job(job_id))
@@ -117,16 +110,9 @@ class AsyncSweeps:
     async def get(self, sweep_id: str) -> SweepPoints:
         return await self._transport.send(_calls.get_sweep(sweep_id))
 
-    async def list(self) -> AsyncIterator[Sweep]:
+    def list(self) -> AsyncIterator[Sweep]:
         """All sweeps, newest first, without their points."""
-        cursor: str | None = None
-        while True:
-            page = await self._transport.send(_calls.list_sweeps(cursor))
-            for item in page.data:
-                yield item
-            cursor = page.next_cursor
-            if cursor is None:
-                return
+        return self._transport.all(_calls.list_sweeps)
 
     async def cancel(self, sweep_id: str) -> SweepPoints:
         """Cancels what has not ended; the frontier of what has stays."""
@@ -164,15 +150,8 @@ class AsyncModels:
     async def get(self, model_id: str) -> Model:
         return await self._transport.send(_calls.get_model(model_id))
 
-    async def list(self) -> AsyncIterator[Model]:
-        cursor: str | None = None
-        while True:
-            page = await self._transport.send(_calls.list_models(cursor))
-            for item in page.data:
-                yield item
-            cursor = page.next_cursor
-            if cursor is None:
-                return
+    def list(self) -> AsyncIterator[Model]:
+        return self._transport.all(_calls.list_models)
 
     async def delete(self, model_id: str) -> None:
         await self._transport.send(_calls.delete_model(model_id))
@@ -189,15 +168,8 @@ class AsyncDatasets:
     async def get(self, dataset_id: str) -> Dataset:
         return await self._transport.send(_calls.get_dataset(dataset_id))
 
-    async def list(self) -> AsyncIterator[Dataset]:
-        cursor: str | None = None
-        while True:
-            page = await self._transport.send(_calls.list_datasets(cursor))
-            for item in page.data:
-                yield item
-            cursor = page.next_cursor
-            if cursor is None:
-                return
+    def list(self) -> AsyncIterator[Dataset]:
+        return self._transport.all(_calls.list_datasets)
 
     async def delete(self, dataset_id: str) -> None:
         await self._transport.send(_calls.delete_dataset(dataset_id))

@@ -30,6 +30,7 @@ from narrow_client.models import (
 )
 
 T = TypeVar("T")
+Result = TypeVar("Result", covariant=True)
 
 PREFIXES = {"job": "job_", "sweep": "swp_", "model": "mdl_", "dataset": "ds_"}
 
@@ -44,12 +45,12 @@ MODEL_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.
 
 
 @dataclass(frozen=True)
-class Call(Generic[T]):
+class Call(Generic[Result]):
     """One request. `safe`: sending it twice does no more than sending it once, so it may be retried."""
 
     method: str
     path: str
-    read: Callable[[httpx.Response], T]
+    read: Callable[[httpx.Response], Result]
     params: Mapping[str, Any] = field(default_factory=dict)
     json: Any = None
     headers: Mapping[str, str] = field(default_factory=dict)

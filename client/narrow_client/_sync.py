@@ -60,13 +60,7 @@ class Jobs:
 
     def list(self, status: str | None = None, sweep: str | None = None) -> Iterator[Job]:
         """All jobs, or those of a sweep, newest first; pages are fetched as they are needed."""
-        cursor: str | None = None
-        while True:
-            page = self._transport.send(_calls.list_jobs(cursor, status, sweep))
-            yield from page.data
-            cursor = page.next_cursor
-            if cursor is None:
-                return
+        return self._transport.all(lambda cursor: _calls.list_jobs(cursor, status, sweep))
 
     def cancel(self, job_id: str) -> Job:
         return self._transport.send(_calls.cancel_job(job_id))
@@ -117,13 +111,7 @@ class Sweeps:
 
     def list(self) -> Iterator[Sweep]:
         """All sweeps, newest first, without their points."""
-        cursor: str | None = None
-        while True:
-            page = self._transport.send(_calls.list_sweeps(cursor))
-            yield from page.data
-            cursor = page.next_cursor
-            if cursor is None:
-                return
+        return self._transport.all(_calls.list_sweeps)
 
     def cancel(self, sweep_id: str) -> SweepPoints:
         """Cancels what has not ended; the frontier of what has stays."""
@@ -162,13 +150,7 @@ class Models:
         return self._transport.send(_calls.get_model(model_id))
 
     def list(self) -> Iterator[Model]:
-        cursor: str | None = None
-        while True:
-            page = self._transport.send(_calls.list_models(cursor))
-            yield from page.data
-            cursor = page.next_cursor
-            if cursor is None:
-                return
+        return self._transport.all(_calls.list_models)
 
     def delete(self, model_id: str) -> None:
         self._transport.send(_calls.delete_model(model_id))
@@ -186,13 +168,7 @@ class Datasets:
         return self._transport.send(_calls.get_dataset(dataset_id))
 
     def list(self) -> Iterator[Dataset]:
-        cursor: str | None = None
-        while True:
-            page = self._transport.send(_calls.list_datasets(cursor))
-            yield from page.data
-            cursor = page.next_cursor
-            if cursor is None:
-                return
+        return self._transport.all(_calls.list_datasets)
 
     def delete(self, dataset_id: str) -> None:
         self._transport.send(_calls.delete_dataset(dataset_id))

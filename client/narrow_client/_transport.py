@@ -9,10 +9,10 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import httpx
 
@@ -22,6 +22,18 @@ from narrow_client._errors import ApiError, ConnectionFailed, DigestMismatch, Na
 from narrow_client.models import Artifact, Event
 
 T = TypeVar("T")
+Item = TypeVar("Item", covariant=True)
+
+
+class Page(Protocol[Item]):
+    """A page of a list, as the generated models have them."""
+
+    @property
+    def data(self) -> Sequence[Item]: ...
+
+    @property
+    def next_cursor(self) -> str | None: ...
+
 
 RETRIES = 4
 RETRIED = (408, 429, 500, 502, 503, 504)
@@ -191,6 +203,16 @@ class Transport:
             time.sleep(pause(attempt, response))
         raise AssertionError("the last try returns or raises")
 
+    def all(self, call: Callable[[str | None], Call[Page[T]]]) -> Iterator[T]:
+        """All of a list; its pages are fetched as they are needed."""
+        cursor: str | None = None
+        while True:
+            page = self.send(call(cursor))
+            yield from page.data
+            cursor = page.next_cursor
+            if cursor is None:
+                return
+
     def events(self, job_id: str, after: int) -> Iterator[Event]:
         reader = EventReader(after)
         while True:
@@ -262,6 +284,16 @@ class AsyncTransport:
                 raise from_response(response)
             await asyncio.sleep(pause(attempt, response))
         raise AssertionError("the last try returns or raises")
+
+    async def all(self, call: Callable[[str | None], Call[Page[T]]]) -> AsyncIterator[T]:
+        cursor: str | None = None
+        while True:
+            page = await self.send(call(cursor))
+            for item in page.data:
+                yield item
+            cursor = page.next_cursor
+            if cursor is None:
+                return
 
     async def events(self, job_id: str, after: int) -> AsyncIterator[Event]:
         reader = EventReader(after)

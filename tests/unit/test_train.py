@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model
-from torch.autograd.graph import saved_tensors_hooks
 
 from narrow_engine import memory
 from narrow_engine.corpus import Blocks
 from narrow_engine.errors import Cancelled
 from narrow_engine.families import dimensions
-from narrow_engine.models import config_dict, hidden_states
-from narrow_engine.muon import training_dtype
+from narrow_engine.models import config_dict
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.spec import Divergence
 from narrow_engine.train import Settings, shape, train
@@ -150,29 +148,10 @@ def test_blocks_cover_an_epoch_once_and_follow_the_seed():
     assert not torch.equal(one.batch(one.count, 3), first[:3]), "the next epoch has another order"
 
 
-def kept_by_autograd(model, rows, length):
-    """Bytes, counted at the very size."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    ids = torch.randint(0, 320, (rows, length))
-    low = training_dtype(model.device)
-    with torch.autocast("cpu", low, enabled=low != torch.float32), saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = hidden_states(model, ids)
-    del hidden
-    return sum(kept.values())
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "qwen3_moe"])
 def test_the_memory_of_activations_is_told_from_short_blocks(family):
     model = tiny_model(family).train()
-    assert memory.activations(model, 6, 512) == pytest.approx(kept_by_autograd(model, 6, 512), rel=0.05)
+    assert memory.activations(model, 6, 512) == pytest.approx(memory.kept(model, 6, 512), rel=0.05)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -188,9 +167,9 @@ def test_activations_that_do_not_fit_are_computed_again_with_the_same_result(fam
         tmp_path / "again",
         teacher=teacher,
         emit=lambda *event: told.append(event),
-        watch=lambda model: kept.append(kept_by_autograd(model.train(), 4, 32)),
+        watch=lambda model: kept.append(memory.kept(model.train(), 4, 32)),
     )
-    assert kept[0] < 0.5 * kept_by_autograd(models[1].train(), 4, 32)
+    assert kept[0] < 0.5 * memory.kept(models[1].train(), 4, 32)
     for (name, a), (_, b) in zip(*(m.named_parameters() for m in models), strict=True):
         assert torch.equal(a, b), name
     assert [data["code"] for kind, _, _, data in told if kind == "notice"] == ["recomputed"]
