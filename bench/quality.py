@@ -32,6 +32,7 @@ from narrow_engine.plan import make_plan, whole_plan
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.slice import slice_model
 from narrow_engine.spec import GroupLasso as GroupLassoOptions
+from narrow_engine.teacher import Live
 
 HERE = Path(__file__).resolve().parent
 BASE = HERE.parent / "demo" / "base"
@@ -77,7 +78,7 @@ def recover(model, blocks, settings, teacher=None, after_step=None) -> list[floa
             emit=lambda *_: None,
             check=lambda: None,
             validate=lambda m: 0.0,
-            teacher=teacher,
+            teacher=teacher and Live(teacher),
             after_step=after_step,
         )
     model.eval()

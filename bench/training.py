@@ -28,6 +28,7 @@ from narrow_engine import corpus, memory, models, muon, train
 from narrow_engine.losses import Head, objective
 from narrow_engine.plan import make_plan
 from narrow_engine.slice import mask_model, slice_model
+from narrow_engine.teacher import Live
 
 BASE = Path(__file__).resolve().parent.parent / "demo" / "base"
 HIDDEN, POSITIONS, LENGTH, ROWS, ROUNDS, WARM = 256, 4096, 512, 8, 3, 1
@@ -87,7 +88,7 @@ def steps(limit: float) -> list[dict]:
         optimizers = train._optimizers(model, settings)
 
         def step() -> None:
-            train._step(model, batch, base, settings)
+            train._step(model, 0, batch, settings, base and Live(base))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for each in optimizers:
                 each.step()

@@ -55,6 +55,7 @@ from narrow_engine.sizing import (
 )
 from narrow_engine.slice import slice_model
 from narrow_engine.spec import PLURAL, CompressionSpec, Unit
+from narrow_engine.teacher import Live
 
 TIMINGS = 6
 """Shapes that are timed, at most."""
@@ -181,7 +182,7 @@ def _attempt(shop: Workshop, keep: Keep, part: int) -> Trial:
                 emit=lambda *_: None,
                 check=lambda: shop.progress(0, 1),
                 validate=lambda _: 0.0,
-                teacher=shop.base,
+                teacher=Live(shop.base),
             )
         recovered = gap()
     size = parameters(shop.config, shrink(shop.dims, keep))

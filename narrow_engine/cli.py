@@ -90,6 +90,7 @@ def read_spec(path: Path) -> CompressionSpec:
     return spec.model_copy(
         update={
             "base": absolute(spec.base),
+            "teacher": spec.teacher and absolute(spec.teacher),
             "target": absolute(spec.target),
             "skills": [absolute(s) for s in spec.skills],
             "broad": spec.broad and absolute(spec.broad),

@@ -209,9 +209,12 @@ def load(folder: Path, name: str) -> Documents:
 
 
 class Blocks:
-    """Endless shuffled blocks of `length` + 1 tokens of a token stream; each epoch cuts the stream at another offset."""
+    """Endless shuffled blocks of `length` + 1 tokens of a token stream.
 
-    def __init__(self, tokens: NDArray[np.uint32], length: int, seed: int) -> None:
+    Each epoch cuts the stream at another offset, or all of them at that of the first where `again` asks for the same blocks.
+    """
+
+    def __init__(self, tokens: NDArray[np.uint32], length: int, seed: int, again: bool = False) -> None:
         self.count = (len(tokens) - 1 - length) // length
         """Blocks in an epoch. One block's length is kept free for the offset."""
         if self.count < 1:
@@ -220,24 +223,30 @@ class Blocks:
                 f"There are {len(tokens)} tokens to train on, and a block takes {length}: bring at least "
                 f"{2 * length + 1} tokens or lower block_tokens.",
             )
-        self.tokens, self.length, self.seed = tokens, length, seed
+        self.tokens, self.length, self.seed, self.again = tokens, length, seed, again
         self._epoch = -1
 
     def batch(self, first: int, rows: int) -> torch.Tensor:
         """Blocks number `first` to `first + rows` of the endless sequence. Shape [rows, length + 1], int64."""
         return torch.from_numpy(np.stack([self._block(index) for index in range(first, first + rows)]))
 
-    def _block(self, index: int) -> NDArray[np.int64]:
+    def place(self, index: int) -> int:
+        """Where in the epoch's cut of the stream a block is, from 0 to before `count`."""
         epoch, position = divmod(index, self.count)
         if self._epoch != epoch:
-            random = np.random.default_rng([self.seed, epoch])
-            self._epoch, self._order, self._offset = (
-                epoch,
-                random.permutation(self.count),
-                int(random.integers(self.length)),
-            )
-        at = self._offset + int(self._order[position]) * self.length
+            self._order, offset = self._shuffled(epoch)
+            self._offset = self._shuffled(0)[1] if self.again else offset
+            self._epoch = epoch
+        return int(self._order[position])
+
+    def _block(self, index: int) -> NDArray[np.int64]:
+        place = self.place(index)
+        at = self._offset + place * self.length
         return self.tokens[at : at + self.length + 1].astype(np.int64)
+
+    def _shuffled(self, epoch: int) -> tuple[NDArray[np.int64], int]:
+        random = np.random.default_rng([self.seed, epoch])
+        return random.permutation(self.count), int(random.integers(self.length))
 
 
 class Mixture:
@@ -260,11 +269,20 @@ class Mixture:
         """Like `Blocks.batch`."""
         return torch.cat([self._block(index) for index in range(first, first + rows)])
 
+    def place(self, index: int) -> int:
+        """Like `Blocks.place`; those of the broad text follow those of the narrow."""
+        text, number = self._which(index)
+        return text.place(number) + (self.narrow.count if text is self.broad else 0)
+
     def _block(self, index: int) -> torch.Tensor:
+        text, number = self._which(index)
+        return text.batch(number, 1)
+
+    def _which(self, index: int) -> tuple[Blocks, int]:
+        """Whose a block is, and its number there."""
         before = self.broad_before(index)
-        if self.broad_before(index + 1) > before:
-            return self.broad.batch(before, 1)
-        return self.narrow.batch(index - before, 1)
+        broad = self.broad_before(index + 1) > before
+        return (self.broad, before) if broad else (self.narrow, index - before)
 
 
 def windows(documents: Documents, length: int) -> list[tuple[int, NDArray[np.int64]]]:

@@ -7,6 +7,10 @@ logits are, so nothing of the vocabulary's size is kept for the backward pass.
 One function covers the three objectives: (1 − share) · cross-entropy + share · T² · a divergence of base and student at
 temperature T (Hinton et al., arXiv 1503.02531, section 2). A model that caps its logits (Gemma 2) trains on the capped ones.
 
+Where of the base only its likeliest tokens and the mass of all others are known (`Top`), the divergence is that of the two
+distributions in which the others are one token. That is also the divergence from the base which spreads this mass as the
+student spreads its own, and so is its gradient, since no divergence sees more than ratios: nothing else has to change.
+
 With p the base's probabilities, q the student's and g = ∂L/∂q, the gradient of any divergence L in the student's logits is
 q ⊙ (g − Σ q g); of KL(p ‖ q) that is q − p.
 """
@@ -22,6 +26,8 @@ from torch import Tensor
 
 from narrow_engine.spec import MIXTURE, Divergence
 
+LEAST = 1e-30
+"""Mass that is taken for granted where rounding leaves none, so that its logarithm stays finite."""
 CHUNK = 256
 """Positions whose logits exist at once; 128 to 256 measured fastest on CPU at a vocabulary of 8,192."""
 
@@ -40,6 +46,19 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Top:
+    """The teacher's likeliest tokens at each position: their numbers, [positions, k], and log-probabilities, [positions, k + 1],
+    of which the last is that of all others together."""
+
+    tokens: Tensor
+    log_probability: Tensor
+
+
+Told = tuple[Tensor, Head] | Top
+"""What a teacher says at each position: its hidden states [positions, hidden] and its head, or its likeliest tokens."""
+
+
+@dataclass(frozen=True)
 class Losses:
     """Means over positions, in nats. `total` carries the gradient."""
 
@@ -52,7 +71,7 @@ def objective(
     hidden: Tensor,
     head: Head,
     targets: Tensor,
-    teacher: tuple[Tensor, Head] | None = None,
+    teacher: Told | None = None,
     share: float = 0.0,
     temperature: float = 1.0,
     divergence: Divergence = "kl",
@@ -60,8 +79,8 @@ def objective(
 ) -> Losses:
     """The training loss of hidden states [positions, hidden] against targets [positions].
 
-    `teacher` gives the base's hidden states at the same positions and its head; `share` is the weight of the divergence
-    from it, and `mixture` the β or α that the divergence has.
+    `teacher` is what was told at the same positions, a `Top` at this temperature; `share` is the weight of the divergence from
+    it, and `mixture` the β or α that the divergence has.
     """
     if mixture is None:
         mixture = MIXTURE.get(divergence, 0.0)
@@ -79,7 +98,7 @@ class _Objective(torch.autograd.Function):
         weight: Tensor,
         softcap: float | None,
         targets: Tensor,
-        teacher: tuple[Tensor, Head] | None,
+        teacher: Told | None,
         share: float,
         temperature: float,
         divergence: Divergence,
@@ -87,7 +106,7 @@ class _Objective(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # One cast of the weights, not one a chunk.
         head, count = Head(weight.detach().to(hidden.dtype), softcap), hidden.shape[0]
-        if teacher is not None:
+        if isinstance(teacher, tuple):
             states, given = teacher
             teacher = states, Head(given.weight.detach().to(states.dtype), given.softcap)
         grad_hidden = torch.empty_like(hidden)
@@ -100,7 +119,7 @@ class _Objective(torch.autograd.Function):
             grad, next_token, apart = _chunk(
                 logits,
                 targets[at : at + CHUNK],
-                teacher and teacher[1].logits(teacher[0][at : at + CHUNK]),
+                _part(teacher, at),
                 share,
                 temperature,
                 divergence,
@@ -124,10 +143,17 @@ class _Objective(torch.autograd.Function):
         return grads[0] * grad_hidden, grads[0] * grad_weight, *[None] * 7
 
 
+def _part(teacher: Told | None, at: int) -> Tensor | Top | None:
+    """Of a chunk: the teacher's logits, or its likeliest tokens."""
+    if isinstance(teacher, Top):
+        return Top(teacher.tokens[at : at + CHUNK], teacher.log_probability[at : at + CHUNK])
+    return teacher and teacher[1].logits(teacher[0][at : at + CHUNK])
+
+
 def _chunk(
     logits: Tensor,
     targets: Tensor,
-    base: Tensor | None,
+    base: Tensor | Top | None,
     share: float,
     temperature: float,
     divergence: Divergence,
@@ -143,14 +169,25 @@ def _chunk(
     soft, soft_log_sum = probability, log_sum
     if temperature != 1:
         soft, soft_log_sum = _softmax(logits.div_(temperature))
-        base.div_(temperature)
-    target, base_log_sum = _softmax(base)
-    ratio = base.sub_(logits).add_(soft_log_sum - base_log_sum)
+    if isinstance(base, Top):
+        target, ratio = _spread(base, soft, logits, soft_log_sum)
+    else:
+        target, base_log_sum = _softmax(base.div_(temperature) if temperature != 1 else base)
+        ratio = base.sub_(logits).add_(soft_log_sum - base_log_sum)
     apart, grad = _DIVERGENCES[divergence](target, soft, ratio, mixture)
     grad.mul_(share * temperature)
     if share < 1:
         grad.add_(probability.scatter_add_(1, wanted, minus_one), alpha=1 - share)
     return grad, next_token, apart
+
+
+def _spread(top: Top, q: Tensor, logits: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """p and log(p ÷ q), [n, vocab] each, of a p that is `top` and shares what is left among all other tokens as q does."""
+    log_p, log_rest = torch.split(top.log_probability.float(), [top.tokens.shape[1], 1], 1)
+    own_rest = torch.scatter(q, 1, top.tokens, 0.0)
+    rest = log_rest - own_rest.sum(1, keepdim=True).clamp_min(LEAST).log()
+    p = own_rest.mul_(rest.exp()).scatter_(1, top.tokens, log_p.exp())
+    return p, rest.expand_as(q).scatter(1, top.tokens, log_p - logits.gather(1, top.tokens) + log_sum)
 
 
 def _kl(p: Tensor, q: Tensor, ratio: Tensor, _: float) -> tuple[Tensor, Tensor]:
@@ -213,6 +250,20 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     exponential = (logits - top).exp_()
     total = exponential.sum(1, keepdim=True)
     return exponential.div_(total), total.log_().add_(top)
+
+
+@torch.no_grad()
+def likeliest(hidden: Tensor, head: Head, count: int, temperature: float = 1.0) -> Top:
+    """The `count` likeliest tokens of hidden states [positions, hidden], at a temperature."""
+    head = Head(head.weight.to(hidden.dtype), head.softcap)
+    found = []
+    for rows in torch.split(hidden, CHUNK):
+        logits = head.logits(rows).div_(temperature)
+        highest = logits.topk(count, 1)
+        log_sum = _softmax(logits)[1]
+        rest = (logits - log_sum).exp_().scatter_(1, highest.indices, 0.0).sum(1, keepdim=True).clamp_min(LEAST).log()
+        found.append((highest.indices, torch.cat([highest.values - log_sum, rest], 1)))
+    return Top(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+TOKENIZER_PARTS = ("model", "added_tokens", "normalizer", "pre_tokenizer")
+"""What decides about the tokens of a text, but for those that frame it."""
 INDEX = "model.safetensors.index.json"
 _JSON_FILES = ("config.json", "generation_config.json", INDEX)
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -133,6 +136,43 @@ def read_json(path: Path) -> Any:
         if not level:
             return value
     raise NarrowError("bad_config", f"{path.name} is nested deeper than {DEPTH_LIMIT} levels.")
+
+
+def check_teacher(base: Path, teacher: Path, trimmed: bool, block_tokens: int) -> None:
+    """Refuses a teacher that does not read the base's tokens, or blocks of that length.
+
+    Of a base whose vocabulary is `trimmed`, only what its tokenizer makes is left: spare rows do not count. Raises NarrowError
+    (other_tokenizer, block_too_long) and those of `read_json`.
+    """
+    files = [folder / "tokenizer.json" for folder in (base, teacher)]
+    of_base, of_teacher = (_tokenizer_parts(file, file.stat().st_mtime_ns if file.is_file() else 0) for file in files)
+    apart = next((part for part in TOKENIZER_PARTS if of_base[part] != of_teacher[part]), None)
+    configs = [read_json(folder / "config.json") for folder in (base, teacher)]
+    rows, length = configs[1]["vocab_size"], dimensions(configs[1]).context
+    if apart or (rows < configs[0]["vocab_size"] and not trimmed):
+        what = f"{apart!r} of tokenizer.json" if apart else f"the size of the vocabulary ({rows:,}, the base has more)"
+        raise NarrowError(
+            "other_tokenizer",
+            f"The teacher does not read the base's tokens: they differ in {what}. What it says to a text can only be learned "
+            "token by token, so take a teacher of the base's own family, or leave 'teacher' out and the base teaches.",
+        )
+    if length < block_tokens:
+        raise NarrowError("block_too_long", f"The teacher reads {length:,} tokens at most: set block_tokens to that or less.")
+
+
+@lru_cache(maxsize=8)
+def _tokenizer_parts(path: Path, changed: int) -> dict[str, str]:
+    """A digest of each of TOKENIZER_PARTS. They are large, and a sweep asks for each of its points."""
+    tokenizer = read_json(path)
+    parts = {part: tokenizer.get(part) if isinstance(tokenizer, dict) else None for part in TOKENIZER_PARTS}
+    if isinstance(parts["added_tokens"], list):
+        parts["added_tokens"] = [[t.get("id"), t.get("content")] for t in parts["added_tokens"] if isinstance(t, dict)]
+    if isinstance(parts["model"], dict):
+        kind, vocabulary, merges = (parts["model"].get(key) for key in ("type", "vocab", "merges"))
+        # A merge is written as a text or as a pair, by the version that saved it.
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in (merges if isinstance(merges, list) else [])]
+        parts["model"] = [kind, vocabulary, pairs]
+    return {part: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for part, value in parts.items()}
 
 
 def _nested(value: Any) -> bool:

@@ -20,15 +20,16 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """A causal LM in float32 from a local folder: safetensors only, no code but transformers' own.
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A causal LM from a local folder: safetensors only, no code but transformers' own. On the CPU, weights that are in `dtype`
+    already stay in the file, mapped.
 
     Raises NarrowError (bad_model) where transformers cannot build or run it, (non_finite_weights) where a weight is NaN or
     infinite.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     except Exception as error:  # what a wrong value in config.json raises is up to the code that meets it
         raise NarrowError("bad_model", f"transformers cannot build the model from its config: {_first_line(error)}") from error
@@ -171,6 +172,17 @@ def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:
 def head(model: PreTrainedModel) -> Head:
     key = family(model).softcap_key
     return Head(model.get_output_embeddings().weight, getattr(model.config, key) if key else None)
+
+
+@torch.no_grad()
+def sampled(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
+    """Continues each row of tokens [rows, length] by `count` tokens, drawn from what the model says. [rows, length + count]."""
+    whole, past = ids, None
+    for _ in range(count):
+        out = model(input_ids=ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+        past, ids = out.past_key_values, out.logits[:, -1].float().softmax(-1).multinomial(1)
+        whole = torch.cat([whole, ids], 1)
+    return whole
 
 
 @torch.no_grad()

@@ -24,12 +24,13 @@ from narrow_engine.model_files import inspect_model
 from narrow_engine.report.model import Notice
 from narrow_engine.run import Run, write_json
 from narrow_engine.sizing import leaves_a_choice, vocabulary_is_fixed
-from narrow_engine.spec import CompressionSpec
+from narrow_engine.spec import CompressionSpec, taught
 
 
 class Stage(NamedTuple):
-    """A step of the line: what it runs, the options of the spec that its output depends on, whether it is wanted, and whether
-    runs share it: what the points of a sweep have in common, and is small beside a model's weights."""
+    """A step of the line: what it runs, the options of the spec that its output depends on, whether it is wanted, whether runs
+    share it, as what the points of a sweep have in common, and whether it stands aside: then of what comes before, it depends on
+    `load` alone."""
 
     name: str
     run: Callable[[Run, Path], None]
@@ -37,6 +38,7 @@ class Stage(NamedTuple):
     folder: str = ""
     wanted: Callable[[CompressionSpec], bool] = lambda spec: True
     shared: bool = False
+    aside: bool = False
 
 
 def _load_options(spec: CompressionSpec) -> Any:
@@ -49,6 +51,17 @@ def _load_options(spec: CompressionSpec) -> Any:
 def _allocation_options(spec: CompressionSpec) -> Any:
     trials = [spec.method.refit, spec.method.recover] if leaves_a_choice(spec) else []
     return [spec.budget, spec.method.units, spec.method.multiple, *trials]
+
+
+def _correction_options(spec: CompressionSpec) -> Any:
+    recover = spec.method.recover
+    return [recover.correction, recover.optimizer, recover.schedule, recover.batch_tokens] if recover.correction else None
+
+
+def _teaching_options(spec: CompressionSpec) -> Any:
+    recover = spec.method.recover
+    read = [recover.tokens, recover.batch_tokens, recover.curriculum]
+    return [recover.cache, recover.top, recover.temperature if recover.cache == "top" else None, read, _correction_options(spec)]
 
 
 LINE = (
@@ -66,6 +79,22 @@ LINE = (
     Stage("plan", stages.plan, lambda s: s.method.init),
     Stage("slice", stages.cut),
     Stage("reconstruct", stages.reconstruct, lambda s: s.method.refit),
+    Stage(
+        "correct",
+        stages.correct,
+        _correction_options,
+        wanted=lambda s: taught(s.method) and s.method.recover.correction is not None,
+        shared=True,
+        aside=True,
+    ),
+    Stage(
+        "teach",
+        stages.teach,
+        _teaching_options,
+        wanted=lambda s: taught(s.method) and s.method.recover.cache is not None,
+        shared=True,
+        aside=True,
+    ),
     Stage("recover", stages.recover, lambda s: s.method.recover),
     Stage("measure", stages.measure),
     Stage("export", stages.export, lambda s: s.export),
@@ -107,12 +136,16 @@ def run(spec: CompressionSpec, folder: Path, sink: Sink, stop: threading.Event |
 
 def _with_keys(spec: CompressionSpec) -> list[tuple[Stage, str]]:
     """The stages that the spec wants, each with the hash of all that its output depends on."""
-    key, found = _inputs(spec), []
+    key = _inputs(spec)
+    found: list[tuple[Stage, str]] = []
     for stage in LINE:
         options = json.dumps(stage.options(spec), default=lambda m: m.model_dump(mode="json"), sort_keys=True)
-        key = hashlib.sha256(f"{key} {stage.name} {options}".encode()).hexdigest()
+        before = found[0][1] if stage.aside else key
+        own = hashlib.sha256(f"{before} {stage.name} {options}".encode()).hexdigest()
+        if not stage.aside:
+            key = own
         if stage.wanted(spec):
-            found.append((stage, key))
+            found.append((stage, own))
     return found
 
 
@@ -177,7 +210,7 @@ def _run_stage(context: Run, stage: Stage, key: str) -> None:
 
 def _inputs(spec: CompressionSpec) -> str:
     """Digest of everything outside the spec that a run depends on: the model's files and the datasets'."""
-    parts = [inspect_model(spec.base.path).sha256]
+    parts = [inspect_model(model.path).sha256 for model in (spec.base, spec.teacher) if model]
     for data in spec.data:
         parts += [data.path.name, stages.dataset_sha256(data.path), data.column]
     parts += [f"{skill.name} {skill.role}" for skill in spec.skills]

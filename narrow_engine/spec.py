@@ -18,6 +18,7 @@ Unit = Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "tok
 Criterion = Literal["reconstruction", "fisher", "attribution", "activation", "magnitude", "random"]
 Objective = Literal["next_token", "distill", "mixed"]
 Divergence = Literal["kl", "reverse_kl", "js", "skew_kl", "skew_reverse_kl"]
+Cache = Literal["hidden", "top"]
 Role = Literal["keep", "forget", "watch"]
 Format = Literal["safetensors", "onnx"]
 
@@ -127,6 +128,34 @@ class Curriculum(Model):
     until: float = Field(0.5, ge=0, le=1, description="Part of the training after which it is the share in the end.")
 
 
+class Correction(Model):
+    """The teacher is trained on the target's next tokens before it teaches (arXiv 2407.14679, section 2.3; 2408.11796)."""
+
+    tokens: int = Field(ge=1, le=10**12)
+    learning_rate: float | None = Field(None, gt=0, le=1, description="Peak; by default that of the recovery's optimizer.")
+
+
+class Match(Model):
+    """Weights of terms that compare student and base layer by layer, in the units that were kept."""
+
+    hidden: float = Field(
+        0.0, ge=0, le=1000, description="Of the squared distance of the residual streams after each layer ÷ the base's square."
+    )
+    attention: float = Field(
+        0.0, ge=0, le=1000, description="Of KL(base‖student) of what each query attends to, as in MiniLM (arXiv 2002.10957)."
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not (self.hidden or self.attention):
+            raise ValueError("'match' needs a weight above 0 in 'hidden' or in 'attention'")
+        return self
+
+
+TEACHING = ("cache", "correction", "on_policy", "match")
+"""Options of a recovery that say how it is taught."""
+
+
 class Recover(Model):
     """Train the cut model on the target."""
 
@@ -150,6 +179,36 @@ class Recover(Model):
         None, gt=0, lt=1, description="β of js, by default 0.5, or α of the skewed divergences, by default 0.1."
     )
     curriculum: Curriculum | None = Field(None, description="Mixes in the text of `broad`.")
+    cache: Cache | None = Field(
+        None,
+        description="Write down once, before training, what the teacher says to each block, and read it from there in every "
+        "epoch, and in every point of a sweep. Then the teacher takes no memory in training. hidden: its last hidden states, two "
+        "bytes a dimension a token, which lose nothing; top: its likeliest tokens, six bytes each, and the mass of the rest.",
+    )
+    top: int | None = Field(None, ge=1, le=1024, description="Tokens at each position in a cache of kind top, by default 64.")
+    correction: Correction | None = Field(
+        None, description="Trains the base, as the teacher and not as what is cut, on the target first."
+    )
+    on_policy: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of batches in which the student itself continues the first half of each block, by sampling, and "
+        "learns what the teacher says to that. Their loss is the divergence alone.",
+    )
+    match: Match | None = Field(None, description="Draws the student's insides to the base's as well.")
+
+    @model_validator(mode="after")
+    def _taught(self) -> Self:
+        asked = [name for name in TEACHING if getattr(self, name) not in (None, 0)]
+        if asked and self.objective == "next_token":
+            raise ValueError(f"{asked[0]!r} is of use where a model teaches, and with 'objective' 'next_token' none does")
+        live = [name for name in ("on_policy", "match") if name in asked]
+        if self.cache and live:
+            raise ValueError(f"{live[0]!r} needs the teacher itself while it trains: leave 'cache' out")
+        if self.top is not None and self.cache != "top":
+            raise ValueError("'top' is the number of tokens in a 'cache' of kind 'top': set that, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _mixture_of_a_divergence(self) -> Self:
@@ -295,7 +354,7 @@ class SkillPath(DatasetPath):
     role: Role = "watch"
 
 
-INPUTS = {"base", "target", "broad", "skills"}
+INPUTS = {"base", "teacher", "target", "broad", "skills"}
 """The fields that say where a spec's inputs are, in which a `CompressionSpec` and a `JobSpec` differ."""
 
 
@@ -303,6 +362,7 @@ class CompressionSpec(Options):
     """What the engine runs: inputs by path. Relative paths count from the spec file's folder."""
 
     base: ModelPath
+    teacher: ModelPath | None = None
     target: DatasetPath
     target_name: Name = Field("target", description="The target's row in the table of skills.")
     broad: DatasetPath | None = None
@@ -312,12 +372,16 @@ class CompressionSpec(Options):
     def _whole(self) -> Self:
         _unique_names([self.target_name, *(s.name for s in self.skills)])
         _broad_where_asked(self.broad, self.method.recover.curriculum)
+        _teacher_where_of_use(self.teacher, self.method.recover)
         return self
 
     @property
     def data(self) -> list[DatasetPath]:
         """All datasets."""
         return [self.target, *self.skills, *([self.broad] if self.broad else [])]
+
+
+_TEACHER = "A model that teaches in the base's place, with the same tokenizer, such as a larger one of its family."
 
 
 class ModelId(Model):
@@ -337,6 +401,7 @@ class JobSpec(Options):
     """What `POST /jobs` takes: inputs by id. The target's skill is named after its dataset."""
 
     base: ModelId
+    teacher: ModelId | None = Field(None, description=_TEACHER)
     target: DatasetId
     broad: DatasetId | None = Field(None, description="The broad text of `method.recover.curriculum`.")
     skills: list[SkillId] = Field(default=[], max_length=50)
@@ -345,6 +410,7 @@ class JobSpec(Options):
     def _whole(self) -> Self:
         _unique_names([s.name for s in self.skills])
         _broad_where_asked(self.broad, self.method.recover.curriculum)
+        _teacher_where_of_use(self.teacher, self.method.recover)
         return self
 
     @property
@@ -364,6 +430,7 @@ class SweepSpec(Model):
     """
 
     base: ModelId
+    teacher: ModelId | None = Field(None, description=_TEACHER + " Of the methods that are taught.")
     target: DatasetId
     broad: DatasetId | None = Field(None, description="The broad text of the methods that have a curriculum.")
     skills: list[SkillId] = Field(default=[], max_length=50)
@@ -396,6 +463,8 @@ class SweepSpec(Model):
             raise ValueError(f"{product} make {count} points: a sweep has at most {POINTS}")
         if self.broad and not any(method.recover.curriculum for method in self.methods.values()):
             raise ValueError("'broad' is the text of a curriculum, and no method has one: give both, or neither")
+        if self.teacher and not any(taught(method) for method in self.methods.values()):
+            raise ValueError("'teacher' is of use where a model teaches, and no method has the objective 'distill' or 'mixed'")
         for name, method in self.methods.items():
             for budget in self.budgets:
                 try:
@@ -410,6 +479,7 @@ class SweepSpec(Model):
         """The job of one point."""
         return JobSpec(
             base=self.base,
+            teacher=self.teacher if taught(method) else None,
             target=self.target,
             broad=self.broad if method.recover.curriculum else None,
             skills=self.skills,
@@ -420,6 +490,11 @@ class SweepSpec(Model):
             skill_tokens=self.skill_tokens,
             seed=seed,
         )
+
+
+def taught(method: Method) -> bool:
+    """Whether a model teaches in a method's recovery."""
+    return method.recover.objective != "next_token" and method.recover.tokens > 0
 
 
 class SweepPoint(NamedTuple):
@@ -448,6 +523,16 @@ def _unique_names(names: list[str]) -> None:
 def _broad_where_asked(broad: Any, curriculum: Curriculum | None) -> None:
     if (broad is None) != (curriculum is None):
         raise ValueError("'broad' is the text of 'method.recover.curriculum': give both, or neither")
+
+
+def _teacher_where_of_use(teacher: Any, recover: Recover) -> None:
+    if teacher is None:
+        return
+    if recover.objective == "next_token":
+        raise ValueError("'teacher' is of use where a model teaches, and with the objective 'next_token' none does")
+    of_base = next((name for name in ("correction", "match") if getattr(recover, name)), None)
+    if of_base:
+        raise ValueError(f"'method.recover.{of_base}' is about the base as the teacher: leave 'teacher' or that out")
 
 
 _NAME_PATTERN = TypeAdapter(Name).json_schema()["pattern"]

@@ -6,6 +6,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from narrow_engine import corpus, importance, skills, speed, train, vocabulary
+from narrow_engine import corpus, importance, matching, skills, speed, teacher, train, vocabulary
 from narrow_engine import reconstruct as least_squares
 from narrow_engine.allocate import allocate as choose_shape
 from narrow_engine.allocate import open_workshop
@@ -26,7 +27,7 @@ from narrow_engine.errors import NarrowError
 from narrow_engine.export import onnx as onnx_export
 from narrow_engine.export import safetensors as safetensors_export
 from narrow_engine.families import dimensions
-from narrow_engine.model_files import DTYPES, ModelInfo, inspect_model
+from narrow_engine.model_files import DTYPES, ModelInfo, check_teacher, inspect_model
 from narrow_engine.models import config_dict, device, family, greedy, layers, load_model
 from narrow_engine.plan import Plan, Scores, cuts, make_plan, unscored, whole_plan
 from narrow_engine.regularize import GroupLasso
@@ -36,7 +37,7 @@ from narrow_engine.report.page import render_page
 from narrow_engine.run import Run, write_json
 from narrow_engine.sizing import leaves_a_choice, size_of, solve, vocabulary_is_fixed
 from narrow_engine.slice import compare, mask_model, renew, slice_model
-from narrow_engine.spec import INPUTS, DatasetPath, Role
+from narrow_engine.spec import INPUTS, DatasetPath, Role, taught
 
 VALIDATION_TOKENS = 8192
 """Held-out tokens that the curve is drawn from; the table of skills uses all of them."""
@@ -56,6 +57,8 @@ def load(run: Run, out: Path) -> None:
     """Checks the base and the budget, and turns every dataset into tokens."""
     spec = run.spec
     info = inspect_model(spec.base.path)
+    if spec.teacher:
+        check_teacher(spec.base.path, spec.teacher.path, "token" in spec.method.units, spec.block_tokens)
     room, _ = solve(info.config, spec, DTYPES[info.dtype])
     model = load_model(spec.base.path)
     reader = narrow = _reader(spec.base.path, info.config)
@@ -324,6 +327,43 @@ def reconstruct(run: Run, out: Path) -> None:
     _save_weights(small, out)
 
 
+def correct(run: Run, out: Path) -> None:
+    """The base trained on the target, to teach."""
+    options = run.spec.method.recover
+    assert options.correction is not None
+    model = slice_model(base(run), whole_plan(config_dict(base(run))))
+    settings = train.Settings(
+        options.correction.tokens,
+        options.batch_tokens,
+        optimizer=options.optimizer,
+        learning_rate=options.correction.learning_rate,
+        schedule=options.schedule,
+    )
+    curve = train.train(
+        model,
+        _training_blocks(run, 3),
+        settings,
+        phase="correct",
+        folder=run.work("correct"),
+        emit=run.emit,
+        check=run.check,
+        validate=_validator(run),
+    )
+    run.models["correct"] = model
+    _save_weights(model, out)
+    write_json(out / "curve.json", [point.model_dump() for point in curve])
+
+
+def teach(run: Run, out: Path) -> None:
+    """Writes down what the teacher says to all that recovery will read."""
+    options = run.spec.method.recover
+    blocks, count = _recovery_blocks(run)
+    top = None if options.cache == "hidden" else options.top or teacher.TOP
+    size = teacher.write(out, run.work("teach"), _teacher(run), blocks, count, top, options.temperature, run.progress("teach"))
+    run.emit("progress", "teach", f"{size / 1e6:,.1f} MB of what the teacher says", {"done": 1, "total": 1})
+    run.models.pop("correct", None)
+
+
 def recover(run: Run, out: Path) -> None:
     """Trains the cut model on the target. A recovery that made it worse on held-out text is not kept.
 
@@ -333,27 +373,37 @@ def recover(run: Run, out: Path) -> None:
     small = _copy(run, "reconstruct")
     curve: list[CurvePoint] = []
     if options.tokens:
-        blocks, settings = _training_blocks(run, 2), train.settings_of(options)
-        rows, steps = train.shape(settings, blocks)
-        if rows * steps * blocks.length != options.tokens:
+        blocks, count = _recovery_blocks(run)
+        if count * blocks.length != options.tokens:
             run.emit(
                 "notice",
                 "recover",
-                f"{options.tokens:,} tokens of recovery were asked for; whole batches of {rows * blocks.length:,} make it "
-                f"{rows * steps * blocks.length:,}.",
+                f"{options.tokens:,} tokens of recovery were asked for; whole batches make it {count * blocks.length:,}.",
                 {"code": "rounded"},
             )
-        curve = train.train(
-            small,
-            _with_curriculum(run, blocks, rows * steps),
-            settings,
-            phase="recover",
-            folder=run.work("recover"),
-            emit=run.emit,
-            check=run.check,
-            validate=_validator(run),
-            teacher=base(run),
-        )
+        told: teacher.Teacher | None = None
+        if options.cache:
+            told = teacher.Cached(run.out("teach"), blocks, count, device())
+        elif taught(run.spec.method):
+            told = _teacher(run)
+        with ExitStack() as stack:
+            beside = None
+            if options.match:
+                assert isinstance(told, teacher.Live)
+                beside = stack.enter_context(matching.beside(told.model, small, _plan(run), options.match))
+            curve = train.train(
+                small,
+                blocks,
+                train.settings_of(options),
+                phase="recover",
+                folder=run.work("recover"),
+                emit=run.emit,
+                check=run.check,
+                validate=_validator(run),
+                teacher=told,
+                beside=beside,
+            )
+        run.models.pop("correct", None)
         first, last = curve[0].validation, curve[-1].validation
         if first is not None and last is not None and not last <= first:
             run.emit(
@@ -475,6 +525,7 @@ def report(run: Run, out: Path) -> None:
             },
             recovery_tokens=next((p.tokens for p in reversed(_curve(run, "recover"))), 0),
             regularizer_tokens=next((p.tokens for p in reversed(_curve(run, "sparsify"))), 0),
+            correction_tokens=next((p.tokens for p in reversed(_curve(run, "correct"))), 0),
         ),
     )
     (out / "model" / "README.md").write_text(render_card(made), encoding="utf-8")
@@ -493,6 +544,15 @@ def base(run: Run) -> PreTrainedModel:
         run.models["base"] = whole if tokens is None else slice_model(whole, whole_plan(config_dict(whole), tokens))
         run.models.pop("untouched", None)
     return run.models["base"]
+
+
+def _teacher(run: Run) -> teacher.Live:
+    """Who teaches in recovery: the base, also after its correction, or the model that was brought for it."""
+    if run.spec.teacher is None:
+        return teacher.Live(base(run) if run.spec.method.recover.correction is None else _model(run, "correct"))
+    info, dtype = _info(run), torch.bfloat16 if inspect_model(run.spec.teacher.path).dtype == "BF16" else torch.float32
+    tokens = info["tokens"] or range(info["model"]["config"]["vocab_size"])
+    return teacher.Live(load_model(run.spec.teacher.path, dtype), torch.tensor(tokens))
 
 
 def untouched(run: Run) -> PreTrainedModel:
@@ -581,13 +641,23 @@ def _training_blocks(run: Run, order: int) -> corpus.Blocks:
     return corpus.Blocks(_training(run).tokens, run.spec.block_tokens, run.spec.seed + order)
 
 
-def _with_curriculum(run: Run, blocks: corpus.Blocks, count: int) -> corpus.Blocks | corpus.Mixture:
-    """The blocks, or their mixture with broad text where a curriculum asks for it, for `count` blocks of training."""
-    asked = run.spec.method.recover.curriculum
+def _recovery_blocks(run: Run) -> tuple[corpus.Blocks | corpus.Mixture, int]:
+    """What recovery reads, mixed with broad text where a curriculum asks for it, and how many blocks of it.
+
+    What a teacher said to a block can be read again if the block comes again.
+    """
+    spec, options = run.spec, run.spec.method.recover
+
+    def blocks(documents: corpus.Documents) -> corpus.Blocks:
+        return corpus.Blocks(documents.tokens, spec.block_tokens, spec.seed + 2, again=options.cache is not None)
+
+    narrow = blocks(_training(run))
+    rows, steps = train.shape(train.settings_of(options), narrow)
+    asked = options.curriculum
     if asked is None:
-        return blocks
-    broad = corpus.Blocks(corpus.load(run.out("load"), "broad").tokens, blocks.length, blocks.seed)
-    return corpus.Mixture(blocks, broad, asked.start, asked.end, asked.until * count)
+        return narrow, rows * steps
+    broad = blocks(corpus.load(run.out("load"), "broad"))
+    return corpus.Mixture(narrow, broad, asked.start, asked.end, asked.until * rows * steps), rows * steps
 
 
 def _calibration(run: Run) -> corpus.Blocks:
@@ -647,7 +717,7 @@ def _model(run: Run, stage: str) -> PreTrainedModel:
 
 
 def _copy(run: Run, stage: str) -> PreTrainedModel:
-    model = slice_model(base(run), whole_plan(config_dict(base(run))) if stage == "sparsify" else _plan(run))
+    model = slice_model(base(run), whole_plan(config_dict(base(run))) if stage in ("sparsify", "correct") else _plan(run))
     model.load_state_dict(load_file(run.out(stage) / "weights.safetensors"), strict=False)
     model.tie_weights()
     return model

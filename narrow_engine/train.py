@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -25,10 +25,12 @@ from narrow_engine.corpus import Blocks, Mixture
 from narrow_engine.errors import Cancelled
 from narrow_engine.events import Sink
 from narrow_engine.losses import objective
-from narrow_engine.models import family, head, hidden_states
+from narrow_engine.matching import Matching
+from narrow_engine.models import family, head, hidden_states, sampled
 from narrow_engine.muon import Muon, training_dtype
 from narrow_engine.report.model import CurvePoint
 from narrow_engine.spec import Divergence, Objective, Recover
+from narrow_engine.teacher import Live, Teacher
 
 SHARE: dict[Objective, float] = {"next_token": 0.0, "mixed": 0.5, "distill": 1.0}
 """Weight of the divergence from the base in the loss."""
@@ -55,11 +57,12 @@ class Settings:
     schedule: str = "linear"
     divergence: Divergence = "kl"
     mixture: float | None = None
+    on_policy: float = 0.0
 
 
 def settings_of(options: Recover) -> Settings:
-    """Of a recovery; its curriculum is in the blocks."""
-    return Settings(**options.model_dump(exclude={"curriculum"}))
+    """Of a recovery. What it reads is in the blocks, and who teaches what in the teacher and beside it."""
+    return Settings(**options.model_dump(include={field.name for field in fields(Settings)}))
 
 
 class AfterStep(Protocol):
@@ -85,13 +88,14 @@ def train(
     emit: Sink,
     check: Callable[[], None],
     validate: Callable[[PreTrainedModel], float],
-    teacher: PreTrainedModel | None = None,
+    teacher: Teacher | None = None,
+    beside: Matching | None = None,
     after_step: AfterStep | None = None,
 ) -> list[CurvePoint]:
     """Trains `model` in place and returns the curve; its first point is the model as it came, at 0 tokens.
 
     `folder` holds the checkpoint, and a later call with the same arguments goes on from it. `check` raises Cancelled to
-    stop: a checkpoint is written first. `validate` gives the held-out loss.
+    stop: a checkpoint is written first. `validate` gives the held-out loss. `beside` adds a term to the loss.
     """
     rows, steps = shape(settings, blocks)
     optimizers = _optimizers(model, settings)
@@ -119,7 +123,11 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
         batch = blocks.batch(step * rows, rows).to(model.device)
-        losses.append(_step(model, batch, teacher, settings))
+        if settings.on_policy and float(torch.rand(())) < settings.on_policy:
+            assert isinstance(teacher, Live)
+            losses.append(_own_step(model, batch, settings, teacher))
+        else:
+            losses.append(_step(model, step * rows, batch, settings, teacher, beside))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -164,7 +172,7 @@ def shape(settings: Settings, blocks: Blocks | Mixture) -> tuple[int, int]:
 
 def _recompute_if_needed(
     model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+    teacher: Teacher | None,
     rows: int,
     length: int,
     notice: Callable[[str, dict[str, str]], None],
@@ -172,7 +180,7 @@ def _recompute_if_needed(
     """Has each layer's activations computed again in the backward pass (Chen et al., arXiv 1604.06174) where all of them
     would not fit beside weights, gradients, two moments and the teacher. Returns whether it does."""
     there = memory.limit(model.device)
-    weights = 16 * model.num_parameters() + (4 * teacher.num_parameters() if teacher is not None else 0)
+    weights = 16 * model.num_parameters() + (teacher.bytes if teacher is not None else 0)
     needed = memory.activations(model, rows, length)
     if weights + needed <= ROOM * there:
         return False
@@ -185,20 +193,57 @@ def _recompute_if_needed(
     return True
 
 
-def _step(model: PreTrainedModel, batch: Tensor, teacher: PreTrainedModel | None, settings: Settings) -> float:
-    """Forward and backward of one batch [rows, length + 1]; returns the loss."""
-    share = SHARE[settings.objective] if teacher is not None else 0.0
+def _step(
+    model: PreTrainedModel,
+    first: int,
+    batch: Tensor,
+    settings: Settings,
+    teacher: Teacher | None = None,
+    beside: Matching | None = None,
+) -> float:
+    """Forward and backward of one batch [rows, length + 1], the blocks from number `first` on; returns the loss."""
+    share = SHARE[settings.objective]
     ids, targets = batch[:, :-1], batch[:, 1:].flatten()
-    low = training_dtype(model.device)
-    base = None
-    with torch.autocast(model.device.type, low, enabled=low != torch.float32):
-        if teacher is not None and share:
-            with torch.no_grad():
-                base = (hidden_states(teacher, ids).flatten(0, 1).to(low), head(teacher))
-        hidden = hidden_states(model, ids).flatten(0, 1).to(low)
-    loss = objective(hidden, head(model), targets, base, share, settings.temperature, settings.divergence, settings.mixture).total
+    if beside:
+        beside.begin()
+    told = teacher(first, ids) if teacher and share else None
+    loss = objective(
+        _hidden(model, ids).flatten(0, 1),
+        head(model),
+        targets,
+        told,
+        share if told else 0.0,
+        settings.temperature,
+        settings.divergence,
+        settings.mixture,
+    ).total
+    if beside:
+        loss = loss + beside.loss()
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.item()
+
+
+def _own_step(model: PreTrainedModel, batch: Tensor, settings: Settings, teacher: Live) -> float:
+    """The same on what the model itself makes of the first half of each block: it learns what the teacher says to that
+    (GKD, arXiv 2306.13649, algorithm 1)."""
+    given = batch.shape[1] // 2
+    low = training_dtype(model.device)
+    with torch.autocast(model.device.type, low, enabled=low != torch.float32):
+        made = sampled(model.eval(), batch[:, :given], batch.shape[1] - given)
+    model.train()
+    ids, targets = made[:, :-1], made[:, given:].flatten()
+    states, of_teacher = teacher(0, ids)
+    told = states.view(*ids.shape, -1)[:, given - 1 :].flatten(0, 1), of_teacher
+    hidden = _hidden(model, ids)[:, given - 1 :].flatten(0, 1)
+    loss = objective(hidden, head(model), targets, told, 1.0, settings.temperature, settings.divergence, settings.mixture).total
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.item()
+
+
+def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    low = training_dtype(model.device)
+    with torch.autocast(model.device.type, low, enabled=low != torch.float32):
+        return hidden_states(model, ids).to(low)
 
 
 def _rate(step: int, steps: int, schedule: str) -> float:

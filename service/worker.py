@@ -29,7 +29,7 @@ from narrow_engine.events import Event
 from narrow_engine.model_files import inspect_model
 from narrow_engine.report.frontier import outcome
 from narrow_engine.report.model import Report
-from narrow_engine.spec import INPUTS, CompressionSpec, JobSpec, sentence, wording
+from narrow_engine.spec import INPUTS, CompressionSpec, JobSpec, ModelId, sentence, wording
 from service import janitor, queue
 from service.db.session import AWAY, connect, open_session, read_session
 from service.db.tables import ArtifactRow, DatasetRow, JobRow, ModelRow, OutcomeRow, now
@@ -283,11 +283,15 @@ class _Execution:
                 row = session.get_one(DatasetRow, identifier)
                 return {"path": str(data / "datasets" / identifier / row.file), "column": row.text_column}
 
+            def model(reference: ModelId) -> dict[str, str]:
+                return {"path": str(data / "models" / reference.model)}
+
             options = spec.model_dump(exclude=INPUTS)
             made = CompressionSpec.model_validate(
                 {
                     **options,
-                    "base": {"path": str(data / "models" / spec.base.model)},
+                    "base": model(spec.base),
+                    "teacher": spec.teacher and model(spec.teacher),
                     "target": dataset(spec.target.dataset),
                     "target_name": self._target_name(session),
                     "skills": [{**dataset(s.dataset), "name": s.name, "role": s.role} for s in spec.skills],

@@ -38,6 +38,7 @@ def compress(
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
     broad: str | Path | None = None,
+    teacher: str | Path | None = None,
     client: Narrow | None = None,
     progress: bool | Callable[[Event], None] = True,
 ) -> Result:
@@ -45,7 +46,8 @@ def compress(
 
     `budget` is the share of parameters to keep (0.5), their number (4_000_000), or the API's own form
     ({"keep": {"neuron": 0.25}}). `skills` maps names to (file or id, role), with the roles keep, forget and watch.
-    `method` and `options` are merged into the job spec as they are; `broad` is the text of a curriculum (file or id).
+    `method` and `options` are merged into the job spec as they are; `broad` is the text of a curriculum (file or id),
+    `teacher` a model that teaches in the base's place (folder or id).
     Results lie in `out`: model/, onnx/, report.json, report.html, plan.json. `progress` prints to the
     terminal, or takes a function of each event.
 
@@ -56,7 +58,7 @@ def compress(
     out = Path(out)
     try:
         check_out(out)
-        spec = upload_spec(client, base, target, budget, skills, method, export, column, seed, options, broad)
+        spec = upload_spec(client, base, target, budget, skills, method, export, column, seed, options, broad, teacher)
         job = client.jobs.create(spec)
         fetch = f"'narrow download {job.id} --out {out}' fetches what came out"
         try:
@@ -127,13 +129,15 @@ def upload_spec(
     seed: int,
     options: Mapping[str, Any] | None = None,
     broad: str | Path | None = None,
+    teacher: str | Path | None = None,
 ) -> dict[str, Any]:
     """The job spec, for which everything local is uploaded, once all of it has been found."""
-    check_model(base)
+    for model in (base, *([teacher] if teacher else [])):
+        check_model(model)
     for data in (target, *(data for data, _ in (skills or {}).values()), *([broad] if broad else [])):
         check_data(data)
     return {
-        "base": {"model": client.models.upload(base).id if Path(base).is_dir() else str(base)},
+        "base": {"model": _model_id(client, base)},
         "target": {"dataset": _dataset_id(client, target, column)},
         "skills": [
             {"name": name, "dataset": _dataset_id(client, data, column), "role": role}
@@ -144,12 +148,17 @@ def upload_spec(
         "export": list(export),
         "seed": seed,
         **({"broad": {"dataset": _dataset_id(client, broad, column)}} if broad else {}),
+        **({"teacher": {"model": _model_id(client, teacher)}} if teacher else {}),
         **(options or {}),
     }
 
 
 def _dataset_id(client: Narrow, data: str | Path, column: str) -> str:
     return client.datasets.upload(data, column=column).id if Path(data).is_file() else str(data)
+
+
+def _model_id(client: Narrow, model: str | Path) -> str:
+    return client.models.upload(model).id if Path(model).is_dir() else str(model)
 
 
 def check_model(base: str | Path) -> None:

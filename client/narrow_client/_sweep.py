@@ -18,7 +18,7 @@ SECONDS = 1.0
 """Between two looks at a sweep."""
 PATIENCE = 60.0
 """Seconds without the service after which it is given up: a restart takes less."""
-INPUTS = {"base": "model", "target": "dataset", "broad": "dataset"}
+INPUTS = {"base": "model", "teacher": "model", "target": "dataset", "broad": "dataset"}
 EXAMPLES = {"model": "mdl_0000000000000000", "dataset": "ds_0000000000000000"}
 
 

@@ -193,6 +193,36 @@ class Budget(BaseModel):
     ] = None
 
 
+class LearningRate(RootModel[float]):
+    root: Annotated[
+        float,
+        Field(
+            description="Peak; by default that of the recovery's optimizer.",
+            gt=0.0,
+            le=1.0,
+            title="Learning Rate",
+        ),
+    ]
+
+
+class Correction(BaseModel):
+    """
+    The teacher is trained on the target's next tokens before it teaches (arXiv 2407.14679, section 2.3; 2408.11796).
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    tokens: Annotated[int, Field(ge=1, le=1000000000000, title="Tokens")]
+    learning_rate: Annotated[
+        LearningRate | None,
+        Field(
+            description="Peak; by default that of the recovery's optimizer.",
+            title="Learning Rate",
+        ),
+    ] = None
+
+
 class Curriculum(BaseModel):
     """
     Train on broad text as well, since skills rest on one another (arXiv 2505.15811, section 3): its share of the tokens
@@ -410,6 +440,34 @@ class JobError(BaseModel):
     ]
 
 
+class Match(BaseModel):
+    """
+    Weights of terms that compare student and base layer by layer, in the units that were kept.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    hidden: Annotated[
+        float | None,
+        Field(
+            description="Of the squared distance of the residual streams after each layer ÷ the base's square.",
+            ge=0.0,
+            le=1000.0,
+            title="Hidden",
+        ),
+    ] = 0.0
+    attention: Annotated[
+        float | None,
+        Field(
+            description="Of KL(base‖student) of what each query attends to, as in MiniLM (arXiv 2002.10957).",
+            ge=0.0,
+            le=1000.0,
+            title="Attention",
+        ),
+    ] = 0.0
+
+
 class Multiple(RootModel[int]):
     root: Annotated[
         int,
@@ -552,9 +610,15 @@ class Provenance(BaseModel):
     ]
     recovery_tokens: Annotated[int, Field(title="Recovery Tokens")]
     regularizer_tokens: Annotated[int, Field(title="Regularizer Tokens")]
+    correction_tokens: Annotated[
+        int | None,
+        Field(
+            description="That the teacher was trained on.", title="Correction Tokens"
+        ),
+    ] = 0
 
 
-class LearningRate(RootModel[float]):
+class LearningRate1(RootModel[float]):
     root: Annotated[
         float,
         Field(
@@ -574,6 +638,18 @@ class Mixture(RootModel[float]):
             gt=0.0,
             lt=1.0,
             title="Mixture",
+        ),
+    ]
+
+
+class Top(RootModel[int]):
+    root: Annotated[
+        int,
+        Field(
+            description="Tokens at each position in a cache of kind top, by default 64.",
+            ge=1,
+            le=1024,
+            title="Top",
         ),
     ]
 
@@ -606,7 +682,7 @@ class Recover(BaseModel):
         "muon"
     )
     learning_rate: Annotated[
-        LearningRate | None,
+        LearningRate1 | None,
         Field(
             description="Peak; by default the optimizer's measured best.",
             title="Learning Rate",
@@ -649,6 +725,39 @@ class Recover(BaseModel):
     ] = None
     curriculum: Annotated[
         Curriculum | None, Field(description="Mixes in the text of `broad`.")
+    ] = None
+    cache: Annotated[
+        Literal["hidden", "top"] | None,
+        Field(
+            description="Write down once, before training, what the teacher says to each block, and read it from there in every epoch, and in every point of a sweep. Then the teacher takes no memory in training. hidden: its last hidden states, two bytes a dimension a token, which lose nothing; top: its likeliest tokens, six bytes each, and the mass of the rest.",
+            title="Cache",
+        ),
+    ] = None
+    top: Annotated[
+        Top | None,
+        Field(
+            description="Tokens at each position in a cache of kind top, by default 64.",
+            title="Top",
+        ),
+    ] = None
+    correction: Annotated[
+        Correction | None,
+        Field(
+            description="Trains the base, as the teacher and not as what is cut, on the target first."
+        ),
+    ] = None
+    on_policy: Annotated[
+        float | None,
+        Field(
+            description="Share of batches in which the student itself continues the first half of each block, by sampling, and learns what the teacher says to that. Their loss is the divergence alone.",
+            ge=0.0,
+            le=1.0,
+            title="On Policy",
+        ),
+    ] = 0.0
+    match: Annotated[
+        Match | None,
+        Field(description="Draws the student's insides to the base's as well."),
     ] = None
 
 
@@ -863,7 +972,11 @@ class Figures(BaseModel):
     loss: Annotated[float, Field(description="After recovery.", title="Loss")]
     retention: Interval
     tokens: Annotated[
-        int, Field(description="Trained on, with those of group lasso.", title="Tokens")
+        int,
+        Field(
+            description="Trained on, with those of group lasso and of the teacher's correction.",
+            title="Tokens",
+        ),
     ]
     seconds: Annotated[
         float,
@@ -1063,6 +1176,12 @@ class SweepSpec(BaseModel):
         extra="forbid",
     )
     base: ModelId
+    teacher: Annotated[
+        ModelId | None,
+        Field(
+            description="A model that teaches in the base's place, with the same tokenizer, such as a larger one of its family. Of the methods that are taught."
+        ),
+    ] = None
     target: DatasetId
     broad: Annotated[
         DatasetId | None,
@@ -1182,6 +1301,12 @@ class JobSpec(BaseModel):
     ] = 65536
     seed: Annotated[int | None, Field(ge=0, le=2147483647, title="Seed")] = 0
     base: ModelId
+    teacher: Annotated[
+        ModelId | None,
+        Field(
+            description="A model that teaches in the base's place, with the same tokenizer, such as a larger one of its family."
+        ),
+    ] = None
     target: DatasetId
     broad: Annotated[
         DatasetId | None,

@@ -19,7 +19,7 @@ class Figures(BaseModel):
     cut_loss: float = Field(description="Before any training: after the cut and the refit.")
     loss: float = Field(description="After recovery.")
     retention: Interval
-    tokens: int = Field(description="Trained on, with those of group lasso.")
+    tokens: int = Field(description="Trained on, with those of group lasso and of the teacher's correction.")
     seconds: float = Field(description="Of all its stages, also of those that another point did for it.")
 
 
@@ -98,7 +98,7 @@ def outcome(report: Report) -> Outcome:
         cut_loss=row.cut.loss,
         loss=row.recovered.loss,
         retention=row.retention,
-        tokens=origin.recovery_tokens + origin.regularizer_tokens,
+        tokens=origin.recovery_tokens + origin.regularizer_tokens + origin.correction_tokens,
         seconds=round(sum(origin.seconds.values()), 3),
         curve=report.curve,
     )

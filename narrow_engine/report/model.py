@@ -143,6 +143,7 @@ class Provenance(BaseModel):
     seconds: dict[str, float] = Field(description="Wall time of each stage.")
     recovery_tokens: int
     regularizer_tokens: int
+    correction_tokens: int = Field(0, description="That the teacher was trained on.")
 
 
 class Report(BaseModel):

@@ -7,9 +7,9 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from sqlmodel import Session, col, delete, select
 
-from narrow_engine.model_files import DTYPES
+from narrow_engine.model_files import DTYPES, check_teacher
 from narrow_engine.sizing import solve
-from narrow_engine.spec import JobSpec
+from narrow_engine.spec import JobSpec, ModelId
 from service import janitor, queue
 from service.api import idempotency
 from service.api.paging import Cursor, Limit, page
@@ -17,6 +17,7 @@ from service.api.schemas import Job, JobError, Page, Progress, Status
 from service.db.session import Db, ReadDb
 from service.db.tables import TERMINAL, ArtifactRow, DatasetRow, JobRow, ModelRow
 from service.problems import ApiError, not_found, responses
+from service.settings import Settings
 from service.storage import Storage, doubt
 from service.uploads import require_space
 
@@ -49,7 +50,7 @@ def create_job(spec: JobSpec, request: Request, response: Response, session: Db,
         session.commit()
     else:
         require_space(request.app.state.settings)
-        check_spec(session, spec)
+        check_spec(session, spec, request.app.state.settings)
         job = queue.enqueue(session, spec)
         idempotency.commit(session, idempotency_key, spec, job_id=job.id)
     response.headers["Location"] = f"/jobs/{job.id}"
@@ -115,11 +116,12 @@ def forget(session: Session, request: Request, jobs: Sequence[JobRow]) -> list[s
     return digests
 
 
-def check_spec(session: Session, spec: JobSpec) -> ModelRow:
+def check_spec(session: Session, spec: JobSpec, settings: Settings) -> ModelRow:
     """Refuses a spec whose inputs are not there or whose budget cannot be met; returns the base."""
-    base = session.get(ModelRow, spec.base.model)
-    if base is None:
-        raise not_found("model", spec.base.model)
+    base, *_ = (_model(session, reference) for reference in (spec.base, spec.teacher) if reference)
+    if spec.teacher:
+        models, trimmed = settings.data / "models", "token" in spec.method.units
+        check_teacher(models / spec.base.model, models / spec.teacher.model, trimmed, spec.block_tokens)
     names = [skill.name for skill in spec.skills]
     for reference in spec.data:
         data = session.get(DatasetRow, reference.dataset)
@@ -130,6 +132,13 @@ def check_spec(session: Session, spec: JobSpec) -> ModelRow:
     solve(base.info["config"], spec, DTYPES[base.info["dtype"]])
     _check_length(session.get_one(DatasetRow, spec.target.dataset), spec.block_tokens)
     return base
+
+
+def _model(session: Session, reference: ModelId) -> ModelRow:
+    found = session.get(ModelRow, reference.model)
+    if found is None:
+        raise not_found("model", reference.model)
+    return found
 
 
 def _check_length(data: DatasetRow, block_tokens: int) -> None:

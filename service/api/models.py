@@ -47,6 +47,6 @@ def delete_model(model_id: str, request: Request, session: Db) -> None:
     if row is None:
         raise not_found("model", model_id)
     for job in session.exec(select(JobRow).where(col(JobRow.status).not_in(TERMINAL))):
-        if job.spec["base"]["model"] == model_id:
+        if model_id in [part["model"] for part in (job.spec["base"], job.spec.get("teacher")) if part]:
             raise ApiError(409, "model_in_use", f"The job {job.id} needs this model: cancel it or wait for it.")
     forget(session, request.app.state.settings, "models", row)

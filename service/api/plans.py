@@ -1,6 +1,6 @@
 """A dry run: what a job would make and cost, with nothing queued."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from narrow_engine.model_files import DTYPES
 from narrow_engine.sizing import plan_sizes
@@ -14,9 +14,9 @@ router = APIRouter(prefix="/plans", tags=["plans"])
 
 
 @router.post("", responses=responses(404, 413))
-def create_plan(spec: JobSpec, session: ReadDb) -> Plan:
+def create_plan(spec: JobSpec, request: Request, session: ReadDb) -> Plan:
     """The sizes before and after, what is kept, and estimates of memory and time."""
-    base = check_spec(session, spec)
+    base = check_spec(session, spec, request.app.state.settings)
     sizes = plan_sizes(base.info["config"], spec, DTYPES[base.info["dtype"]], 1 + len(spec.skills))
     return Plan(
         family=base.info["family"],

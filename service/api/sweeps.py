@@ -17,6 +17,7 @@ from service.api.schemas import JobError, Page, Point, Status, Sweep, SweepPoint
 from service.db.session import Db, ReadDb
 from service.db.tables import TERMINAL, JobRow, OutcomeRow, SweepRow
 from service.problems import ApiError, responses
+from service.settings import Settings
 from service.uploads import require_space
 
 router = APIRouter(prefix="/sweeps", tags=["sweeps"])
@@ -36,7 +37,7 @@ def create_sweep(
         sweep = queue.find_sweep(session, known.sweep_id)
     else:
         require_space(request.app.state.settings)
-        _check(session, spec)
+        _check(session, spec, request.app.state.settings)
         sweep = queue.enqueue_sweep(session, spec)
         idempotency.commit(session, idempotency_key, spec, sweep_id=sweep.id)
     response.headers["Location"] = f"/sweeps/{sweep.id}"
@@ -104,12 +105,12 @@ def get_frontier(sweep_id: str, request: Request, session: ReadDb) -> Response:
     return HTMLResponse(render_frontier(found), headers=headers)
 
 
-def _check(session: Session, spec: SweepSpec) -> None:
+def _check(session: Session, spec: SweepSpec, settings: Settings) -> None:
     """Refuses a sweep of which a point could not run, and says which."""
     for name, method in spec.methods.items():
         for budget in spec.budgets:
             try:
-                check_spec(session, spec.job(method, budget, spec.seeds[0]))
+                check_spec(session, spec.job(method, budget, spec.seeds[0]), settings)
             except NarrowError as error:
                 told = budget.model_dump_json(exclude_none=True)
                 raise NarrowError(error.code, f"The method {name!r} with the budget {told}: {error}") from error

@@ -10,10 +10,12 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from tiny import documents, tiny_model, write_jsonl
 
 from narrow_engine import corpus
 from narrow_engine.events import read_events
+from narrow_engine.muon import training_dtype
 from narrow_engine.report.model import Report
 
 OPTIONS = {
@@ -317,6 +319,75 @@ def test_students_go_down_the_same_line(spec, tmp_path, method, from_base):
         assert [cut.per_layer for cut in report.cuts if cut.unit == "layer"] == [[0, 2]]
     card = (tmp_path / "run" / "result" / "model" / "README.md").read_text()
     assert ("Trained from scratch" if method["kind"] == "scratch" else "Distilled from") in card
+
+
+@pytest.fixture
+def larger(tmp_path, tokenizer_file):
+    """Another model with the base's tokenizer, and some spare rows."""
+    tiny_model("qwen3", vocab_size=336, hidden_size=48).save_pretrained(tmp_path / "larger")
+    shutil.copy(tokenizer_file, tmp_path / "larger" / "tokenizer.json")
+    return tmp_path / "larger"
+
+
+def test_what_the_teacher_said_makes_the_same_model_as_the_teacher(spec, tmp_path):
+    made = {}
+    for cache in (None, "hidden"):
+        method = {**OPTIONS["method"], "recover": {"tokens": 1024, "batch_tokens": 256, "cache": cache}}
+        code, told = finish(start(spec(method=method), tmp_path / str(cache)))
+        assert code == 0, told
+        made[cache] = weights(tmp_path / str(cache))
+    exact = training_dtype(torch.device("cpu")) == torch.bfloat16
+    assert (made[None] == made["hidden"]) or not exact
+    assert (tmp_path / "hidden" / "teach" / "states.npy").stat().st_size > 2 * 32 * 1024
+
+
+@pytest.mark.parametrize(
+    "recover",
+    [
+        {"cache": "top", "top": 32, "temperature": 2.0},
+        {"correction": {"tokens": 2560}, "cache": "hidden"},
+        {"match": {"hidden": 1.0, "attention": 1.0}, "on_policy": 0.5},
+    ],
+)
+def test_ways_of_being_taught(spec, tmp_path, recover):
+    method = {**OPTIONS["method"], "units": ["neuron", "head", "token"], "recover": {**OPTIONS["method"]["recover"], **recover}}
+    budget = {"keep": {"neuron": 0.5, "head": 0.5}}
+    code, told = finish(start(spec(method=method, budget=budget), tmp_path / "run"))
+    assert code == 0, told
+    report = Report.model_validate_json((tmp_path / "run" / "result" / "report.json").read_text())
+    assert report.skills["python"].recovered.loss < report.skills["python"].cut.loss
+    assert report.provenance.correction_tokens == (2560 if "correction" in recover else 0)
+    assert {point.phase for point in report.curve} == {"recover"}, "the teacher's own training is not the student's"
+
+
+@pytest.mark.parametrize(("units", "cache"), [(["neuron"], None), (["neuron", "token"], "hidden"), (["neuron", "token"], "top")])
+def test_a_larger_model_teaches(spec, tmp_path, larger, units, cache):
+    method = {"kind": "distill", "units": units, "recover": {"tokens": 2560, "batch_tokens": 256, "cache": cache}}
+    code, told = finish(start(spec(method=method, teacher={"path": str(larger)}), tmp_path / "run"))
+    assert code == 0, told
+    report = Report.model_validate_json((tmp_path / "run" / "result" / "report.json").read_text())
+    curve = [point.loss for point in report.curve if point.loss is not None]
+    assert curve[-1] < curve[0]
+    states = tmp_path / "run" / "teach" / "states.npy"
+    assert not states.exists() or np.load(states, mmap_mode="r").shape[-1] == 48
+
+
+def test_a_teacher_that_reads_other_tokens_is_refused(spec, tmp_path, larger):
+    file = larger / "tokenizer.json"
+    whole = file.read_text()
+    other = json.loads(whole)
+    other["model"]["merges"] = other["model"]["merges"][:-1]
+    file.write_text(json.dumps(other))
+    status, told = finish(start(spec(teacher={"path": str(larger)}), tmp_path / "run"))
+    assert (status, "they differ in 'model' of tokenizer.json" in told) == (1, True), told
+    # The same, written by another version, is no other.
+    same = json.loads(whole)
+    same["model"]["merges"] = [" ".join(pair) if isinstance(pair, list) else pair.split(" ") for pair in same["model"]["merges"]]
+    file.write_text(json.dumps(same))
+    config = larger / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 32}))
+    status, told = finish(start(spec(teacher={"path": str(larger)}), tmp_path / "run"))
+    assert (status, "The teacher reads 32 tokens at most" in told) == (1, True), told
 
 
 def test_a_curriculum_mixes_in_broad_text_that_nothing_is_measured_on(spec, tmp_path):

@@ -67,6 +67,20 @@ def test_a_second_size_shares_what_is_the_same_and_comes_out_as_if_alone(run, tm
     assert (tmp_path / "second" / "score" / "scores.safetensors").stat().st_nlink == 3
 
 
+def test_other_methods_and_sizes_hear_what_was_said_once(run, tmp_path):
+    def taught(kind, tokens=512):
+        return {"kind": kind, "calibration_tokens": 512, "recover": {"tokens": tokens, "batch_tokens": 256, "cache": "hidden"}}
+
+    first, _, _ = run("first", method=taught("distill"))
+    assert reused(first) == []
+    other, _, weights = run("other", method=taught("prune"), budget={"parameters": 0.8})
+    assert reused(other) == ["load", "measure_base", "teach"]
+    _, _, expected = run("alone", share=False, method=taught("prune"), budget={"parameters": 0.8})
+    assert weights == expected
+    more, _, _ = run("more", method=taught("distill", 1024))
+    assert "teach" not in reused(more), "more tokens are more to be said"
+
+
 @pytest.fixture
 def finished(tmp_path):
     """A stage that a run has finished, and its record."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from narrow_engine.losses import CHUNK, Head, objective, statistics
+from narrow_engine.losses import CHUNK, Head, likeliest, objective, statistics
 
 
 def divergence(kind, p, q, mixture):
@@ -83,6 +83,36 @@ def test_value_and_gradients(cap, share, temperature, kind, mixture):
     assert found.divergence == pytest.approx(apart.item(), rel=1e-4, abs=1e-6)
     for got, want in zip((hidden.grad, weight.grad), wanted, strict=True):
         assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("share", "temperature"), [(1.0, 1.0), (0.4, 2.5)])
+@pytest.mark.parametrize("count", [1, 7, 49])
+@pytest.mark.parametrize(("kind", "mixture"), DIVERGENCES)
+def test_of_the_likeliest_tokens_all_others_are_one(kind, mixture, count, share, temperature):
+    torch.manual_seed(1)
+    positions, vocab = CHUNK + 5, 50
+    hidden, base = torch.randn(positions, 16, requires_grad=True), torch.randn(positions, vocab)
+    weight, targets = torch.randn(vocab, 16, requires_grad=True), torch.randint(0, vocab, (positions,))
+    told = likeliest(base, Head(torch.eye(vocab)), count, temperature)
+    assert torch.equal(told.tokens, base.topk(count).indices)
+
+    def binned(log_p):
+        known = log_p.gather(1, told.tokens)
+        rest = log_p.masked_fill(torch.zeros_like(log_p, dtype=torch.bool).scatter(1, told.tokens, True), -torch.inf)
+        return torch.cat([known, rest.logsumexp(1, keepdim=True)], 1)
+
+    wide = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    logits = wide[0] @ wide[1].T
+    p, q = (binned(F.log_softmax(z / temperature, -1)) for z in (base.double(), logits))
+    apart = divergence(kind, p, q, mixture)
+    expected = (1 - share) * F.cross_entropy(logits, targets) + share * temperature**2 * apart
+    wanted = torch.autograd.grad(expected, wide)
+    found = objective(hidden, Head(weight), targets, told, share, temperature, kind, mixture)
+    found.total.backward()
+    assert found.total.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
+    assert found.divergence == pytest.approx(apart.item(), rel=1e-3, abs=1e-5)
+    for got, want in zip((hidden.grad, weight.grad), wanted, strict=True):
+        assert torch.allclose(got.double(), want, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from narrow_engine.spec import CompressionSpec, Method, Options
+from narrow_engine.spec import CompressionSpec, Method, Options, SweepSpec, points
 
 
 def test_what_is_not_given_follows_the_kind():
@@ -15,7 +15,7 @@ def test_what_is_not_given_follows_the_kind():
     }
     assert all(method.recover.tokens == 5 for method in found.values())
     assert Method() == Method.model_validate({}) == Method.model_validate({"kind": "prune"})
-    for method in found.values():
+    for method in (*found.values(), Method.model_validate({"recover": {"cache": "top", "match": None}})):
         assert Method.model_validate(method.model_dump()) == method
     assert Method.model_validate({"kind": "distill", "recover": {"objective": "mixed"}}).recover.objective == "mixed"
 
@@ -33,6 +33,11 @@ def test_what_is_not_given_follows_the_kind():
         ({"units": ["neuron", "neuron"]}, "names a kind of unit twice"),
         ({"units": ["head"], "regularizer": {}}, "group_lasso acts on neurons"),
         ({"kind": "destill"}, "'prune', 'distill' or 'scratch'"),
+        ({"kind": "scratch", "recover": {"cache": "hidden"}}, "with 'objective' 'next_token' none does"),
+        ({"recover": {"on_policy": 0.5, "cache": "top"}}, "'on_policy' needs the teacher itself"),
+        ({"recover": {"match": {"hidden": 1}, "cache": "top"}}, "'match' needs the teacher itself"),
+        ({"recover": {"top": 8, "cache": "hidden"}}, "'top' is the number of tokens in a 'cache' of kind 'top'"),
+        ({"recover": {"match": {}}}, "needs a weight above 0"),
     ],
 )
 def test_what_contradicts_itself_is_refused(method, words):
@@ -45,6 +50,37 @@ def test_what_contradicts_itself_is_refused(method, words):
 def test_a_budget_that_is_met_by_trying_needs_a_cut(budget, method):
     with pytest.raises(ValidationError, match="set 'init' to 'cut'"):
         Options.model_validate({"budget": budget, "method": method})
+
+
+@pytest.mark.parametrize(
+    ("recover", "words"),
+    [
+        ({"objective": "next_token"}, "with the objective 'next_token' none does"),
+        ({"correction": {"tokens": 5}}, "'method.recover.correction' is about the base"),
+        ({"match": {"hidden": 1}}, "'method.recover.match' is about the base"),
+    ],
+)
+def test_a_teacher_is_there_where_it_can_teach(recover, words):
+    spec = {"base": {"path": "m"}, "target": {"path": "t"}, "budget": {"parameters": 0.5}, "teacher": {"path": "n"}}
+    assert CompressionSpec.model_validate(spec).teacher is not None
+    with pytest.raises(ValidationError, match=words):
+        CompressionSpec.model_validate({**spec, "method": {"recover": recover}})
+
+
+def test_a_sweep_has_its_teacher_where_one_teaches():
+    sweep = {
+        "base": {"model": "mdl_" + "0" * 26},
+        "teacher": {"model": "mdl_" + "1" * 26},
+        "target": {"dataset": "ds_" + "0" * 26},
+        "budgets": [{"parameters": 0.5}],
+        "methods": {"prune": {}, "scratch": {"kind": "scratch"}},
+    }
+    assert {p.method: p.spec.teacher is not None for p in points(SweepSpec.model_validate(sweep))} == {
+        "prune": True,
+        "scratch": False,
+    }
+    with pytest.raises(ValidationError, match="no method has the objective 'distill' or 'mixed'"):
+        SweepSpec.model_validate({**sweep, "methods": {"scratch": {"kind": "scratch"}}})
 
 
 @pytest.mark.parametrize(("broad", "curriculum"), [({"path": "b"}, None), (None, {})])

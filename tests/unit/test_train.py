@@ -15,6 +15,7 @@ from narrow_engine.families import dimensions
 from narrow_engine.models import config_dict
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.spec import Divergence
+from narrow_engine.teacher import Live
 from narrow_engine.train import Settings, shape, train
 
 TOKENS = np.random.default_rng(0).integers(0, 320, 6000).astype(np.uint32)
@@ -48,18 +49,22 @@ def run(model, settings, folder, stop_at=None, emit=lambda *_: None, watch=lambd
 
 
 @pytest.mark.parametrize(
-    ("family", "objective", "optimizer"),
-    [*(("llama", o, p) for o in ("next_token", "mixed", "distill") for p in ("adamw", "muon")), ("qwen3_moe", "mixed", "muon")],
+    ("family", "objective", "optimizer", "on_policy"),
+    [
+        *(("llama", o, p, 0.0) for o in ("next_token", "mixed", "distill") for p in ("adamw", "muon")),
+        ("qwen3_moe", "mixed", "muon", 0.0),
+        ("llama", "distill", "muon", 0.5),
+    ],
 )
-def test_a_run_that_was_stopped_ends_with_the_same_weights(tmp_path, family, objective, optimizer):
-    settings = Settings(32 * 4 * 12, 128, objective, 1.0, optimizer, 3e-3)
+def test_a_run_that_was_stopped_ends_with_the_same_weights(tmp_path, family, objective, optimizer, on_policy):
+    settings = Settings(32 * 4 * 12, 128, objective, 1.0, optimizer, 3e-3, on_policy=on_policy)
     teacher = tiny_model(family, seed=1)
     whole, broken = tiny_model(family), tiny_model(family)
-    curve = run(whole, settings, tmp_path / "whole", teacher=teacher)
+    curve = run(whole, settings, tmp_path / "whole", teacher=Live(teacher))
     with pytest.raises(Cancelled):
-        run(broken, settings, tmp_path / "broken", stop_at=5, teacher=teacher)
+        run(broken, settings, tmp_path / "broken", stop_at=5, teacher=Live(teacher))
     resumed = tiny_model(family, seed=9)
-    again = run(resumed, settings, tmp_path / "broken", teacher=teacher)
+    again = run(resumed, settings, tmp_path / "broken", teacher=Live(teacher))
     for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     assert [p.loss for p in curve] == [p.loss for p in again]
@@ -70,7 +75,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(tmp_path, family, obj
 def test_every_divergence_brings_the_student_to_the_base(tmp_path, divergence):
     model, teacher = tiny_model("llama", seed=2), tiny_model("llama", seed=1, initializer_range=0.1)
     settings = Settings(32 * 4 * 15, 128, "distill", 1.0, "muon", 1e-2, divergence=divergence)
-    curve = run(model, settings, tmp_path / "a", teacher=teacher)
+    curve = run(model, settings, tmp_path / "a", teacher=Live(teacher))
     assert curve[-1].loss < 0.5 * curve[1].loss
 
 
@@ -158,14 +163,14 @@ def test_the_memory_of_activations_is_told_from_short_blocks(family):
 def test_activations_that_do_not_fit_are_computed_again_with_the_same_result(family, tmp_path, monkeypatch):
     settings, teacher = Settings(32 * 4 * 4, 128, "mixed", 1.0, "muon", 3e-3), tiny_model(family, seed=1)
     models, told = [tiny_model(family), tiny_model(family)], []
-    run(models[0], settings, tmp_path / "whole", teacher=teacher, emit=lambda *event: told.append(event))
+    run(models[0], settings, tmp_path / "whole", teacher=Live(teacher), emit=lambda *event: told.append(event))
     monkeypatch.setattr(memory, "limit", lambda device: 100_000)
     kept = []
     run(
         models[1],
         settings,
         tmp_path / "again",
-        teacher=teacher,
+        teacher=Live(teacher),
         emit=lambda *event: told.append(event),
         watch=lambda model: kept.append(memory.kept(model.train(), 4, 32)),
     )

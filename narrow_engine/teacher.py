@@ -1,0 +1,178 @@
+"""Who teaches in distillation: a model beside the student, or what it said, written down before training began.
+
+What a teacher says to a block depends on the block alone. So it can be computed once: for every epoch, for every point of a
+sweep, and with no more memory than one pass of the teacher takes. Two things can be kept of each position. The hidden states
+that its head reads give back the whole distribution, at two bytes a dimension; where training computes in bfloat16 they are
+what it would have used anyway, to the last bit. The likeliest tokens and their log-probabilities, six bytes each, are less
+where the model is wide, and biased: of the rest only the mass is known (`losses.Top`).
+
+A model that teaches in the base's place is read in its own precision from the mapped file: where it is larger than the memory,
+the system lets go of what has been used, and a pass costs a reading of the file.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from narrow_engine.corpus import Blocks, Mixture
+from narrow_engine.losses import Head, Told, Top, likeliest
+from narrow_engine.models import head, hidden_states
+from narrow_engine.muon import training_dtype
+from narrow_engine.run import write_json
+
+TOP = 64
+"""Tokens of each position in a cache of the likeliest, by default. docs/explanation/recovery.md has what others cost."""
+PASS_TOKENS = 4096
+"""Tokens of one pass of the teacher, at least a block: the weights of one that is not in memory are read once for so many."""
+SAVE_SECONDS = 30.0
+
+
+class Teacher(Protocol):
+    """Tells what the student should say. `bytes` is what its weights take of the memory while the student trains."""
+
+    bytes: int
+
+    def __call__(self, first: int, ids: Tensor) -> Told:
+        """Of the blocks from number `first` on, whose tokens `ids` [rows, length] are, all positions in one row."""
+        ...
+
+
+class Live:
+    """A model. `tokens` are its own numbers of the student's tokens, if they differ or it has more of them."""
+
+    def __init__(self, model: PreTrainedModel, tokens: Tensor | None = None) -> None:
+        self.model, self.tokens = model, None if tokens is None else tokens.to(model.device)
+        self.bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        of_model = head(model)
+        self.head = of_model if tokens is None else Head(of_model.weight.detach()[self.tokens], of_model.softcap)
+
+    @torch.no_grad()
+    def __call__(self, first: int, ids: Tensor) -> tuple[Tensor, Head]:
+        low = training_dtype(self.model.device)
+        own = ids if self.tokens is None else self.tokens[ids]
+        with torch.autocast(self.model.device.type, low, enabled=low != torch.float32):
+            return hidden_states(self.model, own).flatten(0, 1).to(low), self.head
+
+
+class Slots(NamedTuple):
+    """Which of a cache's entries a block has: those that come again are there once."""
+
+    entry: dict[int, int]
+    """By the block's place in the text."""
+    first: list[int]
+    """Of each entry, the number of the first block that has it."""
+
+
+def slots(blocks: Blocks | Mixture, count: int) -> Slots:
+    """Of the first `count` blocks, which must come `again` in later epochs as they were in the first."""
+    entry: dict[int, int] = {}
+    first: list[int] = []
+    for index in range(count):
+        place = blocks.place(index)
+        if place not in entry:
+            entry[place] = len(first)
+            first.append(index)
+    return Slots(entry, first)
+
+
+class Cached:
+    """What `write` wrote of a teacher, for the same blocks."""
+
+    def __init__(self, folder: Path, blocks: Blocks | Mixture, count: int, device: torch.device) -> None:
+        self.blocks, self.entry, self.bytes = blocks, slots(blocks, count).entry, 0
+        meta = json.loads((folder / "meta.json").read_text())
+        self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in meta["arrays"]}
+        self.device, self.low = device, training_dtype(device)
+        self.head = Head(torch.empty(0), meta["softcap"])
+        if "states" in self.arrays:
+            self.head = Head(load_file(folder / "head.safetensors")["weight"].to(device), meta["softcap"])
+
+    def __call__(self, first: int, ids: Tensor) -> Told:
+        numbers = [self.entry[self.blocks.place(index)] for index in range(first, first + len(ids))]
+
+        def read(name: str) -> Tensor:
+            found = torch.from_numpy(self.arrays[name][numbers])
+            return found.flatten(0, 1).to(self.device)
+
+        if "states" in self.arrays:
+            return read("states").view(torch.bfloat16).to(self.low), self.head
+        return Top(read("tokens").long(), read("log_probability"))
+
+
+def write(
+    folder: Path,
+    work: Path,
+    teacher: Live,
+    blocks: Blocks | Mixture,
+    count: int,
+    top: int | None,
+    temperature: float,
+    progress: Callable[[int, int], None],
+) -> int:
+    """Fills `folder` with what a teacher says to the first `count` blocks, and returns its bytes.
+
+    Its hidden states, or, if `top` says how many, its likeliest tokens at a temperature. It grows in `work`, where a run that
+    was killed finds what it has.
+    """
+    first, length = slots(blocks, count).first, blocks.length
+    arrays: dict[str, tuple[int, Any]] = {"states": (teacher.head.weight.shape[1], np.uint16)}
+    if top is not None:
+        top = min(top, len(teacher.head.weight))
+        arrays = {"tokens": (top, np.uint32), "log_probability": (top + 1, np.float16)}
+    shapes = {name: ((len(first), length, width), dtype) for name, (width, dtype) in arrays.items()}
+    done, open_arrays = _resume(work, shapes)
+    rows, saved = max(1, PASS_TOKENS // length), time.monotonic()
+    for at in range(done, len(first), rows):
+        progress(at, len(first))
+        ids = torch.cat([blocks.batch(index, 1) for index in first[at : at + rows]])[:, :-1].to(teacher.model.device)
+        for name, values in _said(teacher, ids, top, temperature).items():
+            open_arrays[name][at : at + len(ids)] = values.view(len(ids), length, -1).cpu().numpy()
+        if time.monotonic() - saved > SAVE_SECONDS:
+            _flush(work, open_arrays, at + len(ids))
+            saved = time.monotonic()
+    _flush(work, open_arrays, len(first))
+    progress(len(first), len(first))
+    for name in shapes:
+        (work / f"{name}.npy").rename(folder / f"{name}.npy")
+    if top is None:
+        save_file({"weight": teacher.head.weight.detach().cpu().contiguous()}, folder / "head.safetensors")
+    write_json(folder / "meta.json", {"arrays": list(shapes), "softcap": teacher.head.softcap})
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+@torch.no_grad()
+def _said(teacher: Live, ids: Tensor, top: int | None, temperature: float) -> dict[str, Tensor]:
+    states, of_teacher = teacher(0, ids)
+    if top is None:
+        return {"states": states.bfloat16().view(torch.uint16)}
+    found = likeliest(states, of_teacher, top, temperature)
+    return {"tokens": found.tokens.to(torch.uint32), "log_probability": found.log_probability.half()}
+
+
+def _resume(work: Path, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> tuple[int, dict[str, NDArray[Any]]]:
+    """Entries that are written already, and the open files."""
+    files = [work / "done.json", *(work / f"{name}.npy" for name in shapes)]
+    done: int = json.loads(files[0].read_text()) if all(file.exists() for file in files) else 0
+    return done, {
+        name: np.lib.format.open_memmap(work / f"{name}.npy", mode="r+" if done else "w+", dtype=dtype, shape=shape)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def _flush(work: Path, arrays: dict[str, NDArray[Any]], done: int) -> None:
+    for name, array in arrays.items():
+        assert isinstance(array, np.memmap)
+        array.flush()
+        with (work / f"{name}.npy").open("rb") as file:
+            os.fsync(file.fileno())
+    write_json(work / "done.json", done)
