@@ -39,10 +39,12 @@ def test_compress_in_python_and_the_files_in_stock_libraries(service, tiny_folde
             skills={"german": (german_file, "forget")},
             method=METHOD,
             options=OPTIONS,
+            teacher=tiny_folder,
             client=client,
             progress=seen.append,
         )
     assert result.job.status == "succeeded"
+    assert result.job.spec.teacher is not None
     assert [e.seq for e in seen] == list(range(1, len(seen) + 1))
     assert 0 < result.report.skills["python"].retention.value < 2
     assert result.report.skills["german"].role == "forget"

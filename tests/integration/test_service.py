@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import re
+import shutil
 import time
 
 import httpx
@@ -23,6 +24,7 @@ TERMINAL = ("succeeded", "failed", "cancelled")
 def done(service, tiny_folder, python_file):
     """A job that has succeeded."""
     spec = spec_of(service, tiny_folder, python_file, QUICK)
+    spec["teacher"] = {"model": service.upload_model(tiny_folder)}
     answer = service.http.post("/jobs", json=spec)
     assert answer.status_code == 201, answer.text
     assert answer.headers["location"] == f"/jobs/{answer.json()['id']}"
@@ -132,9 +134,11 @@ def test_a_retry_with_the_same_key_makes_no_second_job(service, done):
 
 def test_cancel_is_quick_and_the_queue_goes_on(service, tiny_folder, python_file):
     spec = spec_of(service, tiny_folder, python_file, SLOW)
+    spec["teacher"] = {"model": service.upload_model(tiny_folder)}
     running = service.http.post("/jobs", json=spec).json()["id"]
     waiting = service.http.post("/jobs", json=spec).json()["id"]
-    problem(service.http.delete(f"/models/{spec['base']['model']}"), 409, "model_in_use")
+    for model in (spec["base"], spec["teacher"]):
+        problem(service.http.delete(f"/models/{model['model']}"), 409, "model_in_use")
     problem(service.http.delete(f"/datasets/{spec['target']['dataset']}"), 409, "dataset_in_use")
     problem(service.http.delete(f"/jobs/{running}"), 409, "job_not_finished")
     assert service.http.post(f"/jobs/{waiting}/cancel").json()["status"] == "cancelled"
@@ -230,6 +234,19 @@ def test_bad_datasets_are_refused_by_line(service):
     for given in ("½ m²①.jsonl", "²①.jsonl", "-_ x" + "é" * 90 + ".jsonl"):
         TypeAdapter(Name).validate_python(send(good, name=given).json()["name"])
     assert service.http.delete(f"/datasets/{made.json()['id']}").status_code == 204
+
+
+def test_a_teacher_that_reads_other_tokens_is_a_problem(service, done, tmp_path, tiny_folder):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    spec = {**done["spec"], "teacher": {"model": service.upload_model(other)}}
+    sweep = {key: spec[key] for key in ("base", "teacher", "target")} | {"budgets": [spec["budget"]]}
+    for path, body in (("/jobs", spec), ("/plans", spec), ("/sweeps", {**sweep, "block_tokens": 64})):
+        problem(service.http.post(path, json=body), 422, "other_tokenizer", "they differ in 'normalizer' of tokenizer.json")
+    problem(service.http.post("/jobs", json={**spec, "teacher": {"model": "mdl_0000000000000000"}}), 404, "model_not_found")
 
 
 def test_bad_requests_are_problems(service, done):
