@@ -49,15 +49,20 @@ METHODS: dict[str, dict[str, Any]] = {
     "scratch": {"kind": "scratch"},
     "scratch with curriculum": {"kind": "scratch", "recover": {"curriculum": {}}},
 }
-RATES = {"paper": (1e-3, 3e-3), "distill": (1e-3, 2e-3, 4e-3, 8e-3), "scratch": (1e-3, 2e-3, 4e-3, 8e-3)}
+RATES = {
+    "paper": (1e-3, 3e-3),
+    "distill": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    "scratch": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+}
 """What was tried. The others train the base's own weights, for which Narrow's defaults were tuned."""
-BEST: dict[str, float] = {}
+TUNED = {name: name for name in RATES} | {"scratch with curriculum": "scratch"}
+"""Whose rate a method takes."""
 
 
 def spec(domain: str, method: str, keep: float, seed: int, tokens: int, rate: float | None) -> CompressionSpec:
     """Of one point."""
     given = METHODS[method]
-    options = {"tokens": tokens, "learning_rate": rate or BEST.get(method), **given.get("recover", {})}
+    options = {"tokens": tokens, "learning_rate": rate, **given.get("recover", {})}
     broad = {"broad": {"path": BROAD}} if "curriculum" in options else {}
     return CompressionSpec.model_validate(
         {
@@ -88,6 +93,13 @@ def run(rows: list[dict[str, Any]], key: dict[str, Any]) -> None:
     print(key, f"{found.loss - found.base_loss:+.3f} in {found.seconds:.0f} s", flush=True)
 
 
+def best_rate(rows: list[dict[str, Any]], method: str) -> float | None:
+    """Of those that were tried; None is the default."""
+    middle = {"domain": "python", "method": TUNED.get(method), "keep": 0.25, "seed": 0, "tokens": TOKENS}
+    tried = [row for row in rows if row["rate"] and all(row[name] == value for name, value in middle.items())]
+    return min(tried, key=lambda row: row["loss"])["rate"] if tried else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--domains", nargs="+", default=list(TEXT), choices=TEXT)
@@ -107,7 +119,10 @@ def main() -> None:
         return
     for seed, domain, keep, method in itertools.product(options.seeds, options.domains, options.keep, options.methods):
         tokens = LONG if options.long else TOKENS
-        run(rows, {"domain": domain, "method": method, "keep": keep, "seed": seed, "tokens": tokens, "rate": None})
+        run(
+            rows,
+            {"domain": domain, "method": method, "keep": keep, "seed": seed, "tokens": tokens, "rate": best_rate(rows, method)},
+        )
 
 
 if __name__ == "__main__":
