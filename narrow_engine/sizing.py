@@ -14,7 +14,7 @@ from typing import Any
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import Dimensions, Family, dimensions, family_of, present, tensor_shapes
 from narrow_engine.report.model import Size
-from narrow_engine.spec import PLURAL, Options, Quantity, Unit
+from narrow_engine.spec import PLURAL, TOP, Options, Quantity, Unit, taught
 
 REFIT_PASSES = 4
 """How often the refit's training of a layer goes through the calibration tokens. (Here, where torch is not imported.)"""
@@ -287,10 +287,16 @@ def _floor(dims: Dimensions, units: list[Unit]) -> str:
     return f" Each token is routed to {dims.active} experts, so as many must stay." if "expert" in units else ""
 
 
-def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: int = 2, skills: int = 1) -> Sizes:
+def plan_sizes(
+    config: dict[str, Any],
+    options: Options,
+    bytes_per_parameter: int = 2,
+    skills: int = 1,
+    teacher: dict[str, Any] | None = None,
+) -> Sizes:
     """The dry run of a job: shapes, bytes, FLOPs, memory and a rough time. Raises like `solve`.
 
-    `skills` counts the datasets that are measured, the target's among them.
+    `skills` counts the datasets that are measured, the target's among them; `teacher` is the config of one that is not the base.
     """
     dims = dimensions(config)
     keep, notices = solve(config, options, bytes_per_parameter)
@@ -307,14 +313,18 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
     lasso_tokens = method.regularizer.tokens if method.regularizer else 0
     # What is scored and taught by is the base with its vocabulary trimmed.
     trimmed = size_of(config, shrink(dims, {"token": small.vocab}), bytes_per_parameter)
-    teacher = trimmed.flops_per_token if recover.objective != "next_token" else 0
+    teaching = size_of(teacher, dimensions(teacher), bytes_per_parameter) if teacher else trimmed
+    told = teaching.flops_per_token if taught(method) else 0
+    if recover.cache and taught(method):
+        width = dimensions(teacher or config).hidden if recover.cache == "hidden" else 3 * (recover.top or TOP) + 1
+        notices.append(f"The cache of what the teacher says takes up to {2 * width * recover.tokens / 1e9:,.1f} GB of disk.")
     # Least squares runs the base once and the cut model three times; training is forward and backward.
     refit_flops = trimmed.flops_per_token + (3.0 + 3.0 * REFIT_PASSES) * after.flops_per_token
     scored = method.calibration_tokens if method.init == "cut" else 0
     flops = (
-        3.0 * trimmed.flops_per_token * (scored + lasso_tokens)
+        3.0 * trimmed.flops_per_token * (scored + lasso_tokens + (recover.correction.tokens if recover.correction else 0))
         + refit_flops * method.calibration_tokens * method.refit
-        + (3.0 * after.flops_per_token + teacher) * recover.tokens
+        + (3.0 * after.flops_per_token + told) * recover.tokens
         + (2.0 * before.flops_per_token + 3.0 * after.flops_per_token) * options.skill_tokens * skills
     )
     if leaves_a_choice(options):
@@ -322,12 +332,14 @@ def plan_sizes(config: dict[str, Any], options: Options, bytes_per_parameter: in
         whole_shapes, part = (HALVINGS + 1, SEARCH) if options.budget.retention is not None else (SHORTLIST, CHOICE)
         flops += curves * (trimmed.flops_per_token + 6.0 * after.flops_per_token) * TRIAL_TOKENS
         flops += whole_shapes * refit_flops * method.calibration_tokens / 2
-        flops += whole_shapes * (3.0 * after.flops_per_token + teacher) * recover.tokens / part
+        flops += whole_shapes * (3.0 * after.flops_per_token + told) * recover.tokens / part
     # fp32 base, gradients of a pass over it, Gram matrices; or student with gradients and two moments beside the base;
     # and in either case the activations of a batch.
     grams = 8 * small.layers * (dims.experts * dims.width**2 + dims.axis("q") ** 2)
     activations = 4 * recover.batch_tokens * (small.layers * (10 * dims.hidden + 4 * small.active * small.width) + 256)
-    memory = 600 * 2**20 + max(8 * before.parameters + grams, 4 * before.parameters + 16 * after.parameters) + activations
+    beside = teaching.bytes if teacher and not recover.cache else 0
+    training = 4 * before.parameters + 16 * after.parameters + beside
+    memory = 600 * 2**20 + max(8 * before.parameters + grams, training) + activations
     return Sizes(before, after, keep, memory, flops, FIXED_SECONDS + flops * SECONDS_PER_FLOP, notices)
 
 

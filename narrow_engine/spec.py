@@ -38,6 +38,8 @@ PLURAL: dict[Unit, str] = {
 """The units in a sentence."""
 MIXTURE: dict[Divergence, float] = {"js": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}
 """What `Recover.mixture` is by default, for the divergences that have one."""
+TOP = 64
+"""What `Recover.top` is by default. docs/explanation/distillation.md has what others cost."""
 
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\w][\w .+-]*$")]
 

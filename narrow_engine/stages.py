@@ -37,7 +37,7 @@ from narrow_engine.report.page import render_page
 from narrow_engine.run import Run, write_json
 from narrow_engine.sizing import leaves_a_choice, size_of, solve, vocabulary_is_fixed
 from narrow_engine.slice import compare, mask_model, renew, slice_model
-from narrow_engine.spec import INPUTS, DatasetPath, Role, taught
+from narrow_engine.spec import INPUTS, TOP, DatasetPath, Role, taught
 
 VALIDATION_TOKENS = 8192
 """Held-out tokens that the curve is drawn from; the table of skills uses all of them."""
@@ -358,7 +358,7 @@ def teach(run: Run, out: Path) -> None:
     """Writes down what the teacher says to all that recovery will read."""
     options = run.spec.method.recover
     blocks, count = _recovery_blocks(run)
-    top = None if options.cache == "hidden" else options.top or teacher.TOP
+    top = None if options.cache == "hidden" else options.top or TOP
     size = teacher.write(out, run.work("teach"), _teacher(run), blocks, count, top, options.temperature, run.progress("teach"))
     run.emit("progress", "teach", f"{size / 1e6:,.1f} MB of what the teacher says", {"done": 1, "total": 1})
     run.models.pop("correct", None)

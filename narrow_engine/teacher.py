@@ -30,8 +30,6 @@ from narrow_engine.models import head, hidden_states
 from narrow_engine.muon import training_dtype
 from narrow_engine.run import write_json
 
-TOP = 64
-"""Tokens of each position in a cache of the likeliest, by default. docs/explanation/recovery.md has what others cost."""
 PASS_TOKENS = 4096
 """Tokens of one pass of the teacher, at least a block: the weights of one that is not in memory are read once for so many."""
 SAVE_SECONDS = 30.0

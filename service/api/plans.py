@@ -8,6 +8,7 @@ from narrow_engine.spec import JobSpec
 from service.api.jobs import check_spec
 from service.api.schemas import Plan
 from service.db.session import ReadDb
+from service.db.tables import ModelRow
 from service.problems import responses
 
 router = APIRouter(prefix="/plans", tags=["plans"])
@@ -17,7 +18,8 @@ router = APIRouter(prefix="/plans", tags=["plans"])
 def create_plan(spec: JobSpec, request: Request, session: ReadDb) -> Plan:
     """The sizes before and after, what is kept, and estimates of memory and time."""
     base = check_spec(session, spec, request.app.state.settings)
-    sizes = plan_sizes(base.info["config"], spec, DTYPES[base.info["dtype"]], 1 + len(spec.skills))
+    teacher = session.get_one(ModelRow, spec.teacher.model).info["config"] if spec.teacher else None
+    sizes = plan_sizes(base.info["config"], spec, DTYPES[base.info["dtype"]], 1 + len(spec.skills), teacher)
     return Plan(
         family=base.info["family"],
         before=sizes.before,

@@ -99,6 +99,22 @@ def test_the_dry_run_says_what_the_cut_makes():
     assert sizes.seconds > 0
 
 
+def test_the_dry_run_counts_who_teaches():
+    config, larger = (tiny_config("llama", hidden_size=size).to_dict() for size in (32, 128))
+
+    def sizes(recover, teacher=None):
+        options = {"budget": {"keep": {"neuron": 0.5}}, "method": {"units": ["neuron"], "recover": {"tokens": 10**6, **recover}}}
+        return plan_sizes(config, Options.model_validate(options), teacher=teacher)
+
+    base, alone = sizes({}), sizes({"objective": "next_token"})
+    assert alone.flops < base.flops < sizes({}, larger).flops
+    assert base.memory_bytes < sizes({}, larger).memory_bytes > sizes({"cache": "hidden"}, larger).memory_bytes
+    assert sizes({"correction": {"tokens": 10**6}}).flops > base.flops
+    assert sizes({"cache": "hidden"}).notices == ["The cache of what the teacher says takes up to 0.1 GB of disk."]
+    assert "0.3 GB" in sizes({"cache": "hidden"}, larger).notices[0]
+    assert "0.4 GB" in sizes({"cache": "top"}).notices[0]
+
+
 def test_the_dry_run_counts_what_trying_shapes_takes():
     config = tiny_config("llama").to_dict()
     one, several, search = (
