@@ -125,13 +125,28 @@ def run(spec: CompressionSpec, folder: Path, sink: Sink, stop: threading.Event |
             _forget(context, stage)
     for stage, key in line[len(done) :]:
         context.check()
-        place = shelf.place(shared, stage.name, key) if shared and stage.shared else None
-        if place and _take(context, stage, key, place):
-            continue
-        _run_stage(context, stage, key)
-        if place:
-            shelf.put(place, _folder(context, stage), context.record(stage.name))
+        if shared and stage.shared:
+            _share(context, stage, key, shelf.place(shared, stage.name, key))
+        else:
+            _run_stage(context, stage, key)
     return folder / "result"
+
+
+def _share(context: Run, stage: Stage, key: str, place: Path) -> None:
+    """Takes a stage from another run, waiting for one that is at it, or runs it and leaves it there."""
+    told = False
+
+    def wait() -> None:
+        nonlocal told
+        context.check()
+        if not told:
+            context.sink("progress", stage.name, "another run is at it", {"done": 0, "total": 1})
+            told = True
+
+    with shelf.turn(place, wait):
+        if not _take(context, stage, key, place):
+            _run_stage(context, stage, key)
+            shelf.put(place, _folder(context, stage), context.record(stage.name))
 
 
 def _with_keys(spec: CompressionSpec) -> list[tuple[Stage, str]]:

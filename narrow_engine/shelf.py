@@ -5,6 +5,7 @@ the first wins and both are right. It is taken by hard links where the file syst
 The shelf only saves time. Where it fails, full or half removed, a run does the stage itself.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -12,13 +13,15 @@ import secrets
 import shutil
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 RECORD = "record.json"
+WAIT_SECONDS = 0.25
 TORN_SECONDS = 3600.0
 """A temporary folder of that age was left by a run that was killed: putting takes seconds."""
 
@@ -26,6 +29,32 @@ TORN_SECONDS = 3600.0
 def place(shelf: Path, stage: str, key: str) -> Path:
     """Where a stage's entry is. What other code made is another entry: a shelf outlives an update."""
     return shelf / f"{stage}-{hashlib.sha256(f'{key} {_code()}'.encode()).hexdigest()[:40]}"
+
+
+@contextmanager
+def turn(place: Path, wait: Callable[[], None]) -> Iterator[None]:
+    """While another run is at the same stage, calls `wait` now and then, which may raise. A run that dies gives up its turn.
+
+    Two that are at it all the same, since locks fail or one's file was removed under it, only do the work twice.
+    """
+    path = place.with_name(f".lock-{place.name}")
+    with ExitStack() as stack:
+        with suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("w"))
+            stack.callback(path.unlink, missing_ok=True)
+            while not _locked(file):
+                wait()
+                time.sleep(WAIT_SECONDS)
+        yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def put(place: Path, out: Path, record: Path) -> None:

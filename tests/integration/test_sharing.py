@@ -68,8 +68,8 @@ def test_a_second_size_shares_what_is_the_same_and_comes_out_as_if_alone(run, tm
 
 
 def test_other_methods_and_sizes_hear_what_was_said_once(run, tmp_path):
-    def taught(kind, tokens=512):
-        return {"kind": kind, "calibration_tokens": 512, "recover": {"tokens": tokens, "batch_tokens": 256, "cache": "hidden"}}
+    def taught(kind):
+        return {"kind": kind, "calibration_tokens": 512, "recover": {"tokens": 512, "batch_tokens": 256, "cache": "hidden"}}
 
     first, _, _ = run("first", method=taught("distill"))
     assert reused(first) == []
@@ -77,8 +77,50 @@ def test_other_methods_and_sizes_hear_what_was_said_once(run, tmp_path):
     assert reused(other) == ["load", "measure_base", "teach"]
     _, _, expected = run("alone", share=False, method=taught("prune"), budget={"parameters": 0.8})
     assert weights == expected
-    more, _, _ = run("more", method=taught("distill", 1024))
-    assert "teach" not in reused(more), "more tokens are more to be said"
+
+
+def test_who_is_at_the_same_is_waited_for_and_who_dies_is_not(tmp_path, tiny_folder, python_file):
+    spec = {
+        "base": {"path": str(tiny_folder)},
+        "target": {"path": str(python_file)},
+        "budget": {"parameters": 0.85},
+        # Time enough in a stage that is shared.
+        "method": {"calibration_tokens": 2_000_000, "recover": {"tokens": 256, "batch_tokens": 256}},
+        "block_tokens": 64,
+        "skill_tokens": 512,
+        "export": ["safetensors"],
+    }
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+
+    def start(name):
+        command = [sys.executable, "-m", "narrow_engine", tmp_path / "spec.json", "--out", tmp_path / name]
+        return subprocess.Popen([*command, "--shared", tmp_path / "shelf", "--quiet"])
+
+    def told(name, condition):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if any(condition(event) for event in read_events(tmp_path / name / "events.jsonl")):
+                return
+            time.sleep(0.05)
+        raise AssertionError("it did not come so far")
+
+    first = start("first")
+    told("first", lambda e: e.phase == "score" and e.kind == "progress")
+    second = start("second")
+    told("second", lambda e: e.phase == "score" and e.message == "another run is at it")
+    assert reused(read_events(tmp_path / "second" / "events.jsonl")) == ["load", "measure_base"]
+    time.sleep(1)
+    assert not any(e.phase == "score" and e.kind == "started" for e in read_events(tmp_path / "second" / "events.jsonl"))
+    first.kill()
+    first.wait()
+    told("second", lambda e: e.phase == "score" and e.kind == "started")
+    second.terminate()
+    assert second.wait(30) == 130
+    third = start("third")
+    told("third", lambda e: e.phase == "score" and e.kind == "started")
+    third.terminate()
+    assert third.wait(30) == 130
+    assert not list((tmp_path / "shelf").glob(".lock-*")), "who was stopped leaves none"
 
 
 @pytest.fixture
