@@ -182,7 +182,7 @@ def _attempt(shop: Workshop, keep: Keep, part: int) -> Trial:
                 emit=lambda *_: None,
                 check=lambda: shop.progress(0, 1),
                 validate=lambda _: 0.0,
-                teacher=Live(shop.base),
+                teacher=Live(shop.base),  # also where another will teach: shapes are compared here, not teachers
             )
         recovered = gap()
     size = parameters(shop.config, shrink(shop.dims, keep))

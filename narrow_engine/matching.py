@@ -31,6 +31,7 @@ class Matching:
         self.plan, self.weights, self.listening = plan, weights, False
         self.heard: list[tuple[list[Tensor], list[Tensor]]] = []
         self.handles: list[Any] = []
+        self.attention: list[nn.Module] = []
         for model, numbers in ((teacher, plan.layers), (student, range(len(plan.layers)))):
             streams: list[Tensor] = []
             maps: list[Tensor] = []
@@ -40,7 +41,8 @@ class Matching:
                 if weights.hidden:
                     self._hook(layer, streams, 0)
                 if weights.attention:
-                    self._hook(layer.get_submodule(family(model).attention_out.rpartition(".")[0]), maps, 1)
+                    self.attention.append(layer.get_submodule(family(model).attention_out.rpartition(".")[0]))
+                    self._hook(self.attention[-1], maps, 1)
 
     def _hook(self, module: nn.Module, found: list[Tensor], part: int) -> None:
         """Keeps what a module returns, or a part of it."""
@@ -54,6 +56,8 @@ class Matching:
     def begin(self) -> None:
         # What a backward pass computes again is not listened to.
         self.listening = True
+        for module in self.attention:
+            module.training = False  # its dropout would stand in the map
 
     def loss(self) -> Tensor:
         """Of the passes since `begin`; it carries the student's gradient."""

@@ -165,6 +165,17 @@ def test_what_is_the_same_inside_costs_nothing_and_what_is_not_does(family):
         assert torch.equal(before, same(input_ids=ids).logits), "it is as it was"
 
 
+def test_dropout_is_no_difference_of_attention():
+    teacher, student = (tiny_model("llama", seed=1, attention_dropout=0.5) for _ in range(2))
+    ids = blocks().batch(0, 2)[:, :-1]
+    with matching.beside(teacher, student, whole_plan(config_dict(teacher)), Match(attention=1.0)) as beside:
+        student.train()
+        beside.begin()
+        teacher(input_ids=ids)
+        student(input_ids=ids)
+        assert abs(beside.loss().item()) < 1e-5
+
+
 def test_a_cut_model_is_compared_in_what_it_kept(tmp_path):
     teacher = tiny_model("llama", seed=1)
     config = config_dict(teacher)
