@@ -24,7 +24,7 @@ from narrow_engine.model_files import inspect_model
 from narrow_engine.report.model import Notice
 from narrow_engine.run import Run, write_json
 from narrow_engine.sizing import leaves_a_choice, vocabulary_is_fixed
-from narrow_engine.spec import CompressionSpec, taught
+from narrow_engine.spec import CompressionSpec, controls, taught
 
 
 class Stage(NamedTuple):
@@ -96,7 +96,8 @@ LINE = (
         aside=True,
     ),
     Stage("recover", stages.recover, lambda s: s.method.recover),
-    Stage("measure", stages.measure),
+    Stage("controls", stages.controls, controls, wanted=lambda s: bool(controls(s))),
+    Stage("measure", stages.measure, controls),
     Stage("export", stages.export, lambda s: s.export),
     Stage("report", stages.report, folder="result"),
 )

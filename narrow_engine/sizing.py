@@ -14,7 +14,7 @@ from typing import Any
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import Dimensions, Family, dimensions, family_of, present, tensor_shapes
 from narrow_engine.report.model import Size
-from narrow_engine.spec import PLURAL, TOP, Options, Quantity, Unit, taught
+from narrow_engine.spec import PLURAL, TOP, Options, Quantity, Unit, controls, taught
 
 REFIT_PASSES = 4
 """How often the refit's training of a layer goes through the calibration tokens. (Here, where torch is not imported.)"""
@@ -318,14 +318,16 @@ def plan_sizes(
     if recover.cache and taught(method):
         width = dimensions(teacher or config).hidden if recover.cache == "hidden" else 3 * (recover.top or TOP) + 1
         notices.append(f"The cache of what the teacher says takes up to {2 * width * recover.tokens / 1e9:,.1f} GB of disk.")
+    compared = controls(options)
     # Least squares runs the base once and the cut model three times; training is forward and backward.
     refit_flops = trimmed.flops_per_token + (3.0 + 3.0 * REFIT_PASSES) * after.flops_per_token
     scored = method.calibration_tokens if method.init == "cut" else 0
     flops = (
         3.0 * trimmed.flops_per_token * (scored + lasso_tokens + (recover.correction.tokens if recover.correction else 0))
-        + refit_flops * method.calibration_tokens * method.refit
+        + refit_flops * method.calibration_tokens * method.refit * (2 if "random" in compared else 1)
+        + 3.0 * trimmed.flops_per_token * (recover.tokens + lasso_tokens) * ("trained" in compared)
         + (3.0 * after.flops_per_token + told) * recover.tokens
-        + (2.0 * before.flops_per_token + 3.0 * after.flops_per_token) * options.skill_tokens * skills
+        + (2.0 * before.flops_per_token + (3.0 + len(compared)) * after.flops_per_token) * options.skill_tokens * skills
     )
     if leaves_a_choice(options):
         curves = len(SHARES) * len(chosen_units(options))

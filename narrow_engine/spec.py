@@ -315,12 +315,21 @@ SkillTokens = Annotated[int, Field(ge=64, le=10**9, description="Tokens that eac
 MAX_SEED = 2**31 - 1
 
 
+Control = Literal["random", "trained"]
+
+
 class Options(Model):
     """What a spec file and a job have in common."""
 
     method: Method = Field(default_factory=Method)
     budget: Budget
     export: Export = ["safetensors", "onnx"]
+    controls: list[Control] = Field(
+        default=["random"],
+        max_length=2,
+        description="What the report compares with, beside the base. random: units drawn at random in the same shape, refitted "
+        "too. trained: the uncut base trained on as many tokens of the same text, which costs another training.",
+    )
     block_tokens: BlockTokens = 512
     skill_tokens: SkillTokens = 65_536
     seed: int = Field(0, ge=0, le=MAX_SEED)
@@ -488,10 +497,23 @@ class SweepSpec(Model):
             method=method,
             budget=budget,
             export=self.export,
+            controls=[],
             block_tokens=self.block_tokens,
             skill_tokens=self.skill_tokens,
             seed=seed,
         )
+
+
+def controls(options: Options) -> list[Control]:
+    """The controls that are asked for and make sense: units are drawn where some are chosen, and the base trained where the
+    model is."""
+    method = options.method
+    lasso = method.regularizer.tokens if method.regularizer else 0
+    sense = {
+        "random": method.init != "fresh" and method.units != ["token"],
+        "trained": method.recover.tokens + lasso > 0,
+    }
+    return [control for control in sorted(set(options.controls)) if sense[control]]
 
 
 def taught(method: Method) -> bool:

@@ -37,7 +37,8 @@ from narrow_engine.report.page import render_page
 from narrow_engine.run import Run, write_json
 from narrow_engine.sizing import leaves_a_choice, size_of, solve, vocabulary_is_fixed
 from narrow_engine.slice import compare, mask_model, renew, slice_model
-from narrow_engine.spec import INPUTS, TOP, DatasetPath, Role, taught
+from narrow_engine.spec import INPUTS, TOP, DatasetPath, Role, Unit, taught
+from narrow_engine.spec import controls as wanted_controls
 
 VALIDATION_TOKENS = 8192
 """Held-out tokens that the curve is drawn from; the table of skills uses all of them."""
@@ -211,9 +212,9 @@ def score(run: Run, out: Path) -> None:
         run.progress("score"),
     )
     scores = importance.CRITERIA[method.importance](model, found, run.spec.seed)
-    if "residual" in method.units:
+    if "residual" in method.units and "residual" not in scores:
         scores["residual"] = importance.residual.score(
-            model, _calibration(run), method.calibration_tokens, method.importance, run.spec.seed, run.progress("score")
+            model, _calibration(run), method.calibration_tokens, method.importance, run.progress("score")
         )
     save_file({unit: value.double().cpu().contiguous() for unit, value in scores.items()}, out / "scores.safetensors")
 
@@ -420,29 +421,91 @@ def recover(run: Run, out: Path) -> None:
     write_json(out / "curve.json", [point.model_dump() for point in curve])
 
 
+def controls(run: Run, out: Path) -> None:
+    """What the result is compared with: chance, and the base that was trained alike; each measured on every skill."""
+    make = {"random": _by_chance, "trained": _trained_base}
+    for control in wanted_controls(run.spec):
+        model = make[control](run)
+        for name, skill in _skills(run).items():
+            found = skills.measure(model, [], _documents(run, name), run.spec.block_tokens, run.progress("controls"))[0]
+            found.save(out / f"{control}.{skill.file}.npz")
+
+
+def _by_chance(run: Run) -> PreTrainedModel:
+    """Units drawn at random, as many as the plan keeps, refitted as the plan's were."""
+    config = config_dict(base(run))
+    keep: dict[Unit, int] = {unit: count for unit, count in _allocation(run).keep.items() if unit != "token"}
+    made = make_plan(config, importance.random.draw(dimensions(config), run.spec.seed + 1), keep)
+    small = slice_model(base(run), made)
+    if run.spec.method.refit:
+        tokens = run.spec.method.calibration_tokens
+        least_squares.refit(base(run), small, made, _calibration(run), tokens, run.progress("controls"))
+    return small
+
+
+def _trained_base(run: Run) -> PreTrainedModel:
+    """The base after as many tokens of the target as the result has seen, those of group lasso among them."""
+    method = run.spec.method
+    model = slice_model(base(run), whole_plan(config_dict(base(run))))
+    settings = train.Settings(
+        method.recover.tokens + (method.regularizer.tokens if method.regularizer else 0),
+        method.recover.batch_tokens,
+        optimizer=method.recover.optimizer,
+        schedule=method.recover.schedule,
+    )
+    train.train(
+        model,
+        _training_blocks(run, 2),
+        settings,
+        phase="controls",
+        folder=run.work("controls"),
+        emit=run.emit,
+        check=run.check,
+        validate=lambda _: 0.0,
+    )
+    return model
+
+
 def measure(run: Run, out: Path) -> None:
     """Base, cut and recovered model on every skill, side by side on the same text, and a sample of what they write."""
     variants = [_model(run, "reconstruct"), _model(run, "recover")]
-    rows = {}
+    rows, seed = {}, run.spec.seed
     for name, skill in _skills(run).items():
         first = skills.Measured.load(run.out("measure_base") / f"{skill.file}.npz")
         beside = skills.measure(base(run), variants, _documents(run, name), run.spec.block_tokens, run.progress("measure"))
         before, after = (found.per(first) for found in beside[1:])
-        kept = skills.retention(first, after, run.spec.seed)
+        kept = skills.retention(first, after, seed)
+        beside_it = {
+            control: skills.Measured.load(run.out("controls") / f"{control}.{skill.file}.npz").per(first)
+            for control in wanted_controls(run.spec)
+        }
+        trained = skills.retention(first, beside_it["trained"], seed) if "trained" in beside_it else None
         count = int((first.tokens > 0).sum())
-        positions = float(beside[0].tokens.sum())
+        own = beside[0].tokens
         rows[name] = Skill(
             role=skill.role,
             documents=count,
             tokens=int(first.tokens.sum()),
-            base=skills.fit(first),
-            cut=skills.fit(before),
-            recovered=skills.fit(after),
+            base=skills.fit(first, seed),
+            cut=skills.fit(before, seed),
+            recovered=skills.fit(after, seed),
+            **{control: skills.fit(found, seed) for control, found in beside_it.items()},
             retention=kept,
-            agreement=float(after.agree.sum()) / positions,
-            kl=float(after.kl.sum()) / positions,
-            note=skills.note(skill.role, kept, count, positions / float(first.tokens.sum())),
+            agreement=skills.interval(after.agree, own, seed),
+            kl=skills.interval(after.kl, own, seed),
+            note=skills.note(skill.role, kept, count, float(own.sum() / first.tokens.sum()), trained),
         ).model_dump()
+        if name == run.spec.target_name and "random" in beside_it:
+            worth = skills.interval(beside_it["random"].loss - before.loss, first.tokens, seed)
+            if worth.low <= 0:
+                run.emit(
+                    "notice",
+                    "measure",
+                    f"Units drawn at random, in the same shape and refitted alike, do as well on {name} before training "
+                    f"({worth.value:+.3f} nats, from {worth.low:+.3f} to {worth.high:+.3f}): which units stay makes no "
+                    "difference that this text could show.",
+                    {"code": "no_better_than_chance"},
+                )
     write_json(out / "skills.json", rows)
     write_json(out / "samples.json", [sample.model_dump() for sample in _samples(run)])
 

@@ -23,11 +23,15 @@ WORDS = {
     "plan": "plan the cut",
     "slice": "slice",
     "reconstruct": "refit",
+    "correct": "train the teacher",
+    "teach": "hear the teacher",
     "recover": "recover",
+    "controls": "make the controls",
     "measure": "measure skills",
     "export": "export and check",
     "report": "report",
 }
+CONTROLS = {"random": "cut at random", "trained": "base, trained alike"}
 LINE_SECONDS = 5.0
 
 
@@ -243,7 +247,9 @@ def _skills(report: Report) -> Table:
     )
     table.add_column("skill")
     table.add_column("role")
-    for column in ("base", "after the cut", "recovered", "retention", "95 % interval"):
+    controls = [control for control in CONTROLS if any(getattr(skill, control) for skill in report.skills.values())]
+    columns = ("base", "after the cut", "recovered", "retention", "95 % interval", *(CONTROLS[control] for control in controls))
+    for column in columns:
         table.add_column(column, justify="right")
     for name, skill in report.skills.items():
         kept = skill.retention
@@ -256,6 +262,7 @@ def _skills(report: Report) -> Table:
             f"{skill.recovered.loss:.3f}",
             Text(f"{kept.value:.3f}", style=colour),
             f"{kept.low:.3f} – {kept.high:.3f}",
+            *(f"{found.loss:.3f}" if (found := getattr(skill, control)) else "" for control in controls),
         )
     return table
 

@@ -387,6 +387,14 @@ class Fit(BaseModel):
             title="Loss",
         ),
     ]
+    low: Annotated[
+        float,
+        Field(
+            description="Lower end of the loss's 95 % bootstrap interval over documents.",
+            title="Low",
+        ),
+    ]
+    high: Annotated[float, Field(title="High")]
     perplexity: Annotated[float, Field(title="Perplexity")]
 
 
@@ -810,6 +818,18 @@ class Skill(BaseModel):
         Fit, Field(description="After the cut and the refit, before any training.")
     ]
     recovered: Fit
+    random: Annotated[
+        Fit | None,
+        Field(
+            description="Control: units drawn at random in the same shape, refitted as the cut was; to be compared with `cut`."
+        ),
+    ] = None
+    trained: Annotated[
+        Fit | None,
+        Field(
+            description="Control: the uncut base trained on as many tokens of the same text; to be compared with `recovered`."
+        ),
+    ] = None
     retention: Annotated[
         Interval,
         Field(
@@ -817,17 +837,15 @@ class Skill(BaseModel):
         ),
     ]
     agreement: Annotated[
-        float,
+        Interval,
         Field(
-            description="Share of positions where base and compressed model predict the same token; of a base with the same vocabulary, where that is trimmed.",
-            title="Agreement",
+            description="Share of positions where base and compressed model predict the same token; of a base with the same vocabulary, where that is trimmed."
         ),
     ]
     kl: Annotated[
-        float,
+        Interval,
         Field(
-            description="Mean KL divergence from the same base's next-token distribution, in nats.",
-            title="Kl",
+            description="Mean KL divergence from the same base's next-token distribution, in nats."
         ),
     ]
     note: Annotated[
@@ -1281,6 +1299,14 @@ class JobSpec(BaseModel):
         list[Literal["safetensors", "onnx"]] | None,
         Field(max_length=2, min_length=1, title="Export"),
     ] = ["safetensors", "onnx"]
+    controls: Annotated[
+        list[Literal["random", "trained"]] | None,
+        Field(
+            description="What the report compares with, beside the base. random: units drawn at random in the same shape, refitted too. trained: the uncut base trained on as many tokens of the same text, which costs another training.",
+            max_length=2,
+            title="Controls",
+        ),
+    ] = ["random"]
     block_tokens: Annotated[
         int | None,
         Field(

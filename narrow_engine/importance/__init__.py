@@ -23,4 +23,4 @@ CRITERIA: dict[Criterion, Callable[[PreTrainedModel, list[LayerStatistics], int]
 }
 NEEDS_GRADIENTS: set[Criterion] = {"fisher", "attribution"}
 
-__all__ = ["CRITERIA", "NEEDS_GRADIENTS", "LayerStatistics", "collect", "residual"]
+__all__ = ["CRITERIA", "NEEDS_GRADIENTS", "LayerStatistics", "collect", "random", "residual"]

@@ -29,13 +29,13 @@ def score(
     blocks: Blocks,
     tokens: int,
     criterion: Criterion,
-    seed: int,
     progress: Callable[[int, int], None],
 ) -> Tensor:
-    """Scores [hidden], float64, over about `tokens` calibration tokens. `progress` is called with (done, total) blocks."""
+    """Scores [hidden], float64, over about `tokens` calibration tokens, by all criteria but `random`, which draws them itself.
+
+    `progress` is called with (done, total) blocks.
+    """
     hidden = dimensions(config_dict(model)).hidden
-    if criterion == "random":
-        return torch.rand(hidden, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if criterion == "magnitude":
         views = [view for layer in along(model, "hidden") for view in layer]
         views.append(model.get_input_embeddings().weight.detach().T)

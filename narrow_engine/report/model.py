@@ -34,6 +34,8 @@ class Fit(BaseModel):
     """How one model does on one skill."""
 
     loss: float = Field(description="Next-token cross-entropy in nats per token of the base, whose tokens may be longer.")
+    low: float = Field(description="Lower end of the loss's 95 % bootstrap interval over documents.")
+    high: float
     perplexity: float
 
 
@@ -46,12 +48,18 @@ class Skill(BaseModel):
     base: Fit
     cut: Fit = Field(description="After the cut and the refit, before any training.")
     recovered: Fit
+    random: Fit | None = Field(
+        None, description="Control: units drawn at random in the same shape, refitted as the cut was; to be compared with `cut`."
+    )
+    trained: Fit | None = Field(
+        None, description="Control: the uncut base trained on as many tokens of the same text; to be compared with `recovered`."
+    )
     retention: Interval = Field(description="Base perplexity ÷ compressed perplexity: 1 kept, near 0 lost.")
-    agreement: float = Field(
+    agreement: Interval = Field(
         description="Share of positions where base and compressed model predict the same token; of a base with the same "
         "vocabulary, where that is trimmed."
     )
-    kl: float = Field(description="Mean KL divergence from the same base's next-token distribution, in nats.")
+    kl: Interval = Field(description="Mean KL divergence from the same base's next-token distribution, in nats.")
     note: str = Field("", description="What to keep in mind when reading this row.")
 
 

@@ -10,20 +10,23 @@ import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from narrow_engine.report.model import Cut, Report, Skill
-from narrow_engine.spec import PLURAL
+from narrow_engine.spec import PLURAL, Control
 
 COLOURS = {"#010203": "currentColor", "#010204": "var(--soft)", "#010205": "var(--line)", "#010206": "var(--accent)"}
 COLOURS |= {"#010207": "var(--warn)", "#010208": "var(--third)", "#010209": "var(--page)"}
 INK, SOFT, LINE, ACCENT, WARN, THIRD, PAPER = COLOURS
 """Colours that nothing else has, for matplotlib, which knows no CSS; the SVG gets the page's."""
 
-STAGES = ("load", "measure_base", "score", "allocate", "sparsify", "plan", "slice", "reconstruct", "recover", "measure", "export")
+STAGES = (
+    *("load", "measure_base", "score", "allocate", "sparsify", "plan", "slice", "reconstruct"),
+    *("correct", "teach", "recover", "controls", "measure", "export"),
+)
 RUNTIMES = {"torch": "torch", "onnxruntime": "ONNX Runtime"}
 STILL_THERE = 0.5
 """Retention above which a skill to forget is not called forgotten."""
@@ -41,10 +44,12 @@ def render_page(report: Report) -> str:
         row=row,
         runtimes=RUNTIMES,
         units=PLURAL,
+        compared=[control for control in get_args(Control) if getattr(row, control)],
         verdict=verdict(report),
         summary=" ".join(summary(report)),
         share=report.after.parameters / report.before.parameters,
-        scale=1.02 * max(1.0, *(skill.retention.high for skill in report.skills.values())),
+        # An interval from few documents may have no end worth drawing.
+        scale=1.02 * max(1.0, *(min(s.retention.high, 1.5 * max(1.0, s.retention.value)) for s in report.skills.values())),
         first=next((point.validation for point in report.curve if point.phase == "recover"), None),
         curve_chart=svg(lambda axes: _curve(axes, report)) if len(report.curve) > 1 else "",
         cut_chart=svg(lambda axes: _cuts(axes, report)) if any(cut.unit != "token" for cut in report.cuts) else "",

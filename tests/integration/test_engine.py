@@ -74,7 +74,8 @@ def weights(out):
 
 def test_a_whole_run_with_every_part(spec, tmp_path):
     method = {**OPTIONS["method"], "units": ["neuron", "layer", "residual"], "regularizer": {"tokens": 2560}}
-    code, told = finish(start(spec(export=["safetensors", "onnx"], method=method, budget={"parameters": 0.7}), tmp_path / "run"))
+    options = {"export": ["safetensors", "onnx"], "controls": ["trained", "random"], "budget": {"parameters": 0.7}}
+    code, told = finish(start(spec(method=method, **options), tmp_path / "run"))
     assert code == 0, told
     result = tmp_path / "run" / "result"
     report = Report.model_validate_json((result / "report.json").read_text())
@@ -83,6 +84,14 @@ def test_a_whole_run_with_every_part(spec, tmp_path):
     assert len(report.allocation.trials) > 1
     assert set(report.skills) == {"python", "german"}
     assert report.skills["german"].role == "forget"
+    for skill in report.skills.values():
+        for fit in (skill.base, skill.cut, skill.recovered, skill.random, skill.trained):
+            assert fit.low < fit.loss < fit.high
+        for figure in (skill.retention, skill.agreement, skill.kl):
+            assert figure.low <= figure.value <= figure.high
+    python = report.skills["python"]
+    assert python.trained.loss < python.base.loss, "narrow text improves any model on it"
+    assert python.random.loss != python.cut.loss
     assert report.parity["slice"].relative_error < 1e-5
     assert report.parity["reload"].relative_error < 1e-5
     assert report.parity["onnx"].greedy_equal == report.parity["onnx"].greedy_tokens == 64
@@ -314,6 +323,7 @@ def test_students_go_down_the_same_line(spec, tmp_path, method, from_base):
     assert report.spec["method"]["recover"]["objective"] == ("next_token" if method["kind"] == "scratch" else "distill")
     assert report.skills["python"].recovered.loss < report.skills["python"].cut.loss
     assert ("slice" in report.parity) == from_base
+    assert (report.skills["python"].random is not None) == from_base, "of fresh weights nothing is chosen"
     assert (tmp_path / "run" / "score").exists() == (method.get("init") == "cut")
     if method.get("init") == "layers":
         assert [cut.per_layer for cut in report.cuts if cut.unit == "layer"] == [[0, 2]]

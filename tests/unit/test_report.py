@@ -19,12 +19,12 @@ def report() -> Report:
     skill = {
         "documents": 40,
         "tokens": 9000,
-        "base": {"loss": 2.0, "perplexity": 7.389},
-        "cut": {"loss": 2.5, "perplexity": 12.18},
-        "recovered": {"loss": 2.123, "perplexity": 8.356},
+        "base": {"loss": 2.0, "low": 1.75, "high": 2.25, "perplexity": 7.389},
+        "cut": {"loss": 2.5, "low": 2.25, "high": 2.75, "perplexity": 12.18},
+        "recovered": {"loss": 2.123, "low": 1.873, "high": 2.373, "perplexity": 8.356},
         "retention": {"value": 0.884, "low": 0.861, "high": 0.902},
-        "agreement": 0.81,
-        "kl": 0.123,
+        "agreement": {"value": 0.81, "low": 0.4, "high": 0.9},
+        "kl": {"value": 0.123, "low": 0.1, "high": 0.9},
     }
     return Report.model_validate(
         {

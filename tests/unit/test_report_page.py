@@ -14,12 +14,12 @@ def skill(role, value, low, high):
         "role": role,
         "documents": 40,
         "tokens": 9000,
-        "base": {"loss": 2.25, "perplexity": 9.488},
-        "cut": {"loss": 2.75, "perplexity": 15.64},
-        "recovered": {"loss": 2.5, "perplexity": 12.18},
+        "base": {"loss": 2.25, "low": 2, "high": 2.5, "perplexity": 9.488},
+        "cut": {"loss": 2.75, "low": 2.5, "high": 3, "perplexity": 15.64},
+        "recovered": {"loss": 2.5, "low": 2.25, "high": 2.75, "perplexity": 12.18},
         "retention": {"value": value, "low": low, "high": high},
-        "agreement": 0.5,
-        "kl": 0.25,
+        "agreement": {"value": 0.5, "low": 0.4, "high": 0.9},
+        "kl": {"value": 0.25, "low": 0.1, "high": 0.9},
     }
 
 
