@@ -191,7 +191,7 @@ def _attempt(shop: Workshop, keep: Keep, part: int) -> Trial:
 
 def short_recovery(shop: Workshop, part: int) -> tuple[train.Settings, int]:
     """A part of the spec's recovery, with its whole schedule, and the tokens that it takes."""
-    settings = train.settings_of(shop.spec.method.recover)
+    settings = train.settings_of(shop.spec.method)
     settings = replace(settings, tokens=settings.tokens // part)
     rows, steps = train.shape(settings, shop.blocks)
     return settings, rows * steps * shop.spec.block_tokens

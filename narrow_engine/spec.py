@@ -167,7 +167,9 @@ class Recover(Model):
     )
     tokens: int = Field(1_000_000, ge=0, le=10**12, description="Tokens to train on; 0 leaves the cut model as it is.")
     optimizer: Literal["muon", "adamw"] = "muon"
-    learning_rate: float | None = Field(None, gt=0, le=1, description="Peak; by default the optimizer's measured best.")
+    learning_rate: float | None = Field(
+        None, gt=0, le=1, description="Peak; by default the optimizer's measured best, which is another for fresh weights."
+    )
     schedule: Literal["linear", "constant"] = "linear"
     batch_tokens: int = Field(2048, ge=1, le=2**22, description="Tokens of one optimizer step.")
     temperature: float = Field(1.0, gt=0, le=100, description="Softens both distributions of the distillation term.")

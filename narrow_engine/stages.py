@@ -395,7 +395,7 @@ def recover(run: Run, out: Path) -> None:
             curve = train.train(
                 small,
                 blocks,
-                train.settings_of(options),
+                train.settings_of(run.spec.method),
                 phase="recover",
                 folder=run.work("recover"),
                 emit=run.emit,
@@ -715,7 +715,7 @@ def _recovery_blocks(run: Run) -> tuple[corpus.Blocks | corpus.Mixture, int]:
         return corpus.Blocks(documents.tokens, spec.block_tokens, spec.seed + 2, again=options.cache is not None)
 
     narrow = blocks(_training(run))
-    rows, steps = train.shape(train.settings_of(options), narrow)
+    rows, steps = train.shape(train.settings_of(run.spec.method), narrow)
     asked = options.curriculum
     if asked is None:
         return narrow, rows * steps

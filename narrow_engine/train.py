@@ -29,13 +29,15 @@ from narrow_engine.matching import Matching
 from narrow_engine.models import family, head, hidden_states, sampled
 from narrow_engine.muon import Muon, training_dtype
 from narrow_engine.report.model import CurvePoint
-from narrow_engine.spec import Divergence, Objective, Recover
+from narrow_engine.spec import Divergence, Method, Objective
 from narrow_engine.teacher import Live, Teacher
 
 SHARE: dict[Objective, float] = {"next_token": 0.0, "mixed": 0.5, "distill": 1.0}
 """Weight of the divergence from the base in the loss."""
 
 LEARNING_RATE = {"muon": 2e-3, "adamw": 1e-3}
+FRESH_RATE = {"muon": 1.6e-2, "adamw": 1e-3}
+"""Of weights that have learned nothing yet. Muon's was the best of six for `distill` and `scratch`: bench/comparison.py --tune."""
 WARM_UP = 0.02
 ROOM = 0.8
 """Share of the memory that a step may fill."""
@@ -60,9 +62,11 @@ class Settings:
     on_policy: float = 0.0
 
 
-def settings_of(options: Recover) -> Settings:
-    """Of a recovery. What it reads is in the blocks, and who teaches what in the teacher and beside it."""
-    return Settings(**options.model_dump(include={field.name for field in fields(Settings)}))
+def settings_of(method: Method) -> Settings:
+    """Of a method's recovery. What it reads is in the blocks, and who teaches what in the teacher and beside it."""
+    options = method.recover.model_dump(include={field.name for field in fields(Settings)})
+    rates = FRESH_RATE if method.init == "fresh" else LEARNING_RATE
+    return Settings(**{**options, "learning_rate": method.recover.learning_rate or rates[method.recover.optimizer]})
 
 
 class AfterStep(Protocol):

@@ -630,7 +630,7 @@ class LearningRate1(RootModel[float]):
     root: Annotated[
         float,
         Field(
-            description="Peak; by default the optimizer's measured best.",
+            description="Peak; by default the optimizer's measured best, which is another for fresh weights.",
             gt=0.0,
             le=1.0,
             title="Learning Rate",
@@ -692,7 +692,7 @@ class Recover(BaseModel):
     learning_rate: Annotated[
         LearningRate1 | None,
         Field(
-            description="Peak; by default the optimizer's measured best.",
+            description="Peak; by default the optimizer's measured best, which is another for fresh weights.",
             title="Learning Rate",
         ),
     ] = None
