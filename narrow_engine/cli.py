@@ -70,6 +70,68 @@ def run(spec: Path, out: Path, quiet: bool, shared: Path | None) -> None:
         sys.exit(1)
 
 
+@click.command()
+@click.argument("report", type=click.Path(exists=True, path_type=Path))
+@click.argument("inputs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The run's folder; made if missing.")
+def reproduce(report: Path, inputs: tuple[Path, ...], out: Path) -> None:
+    """Run again what a report tells of, and compare.
+
+    INPUTS are where its base and data are: files, model folders, or folders of them. They are known by their bytes.
+    """
+    from narrow_engine import reproduce as again
+    from narrow_engine.report.compare import read_report
+
+    with _told("reproduce"):
+        then = read_report(report)
+        spec = again.spec_of(then, inputs)
+        out.mkdir(parents=True, exist_ok=True)
+        with _lock(out / "lock"):
+            _run(spec, out, False, None)
+        now = read_report(out / "result")
+    found = again.differences(then, now)
+    click.echo("\n".join(found) or again.SAME)
+    sys.exit(0 if again.agrees(then, now) else 1)
+
+
+@click.command()
+@click.argument("a", type=click.Path(exists=True, path_type=Path))
+@click.argument("b", type=click.Path(exists=True, path_type=Path))
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the page here as well.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+def compare(a: Path, b: Path, html: Path | None, as_json: bool) -> None:
+    """Compare two reports: report.json, or the folder that it lies in."""
+    from narrow_engine.report import compare as reports
+
+    with _told("compare"):
+        found = reports.compare(reports.read_report(a), reports.read_report(b), _names(a, b))
+        if html:
+            html.write_text(reports.render_comparison(found), encoding="utf-8")
+    click.echo(found.model_dump_json(indent=2) if as_json else "\n".join(reports.lines(found)))
+
+
+@contextmanager
+def _told(command: str) -> Iterator[None]:
+    """What the user can mend, as a sentence."""
+    try:
+        yield
+    except Cancelled as error:
+        click.echo(str(error), err=True)
+        sys.exit(130)
+    except (NarrowError, OSError) as error:
+        click.echo(f"narrow {command}: {error}", err=True)
+        sys.exit(1)
+
+
+def _names(a: Path, b: Path) -> tuple[str, str]:
+    """Short names of two places, from their end on as long as they are the same."""
+    one, other = (place.resolve().parts for place in (a, b))
+    for end in range(1, min(len(one), len(other)) + 1):
+        if one[-end] != other[-end]:
+            return one[-end], other[-end]
+    return str(a), str(b)
+
+
 def read_spec(path: Path) -> CompressionSpec:
     """A spec file; its relative paths count from its own folder. Raises NarrowError (bad_spec)."""
     try:

@@ -32,7 +32,7 @@ from narrow_engine.models import config_dict, device, family, greedy, layers, lo
 from narrow_engine.plan import Plan, Scores, cuts, make_plan, unscored, whole_plan
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.report.card import render_card
-from narrow_engine.report.model import Allocation, CurvePoint, File, Parity, Provenance, Report, Sample, Skill, Speed
+from narrow_engine.report.model import Allocation, CurvePoint, File, Input, Parity, Provenance, Report, Sample, Skill, Speed
 from narrow_engine.report.page import render_page
 from narrow_engine.run import Run, write_json
 from narrow_engine.sizing import leaves_a_choice, size_of, solve, vocabulary_is_fixed
@@ -100,8 +100,7 @@ def load(run: Run, out: Path) -> None:
         broad = _without(run, broad, np.concatenate(measured))
         corpus.Blocks(broad.tokens, spec.block_tokens, spec.seed)
         corpus.save(broad, out, "broad")
-    data = {d.path.name: dataset_sha256(d.path) for d in spec.data}
-    write_json(out / "info.json", {"model": info.model_dump(), "data": data, "tokens": tokens})
+    write_json(out / "info.json", {"model": info.model_dump(), "tokens": tokens})
     run.models["untouched" if tokens else "base"] = model
 
 
@@ -577,8 +576,8 @@ def report(run: Run, out: Path) -> None:
         notices=run.notices,
         files=[],
         provenance=Provenance(
-            base_sha256=info.sha256,
-            data_sha256=_info(run)["data"],
+            inputs=_inputs(run),
+            tokenizer_sha256=dataset_sha256(spec.base.path / "tokenizer.json"),
             spec_sha256=hashlib.sha256(spec.model_dump_json(exclude=INPUTS).encode()).hexdigest(),
             seed=spec.seed,
             versions={name: version(name) for name in ("narrow", "torch", "transformers", "tokenizers", "onnx", "onnxruntime")},
@@ -822,6 +821,20 @@ def _file(path: Path, root: Path) -> File:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return File(path=path.relative_to(root).as_posix(), bytes=path.stat().st_size, sha256=digest)
+
+
+def _inputs(run: Run) -> list[Input]:
+    """The base first; of files that a run reads, the bytes are those that its stages were keyed by."""
+    spec = run.spec
+    found = [Input(part="base", name=spec.base.path.name, sha256=_info(run)["model"]["sha256"])]
+    if spec.teacher:
+        found.append(Input(part="teacher", name=spec.teacher.path.name, sha256=inspect_model(spec.teacher.path).sha256))
+    data = [("target", None, spec.target), *(("skill", skill.name, skill) for skill in spec.skills)]
+    data += [("broad", None, spec.broad)] if spec.broad else []
+    return found + [
+        Input(part=part, name=item.path.name, sha256=dataset_sha256(item.path), skill=skill, column=item.column)
+        for part, skill, item in data
+    ]
 
 
 def _machine() -> dict[str, Any]:

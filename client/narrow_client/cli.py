@@ -38,7 +38,12 @@ def words(model: type[BaseModel], field: str) -> tuple[str, ...]:
 
 ROLES = words(SkillId, "role")
 # Commands of the full installation. Their help is told here: loading them would cost a second.
-FULL = {"serve": "Start the service: the API and its workers.", "run": "Run a compression from a spec file."}
+FULL = {
+    "serve": "Start the service: the API and its workers.",
+    "run": "Run a compression from a spec file.",
+    "reproduce": "Run again what a report tells of, and compare.",
+    "compare": "Compare two reports.",
+}
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 
 

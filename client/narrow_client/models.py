@@ -428,6 +428,26 @@ class Health(BaseModel):
     checks: Annotated[dict[str, str] | None, Field(title="Checks")] = {}
 
 
+class Input(BaseModel):
+    """
+    What a run was given, by its bytes: `narrow reproduce` takes no other.
+    """
+
+    part: Annotated[
+        Literal["base", "teacher", "target", "broad", "skill"], Field(title="Part")
+    ]
+    name: Annotated[str, Field(description="Of the file or folder.", title="Name")]
+    sha256: Annotated[
+        str,
+        Field(
+            description="Of a file's bytes; of a model, over the names and digests of its files.",
+            title="Sha256",
+        ),
+    ]
+    skill: Annotated[str | None, Field(title="Skill")] = None
+    column: Annotated[str | None, Field(title="Column")] = None
+
+
 class Interval(BaseModel):
     value: Annotated[float, Field(title="Value")]
     low: Annotated[
@@ -607,9 +627,11 @@ class Progress(BaseModel):
 
 
 class Provenance(BaseModel):
-    base_sha256: Annotated[str, Field(title="Base Sha256")]
-    data_sha256: Annotated[dict[str, str], Field(title="Data Sha256")]
-    spec_sha256: Annotated[str, Field(title="Spec Sha256")]
+    inputs: Annotated[list[Input], Field(title="Inputs")]
+    tokenizer_sha256: Annotated[str, Field(title="Tokenizer Sha256")]
+    spec_sha256: Annotated[
+        str, Field(description="Of the spec without its inputs.", title="Spec Sha256")
+    ]
     seed: Annotated[int, Field(title="Seed")]
     versions: Annotated[dict[str, str], Field(title="Versions")]
     machine: Annotated[dict[str, Any], Field(title="Machine")]

@@ -88,7 +88,7 @@ def render_card(report: Report) -> str:
         high=kept.high,
         rows=rows,
         onnx=_ONNX if "onnx" in report.parity else "",
-        base=report.provenance.base_sha256,
+        base=report.provenance.sha256("base"),
         cut=_cut(report),
         tokens=report.provenance.recovery_tokens,
         objective=method["recover"]["objective"].replace("_", " "),

@@ -141,10 +141,20 @@ class Notice(BaseModel):
     message: str
 
 
+class Input(BaseModel):
+    """What a run was given, by its bytes: `narrow reproduce` takes no other."""
+
+    part: Literal["base", "teacher", "target", "broad", "skill"]
+    name: str = Field(description="Of the file or folder.")
+    sha256: str = Field(description="Of a file's bytes; of a model, over the names and digests of its files.")
+    skill: str | None = None
+    column: str | None = None
+
+
 class Provenance(BaseModel):
-    base_sha256: str
-    data_sha256: dict[str, str]
-    spec_sha256: str
+    inputs: list[Input]
+    tokenizer_sha256: str
+    spec_sha256: str = Field(description="Of the spec without its inputs.")
     seed: int
     versions: dict[str, str]
     machine: dict[str, Any]
@@ -152,6 +162,10 @@ class Provenance(BaseModel):
     recovery_tokens: int
     regularizer_tokens: int
     correction_tokens: int = Field(0, description="That the teacher was trained on.")
+
+    def sha256(self, part: str) -> str:
+        """Of the base, the target, ...; of the first, if there are some."""
+        return next(item.sha256 for item in self.inputs if item.part == part)
 
 
 class Report(BaseModel):

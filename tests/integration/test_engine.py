@@ -217,6 +217,38 @@ def test_a_folder_that_cannot_be_made_is_wrong_usage(spec, tmp_path):
     assert (status, "Traceback" in told, "cannot be made" in told) == (2, False, True), told
 
 
+def test_a_report_is_made_again_from_the_same_bytes_and_from_no_other(spec, tmp_path, tiny_folder, python_file, german_file):
+    assert finish(start(spec(), tmp_path / "run"))[0] == 0
+    report = tmp_path / "run" / "result" / "report.json"
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tiny_folder, moved / "a model")
+    shutil.copy(python_file, moved / "text.jsonl")
+
+    def reproduce(*inputs, out="again"):
+        command = [sys.executable, "-m", "narrow_client.cli", "reproduce", report, *inputs, "--out", tmp_path / out]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
+        return done.returncode, done.stdout + done.stderr
+
+    status, told = reproduce(moved)
+    assert (status, f"the file '{german_file.name}'" in told, "Traceback" in told) == (1, True, False), told
+    status, told = reproduce(moved, german_file)
+    assert status == 0, told
+    assert told.rstrip().endswith("The same model, byte for byte.")
+    assert weights(tmp_path / "again") == weights(tmp_path / "run")
+    # As it would be on a machine that computes otherwise: what a report says is compared, not what it says of itself.
+    other = json.loads(report.read_text())
+    other["files"] = [{**file, "sha256": "0" * 64} for file in other["files"]]
+    other["provenance"]["versions"]["torch"] = "1.0"
+    recovered = other["skills"]["python"]["recovered"]
+    recovered.update(loss=recovered["loss"] + 9, low=recovered["low"] + 9, high=recovered["high"] + 9)
+    report.write_text(json.dumps(other))
+    status, told = reproduce(moved, german_file)
+    assert status == 1
+    assert "outside its interval" in told
+    assert "torch is" in told
+    assert "and was 1.0" in told
+
+
 def test_names_of_skills_may_be_anything(spec, tmp_path, german_file):
     """They once were file names: 'training' took the place of the training text."""
     names = ["training", "字" * 100]

@@ -15,6 +15,10 @@ EVIL = "<script>alert(1)</script>"
 
 @pytest.fixture
 def report() -> Report:
+    return example()
+
+
+def example() -> Report:
     size = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "vocabulary": 100, "flops_per_token": 10}
     skill = {
         "documents": 40,
@@ -61,8 +65,11 @@ def report() -> Report:
             "notices": [{"phase": "load", "code": "x", "message": EVIL}],
             "files": [{"path": "model/config.json", "bytes": 10, "sha256": "ab" * 32}],
             "provenance": {
-                "base_sha256": "a" * 64,
-                "data_sha256": {EVIL: "b" * 64},
+                "inputs": [
+                    {"part": "base", "name": "base", "sha256": "a" * 64},
+                    {"part": "target", "name": EVIL, "sha256": "b" * 64, "column": "text"},
+                ],
+                "tokenizer_sha256": "d" * 64,
                 "spec_sha256": "c" * 64,
                 "seed": 0,
                 "versions": {"torch": "2.13"},

@@ -43,8 +43,11 @@ def report(skills, **changes):
             "notices": [],
             "files": [],
             "provenance": {
-                "base_sha256": "a" * 64,
-                "data_sha256": {},
+                "inputs": [
+                    {"part": "base", "name": "base", "sha256": "a" * 64},
+                    {"part": "target", "name": "python.jsonl", "sha256": "b" * 64, "column": "text"},
+                ],
+                "tokenizer_sha256": "d" * 64,
                 "spec_sha256": "c" * 64,
                 "seed": 0,
                 "versions": {},
