@@ -31,6 +31,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "cache of 256 tokens": {"cache": "top", "top": 256},
     "temperature 0.5": {"temperature": 0.5},
     "temperature 2": {"temperature": 2.0},
+    "temperature 3": {"temperature": 3.0},
+    "temperature 4": {"temperature": 4.0},
     "reverse KL": {"divergence": "reverse_kl"},
     "Jensen-Shannon": {"divergence": "js"},
     "skewed KL": {"divergence": "skew_kl"},
