@@ -22,6 +22,7 @@ check: setup           ## lint, format, strict types, contract
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/python -m service.openapi | diff - openapi.yaml
+	$(BIN)/python -m narrow_engine.report.schema | diff - docs/report.schema.json
 
 test: check            ## the fast tests
 	$(BIN)/python -m pytest -m "not slow" -n 2
@@ -33,8 +34,9 @@ bench: setup           ## the figures of the README; more than an hour
 	$(BIN)/python bench/training.py
 	$(BIN)/python bench/quality.py
 
-openapi: setup         ## export the contract and regenerate the client's models
+openapi: setup         ## export the contract and the report's schema, regenerate the client's models
 	$(BIN)/python -m service.openapi > openapi.yaml
+	$(BIN)/python -m narrow_engine.report.schema > docs/report.schema.json
 	$(BIN)/python client/generate.py
 
 lock: setup            ## write down the versions that are installed

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -577,6 +578,7 @@ def report(run: Run, out: Path) -> None:
         files=[],
         provenance=Provenance(
             inputs=_inputs(run),
+            base_model=_hub_name(info.config),
             tokenizer_sha256=dataset_sha256(spec.base.path / "tokenizer.json"),
             spec_sha256=hashlib.sha256(spec.model_dump_json(exclude=INPUTS).encode()).hexdigest(),
             seed=spec.seed,
@@ -835,6 +837,12 @@ def _inputs(run: Run) -> list[Input]:
         Input(part=part, name=item.path.name, sha256=dataset_sha256(item.path), skill=skill, column=item.column)
         for part, skill, item in data
     ]
+
+
+def _hub_name(config: dict[str, Any]) -> str | None:
+    """owner/name, as transformers keeps it in a config that came from a hub."""
+    name = config.get("_name_or_path")
+    return name if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) else None
 
 
 def _machine() -> dict[str, Any]:

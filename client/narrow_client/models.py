@@ -628,6 +628,13 @@ class Progress(BaseModel):
 
 class Provenance(BaseModel):
     inputs: Annotated[list[Input], Field(title="Inputs")]
+    base_model: Annotated[
+        str | None,
+        Field(
+            description="The base's name on a hub, where its config tells it.",
+            title="Base Model",
+        ),
+    ] = None
     tokenizer_sha256: Annotated[str, Field(title="Tokenizer Sha256")]
     spec_sha256: Annotated[
         str, Field(description="Of the spec without its inputs.", title="Spec Sha256")

@@ -1,15 +1,33 @@
 """The model card: README.md of the result, for whoever finds the folder without its report."""
 
+import json
+import re
+
 from narrow_engine.report.model import Report
 from narrow_engine.spec import PLURAL
 
 _TEMPLATE = """---
 library_name: transformers
 pipeline_tag: text-generation
-tags:
+{base_model}tags:
 - narrow
-- pruned
+- {made_by}
 - {family}
+model-index:
+- name: narrow-{slug}
+  results:
+  - task:
+      type: text-generation
+    dataset:
+      name: {target_json}
+      type: text
+    metrics:
+    - type: perplexity
+      value: {perplexity:.4f}
+      name: Perplexity on held-out text, per token of the base
+    - type: retention
+      value: {value:.4f}
+      name: Perplexity of the base ÷ its own
 ---
 
 # A narrow model for {target}
@@ -67,6 +85,9 @@ _MADE = {
 }
 
 
+_TAGS = {"prune": "pruned", "distill": "distilled", "scratch": "trained-from-scratch"}
+
+
 def render_card(report: Report) -> str:
     """Markdown with the front matter that model hubs read. Names from users are kept to one line of plain text."""
     method = report.spec["method"]
@@ -78,6 +99,11 @@ def render_card(report: Report) -> str:
     )
     return _TEMPLATE.format(
         family=report.family,
+        base_model=f"base_model: {report.provenance.base_model}\n" if report.provenance.base_model else "",
+        made_by=_TAGS[method.get("kind", "prune")],
+        slug=re.sub(r"[^a-z0-9]+", "-", report.target.lower()).strip("-") or "model",
+        target_json=json.dumps(_plain(report.target)),
+        perplexity=report.skills[report.target].recovered.perplexity,
         made=_MADE[method.get("kind", "prune")].format(family=report.family),
         target=_plain(report.target),
         before=report.before.parameters,

@@ -153,6 +153,7 @@ class Input(BaseModel):
 
 class Provenance(BaseModel):
     inputs: list[Input]
+    base_model: str | None = Field(None, description="The base's name on a hub, where its config tells it.")
     tokenizer_sha256: str
     spec_sha256: str = Field(description="Of the spec without its inputs.")
     seed: int

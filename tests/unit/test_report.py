@@ -5,10 +5,13 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from huggingface_hub import ModelCard
+from tiny import ROOT
 
 from narrow_engine.report.card import render_card
 from narrow_engine.report.model import Report
 from narrow_engine.report.page import render_page
+from narrow_engine.report.schema import schema
 
 EVIL = "<script>alert(1)</script>"
 
@@ -80,6 +83,24 @@ def example() -> Report:
             },
         }
     )
+
+
+def test_a_hub_reads_the_card(report, tmp_path):
+    report.provenance.base_model = "owner/base"
+    (tmp_path / "README.md").write_text(render_card(report), encoding="utf-8")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.base_model, data.library_name, data.pipeline_tag) == ("owner/base", "transformers", "text-generation")
+    found = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert found == {"perplexity": 8.356, "retention": 0.884}
+    assert {result.dataset_name for result in data.eval_results} == {"python"}
+    report.provenance.base_model = None
+    assert "base_model" not in render_card(report)
+
+
+def test_the_published_schema_is_that_of_reports(report):
+    published = json.loads((ROOT / "docs" / "report.schema.json").read_text())
+    assert published == json.loads(schema())
+    assert set(report.model_dump()) == set(published["properties"]) >= set(published["required"])
 
 
 class Tags(HTMLParser):
