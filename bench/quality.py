@@ -32,6 +32,7 @@ from narrow_engine.plan import make_plan, whole_plan
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.slice import slice_model
 from narrow_engine.spec import GroupLasso as GroupLassoOptions
+from narrow_engine.spec import Method, Recover
 from narrow_engine.teacher import Live
 
 HERE = Path(__file__).resolve().parent
@@ -161,7 +162,7 @@ def main() -> None:
             elif arm in ("narrow", "lasso"):
                 regularized = int(LASSO * options.tokens) if arm == "lasso" else 0
                 model, prepared = cut(base, training, seed, kept, "reconstruction", True, regularized)
-                settings, teacher = train.Settings(options.tokens - regularized, 2048, "mixed", 1.0, "muon"), base
+                settings, teacher = train.settings_of(Method(recover=Recover(tokens=options.tokens - regularized))), base
             else:
                 model, prepared = cut(base, training, seed, kept, "attribution")
                 settings, teacher = paper, None
