@@ -16,6 +16,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ TEXT = {
 BROAD = HERE / "data" / "broad.train.jsonl.gz"
 RESULTS, OUT = HERE / "results" / "comparison.json", HERE / "out" / "comparison"
 KEEP = (0.75, 0.5, 0.25, 0.125, 0.0625)
+MIDDLE = 0.25
+"""Where rates were chosen and curves are drawn."""
 TOKENS, LONG = 163_840, 4_096_000
 MEASURED = 32_768
 
@@ -95,9 +98,86 @@ def run(rows: list[dict[str, Any]], key: dict[str, Any]) -> None:
 
 def best_rate(rows: list[dict[str, Any]], method: str) -> float | None:
     """Of those that were tried; None is the default."""
-    middle = {"domain": "python", "method": TUNED.get(method), "keep": 0.25, "seed": 0, "tokens": TOKENS}
+    middle = {"domain": "python", "method": TUNED.get(method), "keep": MIDDLE, "seed": 0, "tokens": TOKENS}
     tried = [row for row in rows if row["rate"] and all(row[name] == value for name, value in middle.items())]
     return min(tried, key=lambda row: row["loss"])["rate"] if tried else None
+
+
+def finished(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    """The points of the comparison itself: each method at its own best rate, and no other that was tried."""
+    mine = [row for row in rows if row["rate"] == best_rate(rows, row["method"])]
+    return [row for row in mine if all(row[name] == value for name, value in wanted.items())]
+
+
+def spread(values: list[float]) -> str:
+    """Mean and, over several seeds, range."""
+    return f"{fmean(values):+.3f}" + (f" ({min(values):+.3f} … {max(values):+.3f})" if len(values) > 1 else "")
+
+
+def table(rows: list[dict[str, Any]], tokens: int) -> str:
+    """Loss above the base's by domain, method and share of neurons, as Markdown."""
+    lines = ["| domain | method | " + " | ".join(f"{keep:.4g}" for keep in KEEP) + " |", "|---" * (2 + len(KEEP)) + "|"]
+    for domain, method in itertools.product(TEXT, METHODS):
+        cells = []
+        for keep in KEEP:
+            found = finished(rows, domain=domain, method=method, keep=keep, tokens=tokens)
+            cells.append(spread([row["loss"] - row["base_loss"] for row in found]) if found else "")
+        if any(cells):
+            lines.append(f"| {domain} | {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def tokens_to(rows: list[dict[str, Any]], domain: str, keep: float, wanted: float) -> dict[str, float]:
+    """Tokens after which each method's held-out loss on the curve is first at or under `wanted`; infinite where it never is."""
+    reached = {}
+    for method in METHODS:
+        found = finished(rows, domain=domain, method=method, keep=keep)
+        curves = [[(tokens, loss) for phase, tokens, loss in row["curve"] if phase == "recover"] for row in found]
+        first = [min((tokens for tokens, loss in curve if loss <= wanted), default=float("inf")) for curve in curves]
+        if first:
+            reached[method] = min(first)
+    return reached
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """For each domain: loss against size, and against tokens at a quarter of the neurons."""
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
+
+    domains = [domain for domain in TEXT if finished(rows, domain=domain, tokens=TOKENS)]
+    plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "narrow"})
+    figure, grid = plt.subplots(len(domains), 2, figsize=(9, 3.2 * len(domains)), layout="constrained", squeeze=False)
+    for domain, (sizes, curves) in zip(domains, grid, strict=True):
+        for number, method in enumerate(METHODS):
+            colour, marker = f"C{number}", "os^vDPX"[number]
+            points = finished(rows, domain=domain, method=method, tokens=TOKENS)
+            shapes = sorted({row["parameters"] for row in points})
+            gaps = [[r["loss"] - r["base_loss"] for r in points if r["parameters"] == shape] for shape in shapes]
+            sizes.plot([s / 1e6 for s in shapes], list(map(fmean, gaps)), color=colour, marker=marker, markersize=4, label=method)
+            for shape, found in zip(shapes, gaps, strict=True):
+                sizes.plot([shape / 1e6] * 2, [min(found), max(found)], color=colour, linewidth=1)
+            for row in (r for r in points if r["keep"] == MIDDLE and r["seed"] == 0):
+                seen = [(tokens, loss - row["base_loss"]) for phase, tokens, loss in row["curve"] if phase == "recover"]
+                lasso = TOKENS - seen[-1][0]
+                curves.plot(
+                    [(t + lasso) / 1e3 for t, _ in seen], [gap for _, gap in seen], color=colour, marker=marker, markersize=3
+                )
+        sizes.set_title(f"{domain}, after {TOKENS:,} tokens", loc="left", fontsize=9)
+        sizes.set_xlabel("million parameters (the base: 7.8)")
+        curves.set_title(f"{domain}, a quarter of the neurons", loc="left", fontsize=9)
+        curves.set_xlabel("thousand tokens trained on")
+        for axes in (sizes, curves):
+            axes.set_yscale("symlog", linthresh=0.1)
+            axes.set_yticks([-0.1, 0, 0.1, 0.3, 1, 3, 10])
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_locator(plt.NullLocator())
+            axes.axhline(0, color="black", linewidth=0.8, linestyle="--")
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        sizes.set_ylabel("nats a token above the base")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -108,14 +188,23 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--long", action="store_true")
+    parser.add_argument("--draw", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    if options.draw:
+        draw(rows, HERE.parent / "docs" / "images" / "comparison.svg")
+        print(table(rows, TOKENS))
+        for domain in TEXT:
+            wanted = [row["curve"][-1][2] for row in finished(rows, domain=domain, method="paper", keep=MIDDLE, tokens=TOKENS)]
+            if wanted:
+                print(domain, f"to {fmean(wanted):.3f} nats:", tokens_to(rows, domain, MIDDLE, fmean(wanted)))
+        return
     if options.tune:
         for method, rates in RATES.items():
             for rate in rates:
-                run(rows, {"domain": "python", "method": method, "keep": 0.25, "seed": 0, "tokens": TOKENS, "rate": rate})
+                run(rows, {"domain": "python", "method": method, "keep": MIDDLE, "seed": 0, "tokens": TOKENS, "rate": rate})
         return
     for seed, domain, keep, method in itertools.product(options.seeds, options.domains, options.keep, options.methods):
         tokens = LONG if options.long else TOKENS
