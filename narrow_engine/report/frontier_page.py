@@ -10,6 +10,8 @@ from narrow_engine.spec import PLURAL, QUANTITIES, Budget
 LOOKS = [(colour, marker) for marker in ("o", "s") for colour in (ACCENT, WARN, THIRD, SOFT, INK)]
 """Colour and marker of each method: a sweep has at most ten."""
 STROKES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+WIDE = 1.8
+"""Ratio of the largest loss to the smallest from which their axis is logarithmic."""
 LEGEND = "\N{HAIR SPACE}"
 """Before a name in a legend: matplotlib leaves out those that begin with an underscore."""
 
@@ -88,10 +90,24 @@ def _sizes(axes: Any, frontier: Frontier) -> None:
         linewidth=0,
         label="the base",
     )
-    axes.margins(y=0.1)
     axes.set_xlabel(f"{name}parameters")
-    axes.set_ylabel("loss, nats per token")
+    _losses(axes, [point.loss.mean for point in frontier.points])
     legend(axes, columns=3)
+
+
+def _losses(axes: Any, shown: list[float]) -> None:
+    """The axis of losses: by ratios where methods are far apart, so that those near the base are told from each other."""
+    axes.set_ylabel("loss, nats per token")
+    axes.margins(y=0.1)
+    if max(shown) < WIDE * min(shown):
+        return
+    # Imported here, as the rest of matplotlib is.
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _whiskers(axes: Any, unit: float, size: float, point: FrontierPoint, colour: str) -> None:
@@ -119,13 +135,13 @@ def _tokens(axes: Any, frontier: Frontier) -> None:
         )
         told.add(curve.method)
     for method in sorted(told):
-        axes.plot([], [], color=_look(frontier, method)[0], linewidth=1.5, label=LEGEND + method)
+        colour, marker = _look(frontier, method)
+        axes.plot([], [], color=colour, linewidth=1.5, marker=marker, markersize=3.5, label=LEGEND + method)
     for number, words in enumerate(budgets if 1 < len(budgets) <= len(STROKES) else []):
         axes.plot([], [], color=SOFT, linewidth=1.2, linestyle=STROKES[number], label=words)
     axes.axhline(frontier.base_loss, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="the base, all held-out text")
-    axes.margins(y=0.1)
     axes.set_xlabel(f"{name}tokens trained on")
-    axes.set_ylabel("loss, nats per token")
+    _losses(axes, [point.loss.mean for curve in frontier.curves for point in curve.points])
     legend(axes, columns=2)
 
 
