@@ -117,7 +117,7 @@ def test_layers_that_are_gone_are_named_and_a_skill_has_room():
     name = "a long name as people write them, with a year 2024"
     page = render_page(report({"python": skill("keep", 0.9, 0.8, 0.95), name: skill("watch", 0.4, 0.3, 0.5)}))
     assert "Layers: 3 of 4 in the model (kept: 0, 1, 3)." in words(page)
-    assert f'<th scope="row">{name}</th>' in page
+    assert f'<th scope="row">{name} <small>watch, 40 documents</small></th>' in page
     assert page.count(name[:29] + "…") == 1
 
 
