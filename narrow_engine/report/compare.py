@@ -117,8 +117,12 @@ def lines(comparison: Comparison) -> list[str]:
     said += [_line(row.name, figure(row.a), figure(row.b), " *" if row.apart else "") for row in comparison.skills]
     if any(row.apart for row in comparison.skills):
         said.append("* the intervals do not overlap")
+
+    def number(value: float) -> str:
+        return f"{value:,.0f}" if value == int(value) else f"{value:.2f}"
+
     if comparison.sizes:
-        rows = [_line(row.name.replace("_", " "), f"{row.a:,.6g}", f"{row.b:,.6g}") for row in comparison.sizes]
+        rows = [_line(row.name.replace("_", " "), number(row.a), number(row.b)) for row in comparison.sizes]
         said += ["", _line("size", *names), *rows]
     if comparison.options:
         said += ["", _line("options", *names), *(_line(row.name, str(row.a), str(row.b)) for row in comparison.options)]
