@@ -332,24 +332,7 @@ def correct(run: Run, out: Path) -> None:
     """The base trained on the target, to teach."""
     options = run.spec.method.recover
     assert options.correction is not None
-    model = slice_model(base(run), whole_plan(config_dict(base(run))))
-    settings = train.Settings(
-        options.correction.tokens,
-        options.batch_tokens,
-        optimizer=options.optimizer,
-        learning_rate=options.correction.learning_rate,
-        schedule=options.schedule,
-    )
-    curve = train.train(
-        model,
-        _training_blocks(run, 3),
-        settings,
-        phase="correct",
-        folder=run.work("correct"),
-        emit=run.emit,
-        check=run.check,
-        validate=_validator(run),
-    )
+    model, curve = _train_base(run, "correct", 3, options.correction.tokens, options.correction.learning_rate)
     run.models["correct"] = model
     _save_weights(model, out)
     write_json(out / "curve.json", [point.model_dump() for point in curve])
@@ -446,24 +429,8 @@ def _by_chance(run: Run) -> PreTrainedModel:
 def _trained_base(run: Run) -> PreTrainedModel:
     """The base after as many tokens of the target as the result has seen, those of group lasso among them."""
     method = run.spec.method
-    model = slice_model(base(run), whole_plan(config_dict(base(run))))
-    settings = train.Settings(
-        method.recover.tokens + (method.regularizer.tokens if method.regularizer else 0),
-        method.recover.batch_tokens,
-        optimizer=method.recover.optimizer,
-        schedule=method.recover.schedule,
-    )
-    train.train(
-        model,
-        _training_blocks(run, 2),
-        settings,
-        phase="controls",
-        folder=run.work("controls"),
-        emit=run.emit,
-        check=run.check,
-        validate=lambda _: 0.0,
-    )
-    return model
+    tokens = method.recover.tokens + (method.regularizer.tokens if method.regularizer else 0)
+    return _train_base(run, "controls", 2, tokens)[0]
 
 
 def measure(run: Run, out: Path) -> None:
@@ -617,6 +584,25 @@ def _teacher(run: Run) -> teacher.Live:
     info, dtype = _info(run), torch.bfloat16 if inspect_model(run.spec.teacher.path).dtype == "BF16" else torch.float32
     tokens = info["tokens"] or range(info["model"]["config"]["vocab_size"])
     return teacher.Live(load_model(run.spec.teacher.path, dtype), torch.tensor(tokens))
+
+
+def _train_base(
+    run: Run, phase: str, order: int, tokens: int, rate: float | None = None
+) -> tuple[PreTrainedModel, list[CurvePoint]]:
+    """A copy of the base, trained on the target's next tokens as recovery would train it; and its curve."""
+    options = run.spec.method.recover
+    model = slice_model(base(run), whole_plan(config_dict(base(run))))
+    curve = train.train(
+        model,
+        _training_blocks(run, order),
+        train.Settings(tokens, options.batch_tokens, optimizer=options.optimizer, learning_rate=rate, schedule=options.schedule),
+        phase=phase,
+        folder=run.work(phase),
+        emit=run.emit,
+        check=run.check,
+        validate=_validator(run),
+    )
+    return model, curve
 
 
 def untouched(run: Run) -> PreTrainedModel:
