@@ -537,7 +537,7 @@ def run(task: dict, threads: int) -> dict:
 
 def run_job(task: dict) -> dict:
     """The cut or the recovery of a job. The curve's held-out loss is measured on one stretch only: the other arms have none."""
-    from narrow_engine import stages
+    from narrow_engine import earlier, stages
 
     stages.VALIDATION_TOKENS = 1
     if task["step"] == "cut":
@@ -546,7 +546,7 @@ def run_job(task: dict) -> dict:
         run_stages(line, "load", "measure_base")
         imported = peak()
         seconds = run_stages(line, "score", "reconstruct")
-        model, result = line.models["reconstruct"], {"keep": stages._allocation(line).keep}
+        model, result = line.models["reconstruct"], {"keep": earlier.allocation(line).keep}
     else:
         line = job(Path(task["load"]), task["seed"], task["tokens"])
         imported = peak()

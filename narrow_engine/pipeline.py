@@ -18,7 +18,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from narrow_engine import shelf, stages
+from narrow_engine import earlier, shelf, stages
 from narrow_engine.events import Sink
 from narrow_engine.model_files import inspect_model
 from narrow_engine.report.model import Notice
@@ -228,7 +228,7 @@ def _inputs(spec: CompressionSpec) -> str:
     """Digest of everything outside the spec that a run depends on: the model's files and the datasets'."""
     parts = [inspect_model(model.path).sha256 for model in (spec.base, spec.teacher) if model]
     for data in spec.data:
-        parts += [data.path.name, stages.dataset_sha256(data.path), data.column]
+        parts += [data.path.name, earlier.dataset_sha256(data.path), data.column]
     parts += [f"{skill.name} {skill.role}" for skill in spec.skills]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

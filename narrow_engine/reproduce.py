@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from narrow_engine.earlier import dataset_sha256
 from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import inspect_model
 from narrow_engine.report.model import Input, Report
 from narrow_engine.spec import CompressionSpec
-from narrow_engine.stages import dataset_sha256
 
 SAME = "The same model, byte for byte."
 

@@ -10,27 +10,27 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from narrow_engine import corpus, importance, matching, skills, speed, teacher, train, vocabulary
+from narrow_engine import corpus, earlier, importance, matching, skills, speed, teacher, train, vocabulary
 from narrow_engine import reconstruct as least_squares
 from narrow_engine.allocate import allocate as choose_shape
 from narrow_engine.allocate import open_workshop
+from narrow_engine.earlier import base, untouched
 from narrow_engine.errors import NarrowError
 from narrow_engine.export import onnx as onnx_export
 from narrow_engine.export import safetensors as safetensors_export
 from narrow_engine.families import dimensions
 from narrow_engine.model_files import DTYPES, ModelInfo, check_teacher, inspect_model
 from narrow_engine.models import config_dict, device, family, greedy, layers, load_model
-from narrow_engine.plan import Plan, Scores, cuts, make_plan, unscored, whole_plan
+from narrow_engine.plan import cuts, make_plan, unscored, whole_plan
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.report.card import render_card
 from narrow_engine.report.model import Allocation, CurvePoint, File, Input, Parity, Provenance, Report, Sample, Skill, Speed
@@ -38,11 +38,9 @@ from narrow_engine.report.page import render_page
 from narrow_engine.run import Run, write_json
 from narrow_engine.sizing import leaves_a_choice, size_of, solve, vocabulary_is_fixed
 from narrow_engine.slice import compare, mask_model, renew, slice_model
-from narrow_engine.spec import INPUTS, TOP, DatasetPath, Role, Unit, taught
+from narrow_engine.spec import INPUTS, TOP, DatasetPath, Unit, taught
 from narrow_engine.spec import controls as wanted_controls
 
-VALIDATION_TOKENS = 8192
-"""Held-out tokens that the curve is drawn from; the table of skills uses all of them."""
 HELD_OUT_FACTOR = 16
 """Held-out tokens for each that is measured: stretches of many documents instead of a few whole ones."""
 PARITY_BOUND = 1e-4
@@ -63,9 +61,9 @@ def load(run: Run, out: Path) -> None:
         check_teacher(spec.base.path, spec.teacher.path, "token" in spec.method.units, spec.block_tokens)
     room, _ = solve(info.config, spec, DTYPES[info.dtype])
     model = load_model(spec.base.path)
-    reader = narrow = _reader(spec.base.path, info.config)
+    reader = narrow = earlier.reader(spec.base.path, info.config)
     # What must be kept decides about the vocabulary; the other skills are read one at a time, below.
-    needed = {name: _tokenize(run, skill.data, reader) for name, skill in _skills(run).items() if skill.role == "keep"}
+    needed = {name: _tokenize(run, skill.data, reader) for name, skill in earlier.skills(run).items() if skill.role == "keep"}
     target, tokens = needed[spec.target_name], None
     if "token" in spec.method.units:
         tokens = _trim(run, model, reader, list(needed.values()), room["token"])
@@ -73,7 +71,7 @@ def load(run: Run, out: Path) -> None:
     if tokens:
         vocabulary.write_files(spec.base.path, out / "tokenizer", tokens)
         changes = {**vocabulary.renumber_config(info.config, tokens), "vocab_size": len(tokens)}
-        narrow = _reader(out / "tokenizer", {**info.config, **changes})
+        narrow = earlier.reader(out / "tokenizer", {**info.config, **changes})
 
     widths = tuple(vocabulary.widths(r.tokenizer, r.size) for r in (reader, narrow)) if tokens else ()
 
@@ -88,7 +86,7 @@ def load(run: Run, out: Path) -> None:
     corpus.Blocks(trained_on.tokens, spec.block_tokens, spec.seed)
     corpus.save(trained_on, out, "training")
     measured = []
-    for name, skill in _skills(run).items():
+    for name, skill in earlier.skills(run).items():
         of_target = name == spec.target_name
         read = texts if of_target else reading(skill.data, needed[name] if name in needed else _tokenize(run, skill.data, reader))
         places = held_out if of_target else read.base.places()
@@ -105,15 +103,7 @@ def load(run: Run, out: Path) -> None:
     run.models["untouched" if tokens else "base"] = model
 
 
-class _Reader(NamedTuple):
-    """A tokenizer, the token that opens a document (BOS, else EOS, else none), and the size of the model's vocabulary."""
-
-    tokenizer: Tokenizer
-    start: int | None
-    size: int
-
-
-def _tokenize(run: Run, data: DatasetPath, reader: _Reader, quiet: bool = False) -> corpus.Documents:
+def _tokenize(run: Run, data: DatasetPath, reader: earlier.Reader, quiet: bool = False) -> corpus.Documents:
     emit = (lambda *_: None) if quiet else run.emit
     found = corpus.tokenize(data.path, data.column, reader.tokenizer, reader.start, run.check, emit)
     if int(found.tokens.max()) >= reader.size:
@@ -121,7 +111,7 @@ def _tokenize(run: Run, data: DatasetPath, reader: _Reader, quiet: bool = False)
     return found
 
 
-def _trim(run: Run, model: PreTrainedModel, reader: _Reader, texts: list[corpus.Documents], room: int) -> list[int] | None:
+def _trim(run: Run, model: PreTrainedModel, reader: earlier.Reader, texts: list[corpus.Documents], room: int) -> list[int] | None:
     """The tokens of the base to keep: all that the texts need, or as many as the budget says outright.
 
     None, with a notice, where the tokenizer is of a kind that cannot be trimmed and the budget does not insist.
@@ -179,8 +169,8 @@ def measure_base(run: Run, out: Path) -> None:
     trimmed: the same model, but for the tokens that are gone, which is checked.
     """
     losses, whole = {}, untouched(run)
-    for name, skill in _skills(run).items():
-        documents = _documents(run, name, "base")
+    for name, skill in earlier.skills(run).items():
+        documents = earlier.documents(run, name, "base")
         if not (documents.lengths > 1).any():
             raise NarrowError("text_too_short", f"The documents of {name!r} are all shorter than two tokens.")
         measured = skills.measure(whole, [], documents, run.spec.block_tokens, run.progress("measure_base"))[0]
@@ -190,12 +180,12 @@ def measure_base(run: Run, out: Path) -> None:
             "progress",
             "measure_base",
             f"{name}: {losses[name]:.3f} nats",
-            {"done": len(losses), "total": len(_skills(run))},
+            {"done": len(losses), "total": len(earlier.skills(run))},
         )
     write_json(out / "skills.json", losses)
-    tokens = _info(run)["tokens"]
+    tokens = earlier.info(run)["tokens"]
     if tokens:
-        parity = compare(whole, base(run), _probe(run), tokens)
+        parity = compare(whole, base(run), earlier.probe(run), tokens)
         _require_exact(parity, "trimming the vocabulary")
         write_json(out / "parity.json", parity.model_dump())
 
@@ -206,7 +196,7 @@ def score(run: Run, out: Path) -> None:
     model = base(run)
     found = importance.collect(
         model,
-        _calibration(run),
+        earlier.calibration(run),
         method.calibration_tokens,
         method.importance in importance.NEEDS_GRADIENTS,
         run.progress("score"),
@@ -214,21 +204,29 @@ def score(run: Run, out: Path) -> None:
     scores = importance.CRITERIA[method.importance](model, found, run.spec.seed)
     if "residual" in method.units and "residual" not in scores:
         scores["residual"] = importance.residual.score(
-            model, _calibration(run), method.calibration_tokens, method.importance, run.progress("score")
+            model, earlier.calibration(run), method.calibration_tokens, method.importance, run.progress("score")
         )
     save_file({unit: value.double().cpu().contiguous() for unit, value in scores.items()}, out / "scores.safetensors")
 
 
 def allocate(run: Run, out: Path) -> None:
     """How many units of each kind stay: by arithmetic, or by trials where the budget leaves a choice."""
-    info = _info(run)
+    info = earlier.info(run)
     config, size = info["model"]["config"], DTYPES[info["model"]["dtype"]]
     tokens = len(info["tokens"]) if info["tokens"] else config["vocab_size"]
     if leaves_a_choice(run.spec):
         results = run.work("allocate") / "trials.json"
         found, told = choose_shape(
             open_workshop(
-                run.spec, config, size, tokens, base(run), _scores(run), _training(run), results, run.progress("allocate")
+                run.spec,
+                config,
+                size,
+                tokens,
+                base(run),
+                earlier.scores(run),
+                earlier.training(run),
+                results,
+                run.progress("allocate"),
             )
         )
     else:
@@ -243,12 +241,12 @@ def sparsify(run: Run, out: Path) -> None:
     """Group lasso: the base trained until the neurons to cut are exactly zero."""
     lasso = run.spec.method.regularizer
     assert lasso is not None
-    keep = _allocation(run).keep
+    keep = earlier.allocation(run).keep
     model = slice_model(base(run), whole_plan(config_dict(base(run))))
     settings = train.Settings(lasso.tokens, run.spec.method.recover.batch_tokens, "next_token", learning_rate=lasso.learning_rate)
-    blocks = _training_blocks(run, 1)
+    blocks = earlier.training_blocks(run, 1)
     width = dimensions(config_dict(model)).width
-    scores = _scores(run)["neuron"].reshape(-1, width).sqrt().to(model.device)
+    scores = earlier.scores(run)["neuron"].reshape(-1, width).sqrt().to(model.device)
     groups = GroupLasso(model, scores, 1 - keep["neuron"] / width, train.shape(settings, blocks)[1])
     curve = train.train(
         model,
@@ -258,19 +256,19 @@ def sparsify(run: Run, out: Path) -> None:
         folder=run.work("sparsify"),
         emit=run.emit,
         check=run.check,
-        validate=_validator(run),
+        validate=earlier.validator(run),
         after_step=groups,
     )
     run.models["sparsify"] = model
-    _save_weights(model, out)
+    earlier.save_weights(model, out)
     save_file({"neuron": groups.norms().reshape(len(layers(model)), -1).cpu()}, out / "norms.safetensors")
     write_json(out / "curve.json", [point.model_dump() for point in curve])
 
 
 def plan(run: Run, out: Path) -> None:
     """Which units stay. After group lasso, the living neurons do. A student that takes no units has a shape all the same."""
-    info, init, keep = _info(run), run.spec.method.init, _allocation(run).keep
-    scores = _scores(run) if init == "cut" else unscored(info["model"]["config"])
+    info, init, keep = earlier.info(run), run.spec.method.init, earlier.allocation(run).keep
+    scores = earlier.scores(run) if init == "cut" else unscored(info["model"]["config"])
     norms = run.out("sparsify") / "norms.safetensors"
     if norms.exists():
         scores["neuron"] = load_file(norms)["neuron"]
@@ -286,18 +284,18 @@ def plan(run: Run, out: Path) -> None:
 
 def cut(run: Run, out: Path) -> None:
     """Slices, and proves it: the sliced model against the base with the same units masked, on real text."""
-    whole, chosen = _source(run), _plan(run)
+    whole, chosen = earlier.source(run), earlier.plan(run)
     small = slice_model(whole, chosen)
     run.models["slice"] = small
     if run.spec.method.init == "fresh":
         renew(small, run.spec.seed)
-        _save_weights(small, out)
+        earlier.save_weights(small, out)
         return
     masked = mask_model(whole, chosen)
-    parity = compare(masked, small, _probe(run))
+    parity = compare(masked, small, earlier.probe(run))
     parity = _despite_ties(run, "slice", parity, PARITY_BOUND, lambda ids: compare(masked, small, ids))
     _require_exact(parity, "slicing")
-    _save_weights(small, out)
+    earlier.save_weights(small, out)
     write_json(out / "parity.json", parity.model_dump())
 
 
@@ -313,19 +311,19 @@ def _require_exact(parity: Parity, what: str) -> None:
 def reconstruct(run: Run, out: Path) -> None:
     """Refits the cut model layer by layer, towards the base's residual stream; so too after group lasso, whose own stream is
     that of a model which lost its neurons in few steps."""
-    small = _model(run, "slice")
+    small = earlier.model(run, "slice")
     if run.spec.method.refit and run.spec.method.units != ["token"]:
         least_squares.refit(
             base(run),
             small,
-            _plan(run),
-            _calibration(run),
+            earlier.plan(run),
+            earlier.calibration(run),
             run.spec.method.calibration_tokens,
             run.progress("reconstruct"),
         )
     run.models["reconstruct"] = small
     del run.models["slice"]
-    _save_weights(small, out)
+    earlier.save_weights(small, out)
 
 
 def correct(run: Run, out: Path) -> None:
@@ -334,14 +332,14 @@ def correct(run: Run, out: Path) -> None:
     assert options.correction is not None
     model, curve = _train_base(run, "correct", 3, options.correction.tokens, options.correction.learning_rate)
     run.models["correct"] = model
-    _save_weights(model, out)
+    earlier.save_weights(model, out)
     write_json(out / "curve.json", [point.model_dump() for point in curve])
 
 
 def teach(run: Run, out: Path) -> None:
     """Writes down what the teacher says to all that recovery will read."""
     options = run.spec.method.recover
-    blocks, count = _recovery_blocks(run)
+    blocks, count = earlier.recovery_blocks(run)
     top = None if options.cache == "hidden" else options.top or TOP
     size = teacher.write(out, run.work("teach"), _teacher(run), blocks, count, top, options.temperature, run.progress("teach"))
     run.emit("progress", "teach", f"{size / 1e6:,.1f} MB of what the teacher says", {"done": 1, "total": 1})
@@ -354,10 +352,10 @@ def recover(run: Run, out: Path) -> None:
     The result is rounded to the base's type here, so that every figure is of the model that is delivered.
     """
     options = run.spec.method.recover
-    small = _copy(run, "reconstruct")
+    small = earlier.copy(run, "reconstruct")
     curve: list[CurvePoint] = []
     if options.tokens:
-        blocks, count = _recovery_blocks(run)
+        blocks, count = earlier.recovery_blocks(run)
         if count * blocks.length != options.tokens:
             run.emit(
                 "notice",
@@ -374,7 +372,7 @@ def recover(run: Run, out: Path) -> None:
             beside = None
             if options.match:
                 assert isinstance(told, teacher.Live)
-                beside = stack.enter_context(matching.beside(told.model, small, _plan(run), options.match))
+                beside = stack.enter_context(matching.beside(told.model, small, earlier.plan(run), options.match))
             curve = train.train(
                 small,
                 blocks,
@@ -383,7 +381,7 @@ def recover(run: Run, out: Path) -> None:
                 folder=run.work("recover"),
                 emit=run.emit,
                 check=run.check,
-                validate=_validator(run),
+                validate=earlier.validator(run),
                 teacher=told,
                 beside=beside,
             )
@@ -397,10 +395,10 @@ def recover(run: Run, out: Path) -> None:
                 "Lower the learning rate or bring more text.",
                 {"code": "recovery_harmed"},
             )
-            small = _copy(run, "reconstruct")
-    safetensors_export.round_weights(small, _dtype(run))
+            small = earlier.copy(run, "reconstruct")
+    safetensors_export.round_weights(small, earlier.dtype(run))
     run.models["recover"] = small
-    _save_weights(small, out)
+    earlier.save_weights(small, out)
     write_json(out / "curve.json", [point.model_dump() for point in curve])
 
 
@@ -409,20 +407,20 @@ def controls(run: Run, out: Path) -> None:
     make = {"random": _by_chance, "trained": _trained_base}
     for control in wanted_controls(run.spec):
         model = make[control](run)
-        for name, skill in _skills(run).items():
-            found = skills.measure(model, [], _documents(run, name), run.spec.block_tokens, run.progress("controls"))[0]
+        for name, skill in earlier.skills(run).items():
+            found = skills.measure(model, [], earlier.documents(run, name), run.spec.block_tokens, run.progress("controls"))[0]
             found.save(out / f"{control}.{skill.file}.npz")
 
 
 def _by_chance(run: Run) -> PreTrainedModel:
     """Units drawn at random, as many as the plan keeps, refitted as the plan's were."""
     config = config_dict(base(run))
-    keep: dict[Unit, int] = {unit: count for unit, count in _allocation(run).keep.items() if unit != "token"}
+    keep: dict[Unit, int] = {unit: count for unit, count in earlier.allocation(run).keep.items() if unit != "token"}
     made = make_plan(config, importance.random.draw(dimensions(config), run.spec.seed + 1), keep)
     small = slice_model(base(run), made)
     if run.spec.method.refit:
         tokens = run.spec.method.calibration_tokens
-        least_squares.refit(base(run), small, made, _calibration(run), tokens, run.progress("controls"))
+        least_squares.refit(base(run), small, made, earlier.calibration(run), tokens, run.progress("controls"))
     return small
 
 
@@ -435,11 +433,11 @@ def _trained_base(run: Run) -> PreTrainedModel:
 
 def measure(run: Run, out: Path) -> None:
     """Base, cut and recovered model on every skill, side by side on the same text, and a sample of what they write."""
-    variants = [_model(run, "reconstruct"), _model(run, "recover")]
+    variants = [earlier.model(run, "reconstruct"), earlier.model(run, "recover")]
     rows, seed = {}, run.spec.seed
-    for name, skill in _skills(run).items():
+    for name, skill in earlier.skills(run).items():
         first = skills.Measured.load(run.out("measure_base") / f"{skill.file}.npz")
-        beside = skills.measure(base(run), variants, _documents(run, name), run.spec.block_tokens, run.progress("measure"))
+        beside = skills.measure(base(run), variants, earlier.documents(run, name), run.spec.block_tokens, run.progress("measure"))
         before, after = (found.per(first) for found in beside[1:])
         kept = skills.retention(first, after, seed)
         beside_it = {
@@ -479,10 +477,10 @@ def measure(run: Run, out: Path) -> None:
 
 def export(run: Run, out: Path) -> None:
     """The model as files: stock safetensors, reloaded by a fresh process, and ONNX; each checked against the original."""
-    model, probe = _model(run, "recover"), _probe(run)
+    model, probe = earlier.model(run, "recover"), earlier.probe(run)
     parity: dict[str, Parity] = {}
     run.progress("export")(0, 3)
-    safetensors_export.save_model(model, _tokenizer_folder(run), out / "model", _dtype(run))
+    safetensors_export.save_model(model, earlier.tokenizer_folder(run), out / "model", earlier.dtype(run))
     parity["reload"] = safetensors_export.check_reload(out / "model", model, probe)
     run.progress("export")(1, 3)
     if "onnx" in run.spec.export:
@@ -512,12 +510,12 @@ def export(run: Run, out: Path) -> None:
 
 def report(run: Run, out: Path) -> None:
     """Gathers the results: the exported files, the plan, and the report as JSON, page and model card."""
-    spec, info = run.spec, ModelInfo.model_validate(_info(run)["model"])
+    spec, info = run.spec, ModelInfo.model_validate(earlier.info(run)["model"])
     for name in ("model", "onnx"):
         if (run.out("export") / name).exists():
             shutil.copytree(run.out("export") / name, out / name)
     shutil.copy(run.out("plan") / "plan.json", out / "plan.json")
-    small = config_dict(_model(run, "recover"))
+    small = config_dict(earlier.model(run, "recover"))
     parity = {
         name: json.loads(path.read_text())
         for name, path in (
@@ -536,17 +534,17 @@ def report(run: Run, out: Path) -> None:
         after=size_of(small, dimensions(small), DTYPES[info.dtype]),
         speed=[Speed.model_validate(s) for s in json.loads((run.out("export") / "speed.json").read_text())],
         skills=json.loads((run.out("measure") / "skills.json").read_text()),
-        allocation=_allocation(run),
-        cuts=cuts(info.config, _plan(run), options.units),
+        allocation=earlier.allocation(run),
+        cuts=cuts(info.config, earlier.plan(run), options.units),
         parity=parity,
-        curve=[point for stage in ("sparsify", "recover") for point in _curve(run, stage)],
+        curve=[point for stage in ("sparsify", "recover") for point in earlier.curve(run, stage)],
         samples=[Sample.model_validate(s) for s in json.loads((run.out("measure") / "samples.json").read_text())],
         notices=run.notices,
         files=[],
         provenance=Provenance(
             inputs=_inputs(run),
             base_model=_hub_name(info.config),
-            tokenizer_sha256=dataset_sha256(spec.base.path / "tokenizer.json"),
+            tokenizer_sha256=earlier.dataset_sha256(spec.base.path / "tokenizer.json"),
             spec_sha256=hashlib.sha256(spec.model_dump_json(exclude=INPUTS).encode()).hexdigest(),
             seed=spec.seed,
             versions={name: version(name) for name in ("narrow", "torch", "transformers", "tokenizers", "onnx", "onnxruntime")},
@@ -554,9 +552,9 @@ def report(run: Run, out: Path) -> None:
             seconds={
                 path.stem: json.loads(path.read_text())["seconds"] for path in sorted((run.folder / "stages").glob("*.json"))
             },
-            recovery_tokens=next((p.tokens for p in reversed(_curve(run, "recover"))), 0),
-            regularizer_tokens=next((p.tokens for p in reversed(_curve(run, "sparsify"))), 0),
-            correction_tokens=next((p.tokens for p in reversed(_curve(run, "correct"))), 0),
+            recovery_tokens=next((p.tokens for p in reversed(earlier.curve(run, "recover"))), 0),
+            regularizer_tokens=next((p.tokens for p in reversed(earlier.curve(run, "sparsify"))), 0),
+            correction_tokens=next((p.tokens for p in reversed(earlier.curve(run, "correct"))), 0),
         ),
     )
     (out / "model" / "README.md").write_text(render_card(made), encoding="utf-8")
@@ -565,23 +563,11 @@ def report(run: Run, out: Path) -> None:
     (out / "report.html").write_text(render_page(made), encoding="utf-8")
 
 
-# What the stages share: reading what earlier ones wrote, from memory where this process made it.
-
-
-def base(run: Run) -> PreTrainedModel:
-    """What is cut and taught by: the base, with its vocabulary trimmed where the spec says so."""
-    if "base" not in run.models:
-        whole, tokens = untouched(run), _info(run)["tokens"]
-        run.models["base"] = whole if tokens is None else slice_model(whole, whole_plan(config_dict(whole), tokens))
-        run.models.pop("untouched", None)
-    return run.models["base"]
-
-
 def _teacher(run: Run) -> teacher.Live:
     """Who teaches in recovery: the base, also after its correction, or the model that was brought for it."""
     if run.spec.teacher is None:
-        return teacher.Live(base(run) if run.spec.method.recover.correction is None else _model(run, "correct"))
-    info, dtype = _info(run), torch.bfloat16 if inspect_model(run.spec.teacher.path).dtype == "BF16" else torch.float32
+        return teacher.Live(base(run) if run.spec.method.recover.correction is None else earlier.model(run, "correct"))
+    info, dtype = earlier.info(run), torch.bfloat16 if inspect_model(run.spec.teacher.path).dtype == "BF16" else torch.float32
     tokens = info["tokens"] or range(info["model"]["config"]["vocab_size"])
     return teacher.Live(load_model(run.spec.teacher.path, dtype), torch.tensor(tokens))
 
@@ -594,130 +580,15 @@ def _train_base(
     model = slice_model(base(run), whole_plan(config_dict(base(run))))
     curve = train.train(
         model,
-        _training_blocks(run, order),
+        earlier.training_blocks(run, order),
         train.Settings(tokens, options.batch_tokens, optimizer=options.optimizer, learning_rate=rate, schedule=options.schedule),
         phase=phase,
         folder=run.work(phase),
         emit=run.emit,
         check=run.check,
-        validate=_validator(run),
+        validate=earlier.validator(run),
     )
     return model, curve
-
-
-def untouched(run: Run) -> PreTrainedModel:
-    """The base as it was brought. Where `base` is another, only one of them is kept: they take turns, far apart."""
-    if "base" in run.models and _info(run)["tokens"] is None:
-        return run.models["base"]
-    if "untouched" not in run.models:
-        run.models.pop("base", None)
-        run.models["untouched"] = load_model(run.spec.base.path)
-    return run.models["untouched"]
-
-
-def dataset_sha256(path: Path) -> str:
-    if not path.is_file():
-        raise NarrowError("missing_file", f"There is no dataset at {path}.")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _reader(folder: Path, config: dict[str, Any]) -> _Reader:
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise NarrowError("bad_tokenizer", f"tokenizer.json cannot be read: {str(error)[:200]}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    highest, size = max(tokenizer.get_vocab().values(), default=-1), config["vocab_size"]
-    if highest >= size:
-        raise NarrowError("bad_tokenizer", f"The tokenizer knows token {highest}, but the model has only {size}.")
-    for key in ("bos_token_id", "eos_token_id"):
-        value = config.get(key)
-        value = value[0] if isinstance(value, list) and value else value
-        if isinstance(value, int) and 0 <= value < size:
-            return _Reader(tokenizer, value, size)
-    return _Reader(tokenizer, None, size)
-
-
-def _tokenizer_folder(run: Run) -> Path:
-    """Where the result's tokenizer is."""
-    return run.out("load") / "tokenizer" if _info(run)["tokens"] else run.spec.base.path
-
-
-def _info(run: Run) -> dict[str, Any]:
-    return json.loads((run.out("load") / "info.json").read_text())  # type: ignore[no-any-return]
-
-
-def _scores(run: Run) -> Scores:
-    path = run.out("score") / "scores.safetensors"
-    return load_file(path) if path.exists() else {}  # type: ignore[return-value]
-
-
-def _allocation(run: Run) -> Allocation:
-    return Allocation.model_validate_json((run.out("allocate") / "allocation.json").read_bytes())
-
-
-def _dtype(run: Run) -> torch.dtype:
-    return safetensors_export.DTYPES[_info(run)["model"]["dtype"]]
-
-
-class _Skill(NamedTuple):
-    data: DatasetPath
-    role: Role
-    file: str
-    """Of its tokens in the folder of `load`. Names are the user's and may be anything: files are numbered."""
-
-
-def _skills(run: Run) -> dict[str, _Skill]:
-    """All that is measured, by name, the target first."""
-    found = {run.spec.target_name: _Skill(run.spec.target, "keep", "skill-0")}
-    for number, skill in enumerate(run.spec.skills, 1):
-        found[skill.name] = _Skill(skill, skill.role, f"skill-{number}")
-    return found
-
-
-def _training(run: Run) -> corpus.Documents:
-    return corpus.load(run.out("load"), "training")
-
-
-def _documents(run: Run, skill: str, side: Literal["base", "narrow"] = "narrow") -> corpus.Documents:
-    """What a skill is measured on, in the tokens of the base or of what is made of it."""
-    return corpus.load(run.out("load"), f"{_skills(run)[skill].file}.{side}")
-
-
-def _training_blocks(run: Run, order: int) -> corpus.Blocks:
-    """The target's training text; each user of it goes through it in an order of its own."""
-    return corpus.Blocks(_training(run).tokens, run.spec.block_tokens, run.spec.seed + order)
-
-
-def _recovery_blocks(run: Run) -> tuple[corpus.Blocks | corpus.Mixture, int]:
-    """What recovery reads, mixed with broad text where a curriculum asks for it, and how many blocks of it.
-
-    What a teacher said to a block can be read again if the block comes again.
-    """
-    spec, options = run.spec, run.spec.method.recover
-
-    def blocks(documents: corpus.Documents) -> corpus.Blocks:
-        return corpus.Blocks(documents.tokens, spec.block_tokens, spec.seed + 2, again=options.cache is not None)
-
-    narrow = blocks(_training(run))
-    rows, steps = train.shape(train.settings_of(run.spec.method), narrow)
-    asked = options.curriculum
-    if asked is None:
-        return narrow, rows * steps
-    broad = blocks(corpus.load(run.out("load"), "broad"))
-    return corpus.Mixture(narrow, broad, asked.start, asked.end, asked.until * rows * steps), rows * steps
-
-
-def _calibration(run: Run) -> corpus.Blocks:
-    return _training_blocks(run, 0)
-
-
-def _probe(run: Run, number: int = 0) -> torch.Tensor:
-    """Tokens that two forms of a model are compared on, [2, up to 64]; each number has others."""
-    blocks = _calibration(run)
-    return blocks.batch(2 * number, 2)[:, : min(64, blocks.length)].to(device())
 
 
 def _despite_ties(run: Run, phase: str, parity: Parity, bound: float, again: Callable[[torch.Tensor], Parity]) -> Parity:
@@ -736,68 +607,27 @@ def _despite_ties(run: Run, phase: str, parity: Parity, bound: float, again: Cal
             "two experts are nearly tied: they are compared on others.",
             {"code": "near_tie"},
         )
-        parity = again(_probe(run, number))
+        parity = again(earlier.probe(run, number))
     return parity
-
-
-def _validator(run: Run) -> Callable[[PreTrainedModel], float]:
-    length = run.spec.block_tokens
-    held_out, of_base = (_documents(run, run.spec.target_name, side) for side in ("narrow", "base"))
-    documents = corpus.sample(held_out, VALIDATION_TOKENS, length, run.spec.seed)
-    per_base_token = (held_out.lengths - 1).sum() / (of_base.lengths - 1).sum()
-    return lambda model: float(per_base_token * skills.loss_of(model.eval(), documents, length))
-
-
-def _plan(run: Run) -> Plan:
-    """The plan as it applies to `base`, whose vocabulary is trimmed already."""
-    found = Plan.read(run.out("plan") / "plan.json")
-    return found.model_copy(update={"tokens": list(range(len(found.tokens)))})
-
-
-def _source(run: Run) -> PreTrainedModel:
-    """What is sliced: the base, or what group lasso made of it."""
-    return base(run) if run.spec.method.regularizer is None else _model(run, "sparsify")
-
-
-def _model(run: Run, stage: str) -> PreTrainedModel:
-    """The model that a stage made; a model's shape is the base's up to `plan` and the plan's from then on."""
-    if stage not in run.models:
-        run.models[stage] = _copy(run, stage)
-    return run.models[stage]
-
-
-def _copy(run: Run, stage: str) -> PreTrainedModel:
-    model = slice_model(base(run), whole_plan(config_dict(base(run))) if stage in ("sparsify", "correct") else _plan(run))
-    model.load_state_dict(load_file(run.out(stage) / "weights.safetensors"), strict=False)
-    model.tie_weights()
-    return model
-
-
-def _save_weights(model: PreTrainedModel, out: Path) -> None:
-    save_file(
-        {name: value.detach().cpu().contiguous() for name, value in model.named_parameters()},
-        out / "weights.safetensors",
-    )
-
-
-def _curve(run: Run, stage: str) -> list[CurvePoint]:
-    path = run.out(stage) / "curve.json"
-    return [CurvePoint.model_validate(point) for point in json.loads(path.read_text())] if path.exists() else []
 
 
 def _samples(run: Run) -> list[Sample]:
     """The beginning of held-out text, continued greedily by both models."""
-    info = _info(run)
-    readers = [_reader(run.spec.base.path, info["model"]["config"])]
-    readers.append(readers[0] if info["tokens"] is None else _reader(_tokenizer_folder(run), config_dict(base(run))))
+    info = earlier.info(run)
+    readers = [earlier.reader(run.spec.base.path, info["model"]["config"])]
+    readers.append(
+        readers[0] if info["tokens"] is None else earlier.reader(earlier.tokenizer_folder(run), config_dict(base(run)))
+    )
     old = np.array(info["tokens"] or range(readers[0].size))
-    documents, start = _documents(run, run.spec.target_name), readers[1].start
+    documents, start = earlier.documents(run, run.spec.target_name), readers[1].start
     found = []
     # What was measured are stretches; those that begin where their document does read best.
     for index in sorted(range(len(documents)), key=lambda i: documents[i][0] != start)[:SAMPLES]:
         prompt = documents[index][:PROMPT_TOKENS].astype("int64")
         texts = []
-        for model, reader, numbers in zip((untouched(run), _model(run, "recover")), readers, (old[prompt], prompt), strict=True):
+        for model, reader, numbers in zip(
+            (untouched(run), earlier.model(run, "recover")), readers, (old[prompt], prompt), strict=True
+        ):
             run.check()
             ids = torch.from_numpy(numbers)[None].to(model.device)
             texts.append(reader.tokenizer.decode(greedy(model, ids, SAMPLE_TOKENS)))
@@ -814,13 +644,13 @@ def _file(path: Path, root: Path) -> File:
 def _inputs(run: Run) -> list[Input]:
     """The base first; of files that a run reads, the bytes are those that its stages were keyed by."""
     spec = run.spec
-    found = [Input(part="base", name=spec.base.path.name, sha256=_info(run)["model"]["sha256"])]
+    found = [Input(part="base", name=spec.base.path.name, sha256=earlier.info(run)["model"]["sha256"])]
     if spec.teacher:
         found.append(Input(part="teacher", name=spec.teacher.path.name, sha256=inspect_model(spec.teacher.path).sha256))
     data = [("target", None, spec.target), *(("skill", skill.name, skill) for skill in spec.skills)]
     data += [("broad", None, spec.broad)] if spec.broad else []
     return found + [
-        Input(part=part, name=item.path.name, sha256=dataset_sha256(item.path), skill=skill, column=item.column)
+        Input(part=part, name=item.path.name, sha256=earlier.dataset_sha256(item.path), skill=skill, column=item.column)
         for part, skill, item in data
     ]
 

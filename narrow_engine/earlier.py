@@ -1,0 +1,206 @@
+"""What earlier stages of a run wrote, for those that come after: texts, numbers, plans and models.
+
+Models are kept in memory where this process made them, and read from their stage's folder where another one did.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel
+
+from narrow_engine import corpus, train
+from narrow_engine import skills as measuring
+from narrow_engine.errors import NarrowError
+from narrow_engine.export import safetensors as safetensors_export
+from narrow_engine.models import config_dict, device, load_model
+from narrow_engine.plan import Plan, Scores, whole_plan
+from narrow_engine.report.model import Allocation, CurvePoint
+from narrow_engine.run import Run
+from narrow_engine.slice import slice_model
+from narrow_engine.spec import DatasetPath, Role
+
+VALIDATION_TOKENS = 8192
+"""Held-out tokens that the curve is drawn from; the table of skills uses all of them."""
+
+
+def dataset_sha256(path: Path) -> str:
+    if not path.is_file():
+        raise NarrowError("missing_file", f"There is no dataset at {path}.")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Reader(NamedTuple):
+    """A tokenizer, the token that opens a document (BOS, else EOS, else none), and the size of the model's vocabulary."""
+
+    tokenizer: Tokenizer
+    start: int | None
+    size: int
+
+
+def reader(folder: Path, config: dict[str, Any]) -> Reader:
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise NarrowError("bad_tokenizer", f"tokenizer.json cannot be read: {str(error)[:200]}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    highest, size = max(tokenizer.get_vocab().values(), default=-1), config["vocab_size"]
+    if highest >= size:
+        raise NarrowError("bad_tokenizer", f"The tokenizer knows token {highest}, but the model has only {size}.")
+    for key in ("bos_token_id", "eos_token_id"):
+        value = config.get(key)
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, int) and 0 <= value < size:
+            return Reader(tokenizer, value, size)
+    return Reader(tokenizer, None, size)
+
+
+def info(run: Run) -> dict[str, Any]:
+    return json.loads((run.out("load") / "info.json").read_text())  # type: ignore[no-any-return]
+
+
+def tokenizer_folder(run: Run) -> Path:
+    """Where the result's tokenizer is."""
+    return run.out("load") / "tokenizer" if info(run)["tokens"] else run.spec.base.path
+
+
+def dtype(run: Run) -> torch.dtype:
+    return safetensors_export.DTYPES[info(run)["model"]["dtype"]]
+
+
+class Skill(NamedTuple):
+    data: DatasetPath
+    role: Role
+    file: str
+    """Of its tokens in the folder of `load`. Names are the user's and may be anything: files are numbered."""
+
+
+def skills(run: Run) -> dict[str, Skill]:
+    """All that is measured, by name, the target first."""
+    found = {run.spec.target_name: Skill(run.spec.target, "keep", "skill-0")}
+    for number, skill in enumerate(run.spec.skills, 1):
+        found[skill.name] = Skill(skill, skill.role, f"skill-{number}")
+    return found
+
+
+def documents(run: Run, skill: str, side: Literal["base", "narrow"] = "narrow") -> corpus.Documents:
+    """What a skill is measured on, in the tokens of the base or of what is made of it."""
+    return corpus.load(run.out("load"), f"{skills(run)[skill].file}.{side}")
+
+
+def training(run: Run) -> corpus.Documents:
+    return corpus.load(run.out("load"), "training")
+
+
+def training_blocks(run: Run, order: int) -> corpus.Blocks:
+    """The target's training text; each user of it goes through it in an order of its own."""
+    return corpus.Blocks(training(run).tokens, run.spec.block_tokens, run.spec.seed + order)
+
+
+def recovery_blocks(run: Run) -> tuple[corpus.Blocks | corpus.Mixture, int]:
+    """What recovery reads, mixed with broad text where a curriculum asks for it, and how many blocks of it.
+
+    What a teacher said to a block can be read again if the block comes again.
+    """
+    spec, options = run.spec, run.spec.method.recover
+
+    def blocks(documents: corpus.Documents) -> corpus.Blocks:
+        return corpus.Blocks(documents.tokens, spec.block_tokens, spec.seed + 2, again=options.cache is not None)
+
+    narrow = blocks(training(run))
+    rows, steps = train.shape(train.settings_of(run.spec.method), narrow)
+    asked = options.curriculum
+    if asked is None:
+        return narrow, rows * steps
+    broad = blocks(corpus.load(run.out("load"), "broad"))
+    return corpus.Mixture(narrow, broad, asked.start, asked.end, asked.until * rows * steps), rows * steps
+
+
+def calibration(run: Run) -> corpus.Blocks:
+    return training_blocks(run, 0)
+
+
+def probe(run: Run, number: int = 0) -> torch.Tensor:
+    """Tokens that two forms of a model are compared on, [2, up to 64]; each number has others."""
+    blocks = calibration(run)
+    return blocks.batch(2 * number, 2)[:, : min(64, blocks.length)].to(device())
+
+
+def validator(run: Run) -> Callable[[PreTrainedModel], float]:
+    length = run.spec.block_tokens
+    held_out, of_base = (documents(run, run.spec.target_name, side) for side in ("narrow", "base"))
+    judged = corpus.sample(held_out, VALIDATION_TOKENS, length, run.spec.seed)
+    per_base_token = (held_out.lengths - 1).sum() / (of_base.lengths - 1).sum()
+    return lambda model: float(per_base_token * measuring.loss_of(model.eval(), judged, length))
+
+
+def scores(run: Run) -> Scores:
+    path = run.out("score") / "scores.safetensors"
+    return load_file(path) if path.exists() else {}  # type: ignore[return-value]
+
+
+def allocation(run: Run) -> Allocation:
+    return Allocation.model_validate_json((run.out("allocate") / "allocation.json").read_bytes())
+
+
+def plan(run: Run) -> Plan:
+    """The plan as it applies to `base`, whose vocabulary is trimmed already."""
+    found = Plan.read(run.out("plan") / "plan.json")
+    return found.model_copy(update={"tokens": list(range(len(found.tokens)))})
+
+
+def base(run: Run) -> PreTrainedModel:
+    """What is cut and taught by: the base, with its vocabulary trimmed where the spec says so."""
+    if "base" not in run.models:
+        whole, tokens = untouched(run), info(run)["tokens"]
+        run.models["base"] = whole if tokens is None else slice_model(whole, whole_plan(config_dict(whole), tokens))
+        run.models.pop("untouched", None)
+    return run.models["base"]
+
+
+def untouched(run: Run) -> PreTrainedModel:
+    """The base as it was brought. Where `base` is another, only one of them is kept: they take turns, far apart."""
+    if "base" in run.models and info(run)["tokens"] is None:
+        return run.models["base"]
+    if "untouched" not in run.models:
+        run.models.pop("base", None)
+        run.models["untouched"] = load_model(run.spec.base.path)
+    return run.models["untouched"]
+
+
+def source(run: Run) -> PreTrainedModel:
+    """What is sliced: the base, or what group lasso made of it."""
+    return base(run) if run.spec.method.regularizer is None else model(run, "sparsify")
+
+
+def model(run: Run, stage: str) -> PreTrainedModel:
+    """The model that a stage made; a model's shape is the base's up to `plan` and the plan's from then on."""
+    if stage not in run.models:
+        run.models[stage] = copy(run, stage)
+    return run.models[stage]
+
+
+def copy(run: Run, stage: str) -> PreTrainedModel:
+    model = slice_model(base(run), whole_plan(config_dict(base(run))) if stage in ("sparsify", "correct") else plan(run))
+    model.load_state_dict(load_file(run.out(stage) / "weights.safetensors"), strict=False)
+    model.tie_weights()
+    return model
+
+
+def save_weights(model: PreTrainedModel, out: Path) -> None:
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in model.named_parameters()},
+        out / "weights.safetensors",
+    )
+
+
+def curve(run: Run, stage: str) -> list[CurvePoint]:
+    path = run.out(stage) / "curve.json"
+    return [CurvePoint.model_validate(point) for point in json.loads(path.read_text())] if path.exists() else []
