@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,8 @@ def run(spec: Path, out: Path, quiet: bool, shared: Path | None) -> None:
     except NarrowError as error:
         from narrow_engine.run import write_json
 
-        write_json(failure, {"code": error.code, "message": str(error)})
+        with suppress(OSError):
+            write_json(failure, {"code": error.code, "message": str(error)})
         click.echo(f"narrow run: {error}", err=True)
         sys.exit(1)
 
@@ -85,6 +86,8 @@ def reproduce(report: Path, inputs: tuple[Path, ...], out: Path) -> None:
     with _told("reproduce"):
         then = read_report(report)
         spec = again.spec_of(then, inputs)
+        if (out / "result").exists():
+            raise NarrowError("would_overwrite", f"{out} holds the results of a run already: take another folder.")
         out.mkdir(parents=True, exist_ok=True)
         with _lock(out / "lock"):
             _run(spec, out, False, None)
@@ -105,6 +108,8 @@ def compare(a: Path, b: Path, html: Path | None, as_json: bool) -> None:
 
     with _told("compare"):
         found = reports.compare(reports.read_report(a), reports.read_report(b), _names(a, b))
+        if html and html.exists() and any(html.samefile(reports.report_file(place)) for place in (a, b)):
+            raise NarrowError("would_overwrite", f"{html} is one of the reports: write the page somewhere else.")
         if html:
             html.write_text(reports.render_comparison(found), encoding="utf-8")
     click.echo(found.model_dump_json(indent=2) if as_json else "\n".join(reports.lines(found)))
@@ -119,7 +124,7 @@ def _told(command: str) -> Iterator[None]:
         click.echo(str(error), err=True)
         sys.exit(130)
     except (NarrowError, OSError) as error:
-        click.echo(f"narrow {command}: {error}", err=True)
+        click.echo("".join(c for c in f"narrow {command}: {error}" if c.isprintable()), err=True)
         sys.exit(1)
 
 
@@ -128,8 +133,8 @@ def _names(a: Path, b: Path) -> tuple[str, str]:
     one, other = (place.resolve().parts for place in (a, b))
     for end in range(1, min(len(one), len(other)) + 1):
         if one[-end] != other[-end]:
-            return one[-end], other[-end]
-    return str(a), str(b)
+            return clear(one[-end]), clear(other[-end])
+    return clear(a), clear(b)
 
 
 def read_spec(path: Path) -> CompressionSpec:
@@ -185,13 +190,15 @@ def _run(spec: CompressionSpec, out: Path, quiet: bool, shared: Path | None) -> 
     except Cancelled:
         raise
     except NarrowError as error:
-        sink("failed", "", str(error), {"code": error.code})
+        with suppress(OSError):  # a full disk has no room to be told on
+            sink("failed", "", str(error), {"code": error.code})
         raise
     except Exception as error:
         told = _known(error)
         if told is None:
             raise
-        sink("failed", "", str(told), {"code": told.code})
+        with suppress(OSError):
+            sink("failed", "", str(told), {"code": told.code})
         raise told from error
     if not quiet:
         from narrow_engine.report.model import Report

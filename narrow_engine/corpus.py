@@ -257,6 +257,7 @@ class Mixture:
 
     def __init__(self, narrow: Blocks, broad: Blocks, start: float, end: float, until: float) -> None:
         self.narrow, self.broad, self.length = narrow, broad, narrow.length
+        self.count = narrow.count + broad.count
         self.start, self.end, self.until = start, end, until
 
     def broad_before(self, index: int) -> int:

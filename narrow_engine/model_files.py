@@ -145,11 +145,13 @@ def check_teacher(base: Path, teacher: Path, trimmed: bool, block_tokens: int) -
     (other_tokenizer, block_too_long) and those of `read_json`.
     """
     files = [folder / "tokenizer.json" for folder in (base, teacher)]
-    of_base, of_teacher = (_tokenizer_parts(file, file.stat().st_mtime_ns if file.is_file() else 0) for file in files)
+    (of_base, tokens), (of_teacher, _) = (
+        _tokenizer_parts(file, file.stat().st_mtime_ns if file.is_file() else 0) for file in files
+    )
     apart = next((part for part in TOKENIZER_PARTS if of_base[part] != of_teacher[part]), None)
     configs = [read_json(folder / "config.json") for folder in (base, teacher)]
     rows, length = configs[1]["vocab_size"], dimensions(configs[1]).context
-    if apart or (rows < configs[0]["vocab_size"] and not trimmed):
+    if apart or rows < (tokens if trimmed else configs[0]["vocab_size"]):
         what = f"{apart!r} of tokenizer.json" if apart else f"the size of the vocabulary ({rows:,}, the base has more)"
         raise NarrowError(
             "other_tokenizer",
@@ -161,18 +163,24 @@ def check_teacher(base: Path, teacher: Path, trimmed: bool, block_tokens: int) -
 
 
 @lru_cache(maxsize=8)
-def _tokenizer_parts(path: Path, changed: int) -> dict[str, str]:
-    """A digest of each of TOKENIZER_PARTS. They are large, and a sweep asks for each of its points."""
+def _tokenizer_parts(path: Path, changed: int) -> tuple[dict[str, str], int]:
+    """A digest of each of TOKENIZER_PARTS, and how many tokens there are. The parts are large, and a sweep asks for each of its
+    points."""
     tokenizer = read_json(path)
     parts = {part: tokenizer.get(part) if isinstance(tokenizer, dict) else None for part in TOKENIZER_PARTS}
+    ids: list[Any] = [-1]
     if isinstance(parts["added_tokens"], list):
+        ids += [t.get("id") for t in parts["added_tokens"] if isinstance(t, dict)]
         parts["added_tokens"] = [[t.get("id"), t.get("content")] for t in parts["added_tokens"] if isinstance(t, dict)]
     if isinstance(parts["model"], dict):
         kind, vocabulary, merges = (parts["model"].get(key) for key in ("type", "vocab", "merges"))
         # A merge is written as a text or as a pair, by the version that saved it.
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in (merges if isinstance(merges, list) else [])]
         parts["model"] = [kind, vocabulary, pairs]
-    return {part: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for part, value in parts.items()}
+        ids += list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+        ids += range(len(vocabulary)) if isinstance(vocabulary, list) else []
+    digests = {part: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for part, value in parts.items()}
+    return digests, 1 + max(number for number in ids if isinstance(number, int))
 
 
 def _nested(value: Any) -> bool:

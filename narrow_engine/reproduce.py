@@ -8,11 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from narrow_engine.earlier import dataset_sha256
 from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import inspect_model
 from narrow_engine.report.model import Input, Report
-from narrow_engine.spec import CompressionSpec
+from narrow_engine.spec import INPUTS, CompressionSpec, clear, sentence, wording
 
 SAME = "The same model, byte for byte."
 
@@ -20,34 +22,62 @@ SAME = "The same model, byte for byte."
 def spec_of(report: Report, places: Iterable[Path]) -> CompressionSpec:
     """The spec of a report's run, with its inputs found among `places`: model folders, files, and folders of either.
 
-    Raises NarrowError (missing_input) naming what is not there.
+    Raises NarrowError (missing_input, bad_report) naming what is not there.
     """
-    known: dict[str, Path] = {}
-    for place in places:
-        for path in [place, *sorted(place.iterdir())] if place.is_dir() else [place]:
-            if path.is_file():
-                known.setdefault(dataset_sha256(path), path)
-            elif (path / "config.json").is_file():
-                known.setdefault(inspect_model(path).sha256, path)
-
-    def found(item: Input) -> dict[str, Any]:
-        if item.sha256 not in known:
-            kind = "model folder" if item.part in ("base", "teacher") else "file"
+    models, files = _by_bytes(list(places))
+    skills = [item.skill for item in report.provenance.inputs if item.part == "skill"]
+    single = [item.part for item in report.provenance.inputs if item.part != "skill"]
+    if not {"base", "target"} <= set(single) or len(set(single)) < len(single) or {report.target, *skills} != set(report.skills):
+        raise NarrowError("bad_report", "The report's inputs are not those of its run: was it edited?")
+    # What an edited spec says of places is not looked at.
+    spec: dict[str, Any] = {key: value for key, value in report.spec.items() if key not in INPUTS} | {"skills": []}
+    for item in report.provenance.inputs:
+        found = {"path": models.get(item.sha256)} if item.part in ("base", "teacher") else _dataset(item, files)
+        if found["path"] is None:
             raise NarrowError(
                 "missing_input",
-                f"The {item.part} of this report, the {kind} {item.name!r} with the SHA-256 {item.sha256[:16]}…, is not among "
-                "what was given: say where it is.",
+                f"The {item.part} of this report, {item.name!r} with the SHA-256 {item.sha256[:16]}…, is not among what was "
+                "given: say where it is.",
             )
-        return {"path": known[item.sha256], **({"column": item.column} if item.column else {})}
-
-    spec: dict[str, Any] = {**report.spec, "skills": []}
-    for item in report.provenance.inputs:
-        if item.part == "skill":
-            assert item.skill is not None
-            spec["skills"].append({**found(item), "name": item.skill, "role": report.skills[item.skill].role})
+        if item.skill is not None:
+            spec["skills"].append({**found, "name": item.skill, "role": report.skills[item.skill].role})
         else:
-            spec[item.part] = found(item)
-    return CompressionSpec.model_validate(spec)
+            spec[item.part] = found
+    try:
+        return CompressionSpec.model_validate(spec)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        told = sentence(".".join(map(clear, first["loc"])), wording(first))
+        raise NarrowError("bad_report", f"The report's spec: {told}") from error
+
+
+def _by_bytes(places: list[Path]) -> tuple[dict[str, Path], dict[str, list[Path]]]:
+    """Models and files by their digests: those that are named, and those that lie in a folder that is named."""
+    models: dict[str, Path] = {}
+    files: dict[str, list[Path]] = {}
+    for place in places:
+        inside = [] if place.is_file() or (place / "config.json").is_file() else sorted(place.iterdir())
+        for path in inside or [place]:
+            if path.is_file():
+                files.setdefault(dataset_sha256(path), []).append(path)
+            elif (path / "config.json").is_file():
+                try:
+                    models.setdefault(inspect_model(path).sha256, path)
+                except NarrowError as error:
+                    if path in places:
+                        raise NarrowError(error.code, f"{path}: {error}") from error
+    return models, files
+
+
+def _dataset(item: Input, files: dict[str, list[Path]]) -> dict[str, Any]:
+    """The file of an input, whose name's ending says how it is read."""
+    same = files.get(item.sha256, [])
+    zipped = ".gz" if item.name.endswith(".gz") else ""
+    ending = Path(item.name.removesuffix(zipped)).suffix + zipped
+    fitting = [path for path in same if path.name == item.name] + [path for path in same if path.name.endswith(ending)]
+    if same and not fitting:
+        raise NarrowError("missing_input", f"{same[0]} has the bytes of {item.name!r}: give it the ending {ending!r} as well.")
+    return {"path": fitting[0] if fitting else None, **({"column": item.column} if item.column else {})}
 
 
 def differences(then: Report, now: Report) -> list[str]:

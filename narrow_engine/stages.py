@@ -68,6 +68,9 @@ def load(run: Run, out: Path) -> None:
     if "token" in spec.method.units:
         tokens = _trim(run, model, reader, list(needed.values()), room["token"])
         solve(info.config, spec, DTYPES[info.dtype], len(tokens) if tokens else reader.size)
+        if spec.teacher and not tokens:
+            # It could not be trimmed after all, and has all its rows.
+            check_teacher(spec.base.path, spec.teacher.path, False, spec.block_tokens)
     if tokens:
         vocabulary.write_files(spec.base.path, out / "tokenizer", tokens)
         changes = {**vocabulary.renumber_config(info.config, tokens), "vocab_size": len(tokens)}
@@ -97,7 +100,10 @@ def load(run: Run, out: Path) -> None:
     if spec.broad:
         broad = reading(spec.broad, _tokenize(run, spec.broad, reader)).narrow
         broad = _without(run, broad, np.concatenate(measured))
-        corpus.Blocks(broad.tokens, spec.block_tokens, spec.seed)
+        try:
+            corpus.Blocks(broad.tokens, spec.block_tokens, spec.seed)
+        except NarrowError as error:
+            raise NarrowError(error.code, f"The broad text is too short. {error}") from error
         corpus.save(broad, out, "broad")
     write_json(out / "info.json", {"model": info.model_dump(), "tokens": tokens})
     run.models["untouched" if tokens else "base"] = model
@@ -331,6 +337,15 @@ def correct(run: Run, out: Path) -> None:
     options = run.spec.method.recover
     assert options.correction is not None
     model, curve = _train_base(run, "correct", 3, options.correction.tokens, options.correction.learning_rate)
+    first, last = curve[0].validation, curve[-1].validation
+    if first is not None and last is not None and not last <= first:
+        run.emit(
+            "notice",
+            "correct",
+            f"The base's training made it worse on held-out text ({first:.3f} to {last:.3f} nats), and so it teaches: lower "
+            "the learning rate, bring more text or leave the correction out.",
+            {"code": "correction_harmed"},
+        )
     run.models["correct"] = model
     earlier.save_weights(model, out)
     write_json(out / "curve.json", [point.model_dump() for point in curve])
@@ -365,7 +380,7 @@ def recover(run: Run, out: Path) -> None:
             )
         told: teacher.Teacher | None = None
         if options.cache:
-            told = teacher.Cached(run.out("teach"), blocks, count, device())
+            told = teacher.Cached(run.out("teach"), blocks, device())
         elif taught(run.spec.method):
             told = _teacher(run)
         with ExitStack() as stack:

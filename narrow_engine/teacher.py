@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ from narrow_engine.run import write_json
 PASS_TOKENS = 4096
 """Tokens of one pass of the teacher, at least a block: the weights of one that is not in memory are read once for so many."""
 SAVE_SECONDS = 30.0
+DONE = "done.json"
+"""Where a run notes how many entries are written."""
 
 
 class Teacher(Protocol):
@@ -62,32 +64,12 @@ class Live:
             return hidden_states(self.model, own).flatten(0, 1).to(low), self.head
 
 
-class Slots(NamedTuple):
-    """Which of a cache's entries a block has: those that come again are there once."""
-
-    entry: dict[int, int]
-    """By the block's place in the text."""
-    first: list[int]
-    """Of each entry, the number of the first block that has it."""
-
-
-def slots(blocks: Blocks | Mixture, count: int) -> Slots:
-    """Of the first `count` blocks, which must come `again` in later epochs as they were in the first."""
-    entry: dict[int, int] = {}
-    first: list[int] = []
-    for index in range(count):
-        place = blocks.place(index)
-        if place not in entry:
-            entry[place] = len(first)
-            first.append(index)
-    return Slots(entry, first)
-
-
 class Cached:
     """What `write` wrote of a teacher, for the same blocks."""
 
-    def __init__(self, folder: Path, blocks: Blocks | Mixture, count: int, device: torch.device) -> None:
-        self.blocks, self.entry, self.bytes = blocks, slots(blocks, count).entry, 0
+    def __init__(self, folder: Path, blocks: Blocks | Mixture, device: torch.device) -> None:
+        self.blocks, self.bytes = blocks, 0
+        self.entry = {place: entry for entry, place in enumerate(np.load(folder / "places.npy").tolist())}
         meta = json.loads((folder / "meta.json").read_text())
         self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in meta["arrays"]}
         self.device, self.low = device, training_dtype(device)
@@ -117,12 +99,14 @@ def write(
     temperature: float,
     progress: Callable[[int, int], None],
 ) -> int:
-    """Fills `folder` with what a teacher says to the first `count` blocks, and returns its bytes.
+    """Fills `folder` with what a teacher says to the first `count` blocks, and returns its bytes. Blocks that come again, as they
+    must in later epochs, are there once.
 
     Its hidden states, or, if `top` says how many, its likeliest tokens at a temperature. It grows in `work`, where a run that
     was killed finds what it has.
     """
-    first, length = slots(blocks, count).first, blocks.length
+    places, first = _distinct(blocks, count, progress)
+    length = blocks.length
     arrays: dict[str, tuple[int, Any]] = {"states": (teacher.head.weight.shape[1], np.uint16)}
     if top is not None:
         top = min(top, len(teacher.head.weight))
@@ -140,11 +124,14 @@ def write(
             saved = time.monotonic()
     _flush(work, open_arrays, len(first))
     progress(len(first), len(first))
-    for name in shapes:
-        (work / f"{name}.npy").rename(folder / f"{name}.npy")
     if top is None:
         save_file({"weight": teacher.head.weight.detach().cpu().contiguous()}, folder / "head.safetensors")
+    np.save(folder / "places.npy", np.array(places, np.int64))
     write_json(folder / "meta.json", {"arrays": list(shapes), "softcap": teacher.head.softcap})
+    # From here on there is nothing to go on from: a run that is killed now begins anew.
+    (work / DONE).unlink()
+    for name in shapes:
+        (work / f"{name}.npy").rename(folder / f"{name}.npy")
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
@@ -157,14 +144,32 @@ def _said(teacher: Live, ids: Tensor, top: int | None, temperature: float) -> di
     return {"tokens": found.tokens.to(torch.uint32), "log_probability": found.log_probability.half()}
 
 
+def _distinct(blocks: Blocks | Mixture, count: int, progress: Callable[[int, int], None]) -> tuple[list[int], list[int]]:
+    """The places in the text that the first `count` blocks come from, and the number of the first block from each."""
+    seen: dict[int, int] = {}
+    for index in range(count):
+        if index % 4096 == 0:
+            progress(0, count)
+        seen.setdefault(blocks.place(index), index)
+        if len(seen) == blocks.count:
+            break
+    return list(seen), list(seen.values())
+
+
 def _resume(work: Path, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> tuple[int, dict[str, NDArray[Any]]]:
     """Entries that are written already, and the open files."""
-    files = [work / "done.json", *(work / f"{name}.npy" for name in shapes)]
-    done: int = json.loads(files[0].read_text()) if all(file.exists() for file in files) else 0
-    return done, {
-        name: np.lib.format.open_memmap(work / f"{name}.npy", mode="r+" if done else "w+", dtype=dtype, shape=shape)
-        for name, (shape, dtype) in shapes.items()
-    }
+    files = {name: work / f"{name}.npy" for name in shapes}
+    known = all(file.exists() for file in (work / DONE, *files.values()))
+    done: int = json.loads((work / DONE).read_text()) if known else 0
+    if not known:
+        (work / DONE).unlink(missing_ok=True)
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, (shape, dtype) in shapes.items():
+        arrays[name] = np.lib.format.open_memmap(files[name], mode="r+" if known else "w+", dtype=dtype, shape=shape)
+        # A mapped file has holes, and a disk that is full when one is filled kills the process: now it is only an error.
+        with files[name].open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, files[name].stat().st_size)
+    return done, arrays
 
 
 def _flush(work: Path, arrays: dict[str, NDArray[Any]], done: int) -> None:
@@ -173,4 +178,4 @@ def _flush(work: Path, arrays: dict[str, NDArray[Any]], done: int) -> None:
         array.flush()
         with (work / f"{name}.npy").open("rb") as file:
             os.fsync(file.fileno())
-    write_json(work / "done.json", done)
+    write_json(work / DONE, done)

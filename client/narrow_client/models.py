@@ -1419,7 +1419,7 @@ class Job(BaseModel):
         Field(title="Status"),
     ]
     phase: Annotated[
-        Literal["", "load", "measure_base", "score", "allocate", "sparsify", "plan", "slice", "reconstruct", "recover", "measure", "export", "report"],
+        Literal["", "load", "measure_base", "score", "allocate", "sparsify", "plan", "slice", "reconstruct", "correct", "teach", "recover", "controls", "measure", "export", "report"],
         Field(title="Phase"),
     ]
     progress: Progress | None = None

@@ -1,5 +1,6 @@
 """Two reports side by side: what differs in what was asked for, in what came out, and whether that can be told from noise."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from pydantic import BaseModel, Field, ValidationError
 from narrow_engine.errors import NarrowError
 from narrow_engine.report.model import Interval, Report
 from narrow_engine.report.page import template
-from narrow_engine.spec import Role
+from narrow_engine.spec import Role, clear
 
+LIMIT = 1e300
 SIZES = ("parameters", "bytes", "flops_per_token", "layers", "hidden", "experts", "width", "heads", "kv_heads", "vocabulary")
 Value = str | float | int | bool | None
 
@@ -54,16 +56,33 @@ class Comparison(BaseModel):
 
 def read_report(path: Path) -> Report:
     """A report.json, or that of a folder that a run or a download has filled. Raises NarrowError (missing_file, bad_report)."""
+    file = report_file(path)
+    try:
+        json.loads(file.read_bytes(), parse_float=_finite, parse_int=_finite, parse_constant=_finite)
+        return Report.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(clear, first["loc"])) or "its text"
+        why = f"{where}: {first['msg'][:200]}"
+    except (ValueError, RecursionError) as error:
+        why = str(error)[:200]
+    raise NarrowError("bad_report", f"{file} is not a report of this version of Narrow: {why}.")
+
+
+def report_file(path: Path) -> Path:
+    """Where a report is. Raises NarrowError (missing_file)."""
     places = [path] if path.is_file() else [path / "report.json", path / "result" / "report.json"]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         raise NarrowError("missing_file", f"There is no report.json at {path}.")
-    try:
-        return Report.model_validate_json(file.read_bytes())
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "its text"
-        raise NarrowError("bad_report", f"{file} is not a report of this version of Narrow: {where}: {first['msg']}.") from error
+    return file
+
+
+def _finite(text: str) -> float:
+    """A number as it is read, which no figure of a run exceeds."""
+    if not abs(float(text)) < LIMIT:
+        raise ValueError(f"the number {text[:20]}")
+    return float(text)
 
 
 def compare(a: Report, b: Report, names: tuple[str, str]) -> Comparison:
@@ -71,7 +90,7 @@ def compare(a: Report, b: Report, names: tuple[str, str]) -> Comparison:
     before, after = dict(_flat(a.spec)), dict(_flat(b.spec))
     keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
     sizes = [SizeRow(name=name, a=getattr(a.after, name), b=getattr(b.after, name)) for name in SIZES]
-    speeds = [{s.runtime: s.decode_narrow / s.decode_base for s in report.speed} for report in (a, b)]
+    speeds = [{s.runtime: s.decode_narrow / s.decode_base for s in report.speed if s.decode_base} for report in (a, b)]
     sizes += [
         SizeRow(name=f"decoding in {runtime}, ÷ the base's", a=speeds[0][runtime], b=speeds[1][runtime])
         for runtime in speeds[0]

@@ -165,8 +165,8 @@ class Provenance(BaseModel):
     correction_tokens: int = Field(0, description="That the teacher was trained on.")
 
     def sha256(self, part: str) -> str:
-        """Of the base, the target, ...; of the first, if there are some."""
-        return next(item.sha256 for item in self.inputs if item.part == part)
+        """Of the base, the target, ...; of the first, if there are some; empty if there is none."""
+        return next((item.sha256 for item in self.inputs if item.part == part), "")
 
 
 class Report(BaseModel):

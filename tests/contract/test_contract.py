@@ -6,12 +6,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
+from narrow_client._render import WORDS
 from tiny import ROOT
 
 from narrow_engine.families import FAMILIES
+from narrow_engine.pipeline import LINE
+from narrow_engine.report.page import STAGES
+from service.api.schemas import Phase
 from service.openapi import document
 
 
@@ -25,6 +30,12 @@ def test_the_clients_models_are_those_of_the_contract(tmp_path):
     spec.loader.exec_module(generate)
     generate.generate(tmp_path / "models.py")
     assert (tmp_path / "models.py").read_text() == (ROOT / "client" / "narrow_client" / "models.py").read_text()
+
+
+def test_a_job_can_be_in_every_stage():
+    assert set(get_args(Phase)) == {"", *(stage.name for stage in LINE)}
+    assert set(WORDS) == {stage.name for stage in LINE}, "and the terminal has words for it"
+    assert set(STAGES) | {"report"} == {stage.name for stage in LINE}, "and the page its place"
 
 
 def test_every_error_is_a_documented_problem():

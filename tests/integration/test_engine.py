@@ -222,6 +222,9 @@ def test_a_report_is_made_again_from_the_same_bytes_and_from_no_other(spec, tmp_
     report = tmp_path / "run" / "result" / "report.json"
     moved = tmp_path / "elsewhere"
     shutil.copytree(tiny_folder, moved / "a model")
+    (moved / "no model").mkdir()
+    (moved / "no model" / "config.json").write_text("{}")
+    shutil.copy(python_file, moved / "a plain text.txt")
     shutil.copy(python_file, moved / "text.jsonl")
 
     def reproduce(*inputs, out="again"):
@@ -230,19 +233,26 @@ def test_a_report_is_made_again_from_the_same_bytes_and_from_no_other(spec, tmp_
         return done.returncode, done.stdout + done.stderr
 
     status, told = reproduce(moved)
-    assert (status, f"the file '{german_file.name}'" in told, "Traceback" in told) == (1, True, False), told
+    assert (status, f"{german_file.name!r} with the SHA-256" in told, "Traceback" in told) == (1, True, False), told
     status, told = reproduce(moved, german_file)
     assert status == 0, told
     assert told.rstrip().endswith("The same model, byte for byte.")
     assert weights(tmp_path / "again") == weights(tmp_path / "run")
+    status, told = reproduce(moved, german_file)
+    assert (status, "holds the results of a run already" in told) == (1, True)
+    edited = json.loads(report.read_text())
+    edited["skills"]["more"] = edited["skills"]["german"]
+    report.write_text(json.dumps(edited))
+    status, told = reproduce(moved, german_file, out="edited")
+    assert (status, "was it edited?" in told) == (1, True), told
     # As it would be on a machine that computes otherwise: what a report says is compared, not what it says of itself.
-    other = json.loads(report.read_text())
+    other = {**edited, "skills": {name: row for name, row in edited["skills"].items() if name != "more"}}
     other["files"] = [{**file, "sha256": "0" * 64} for file in other["files"]]
     other["provenance"]["versions"]["torch"] = "1.0"
     recovered = other["skills"]["python"]["recovered"]
     recovered.update(loss=recovered["loss"] + 9, low=recovered["low"] + 9, high=recovered["high"] + 9)
     report.write_text(json.dumps(other))
-    status, told = reproduce(moved, german_file)
+    status, told = reproduce(moved, german_file, out="other")
     assert status == 1
     assert "outside its interval" in told
     assert "torch is" in told
@@ -426,6 +436,11 @@ def test_a_teacher_that_reads_other_tokens_is_refused(spec, tmp_path, larger):
     same = json.loads(whole)
     same["model"]["merges"] = [" ".join(pair) if isinstance(pair, list) else pair.split(" ") for pair in same["model"]["merges"]]
     file.write_text(json.dumps(same))
+    small = tmp_path / "small"
+    tiny_model("llama", vocab_size=300).save_pretrained(small)
+    shutil.copy(file, small / "tokenizer.json")
+    status, told = finish(start(spec(teacher={"path": str(small)}), tmp_path / "run"))
+    assert (status, "the size of the vocabulary (300, the base has more)" in told) == (1, True), told
     config = larger / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 32}))
     status, told = finish(start(spec(teacher={"path": str(larger)}), tmp_path / "run"))

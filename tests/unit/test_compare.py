@@ -69,6 +69,25 @@ def test_what_is_no_report_is_told(tmp_path):
         reports.read_report(tmp_path)
     done = CliRunner().invoke(command, [str(tmp_path), str(tmp_path)])
     assert (done.exit_code, "Traceback" in done.output) == (1, False)
+    for change in ({"base": {"loss": "1e400"}}, {"base": {"loss": "NaN"}}, {"tokens": "1" * 400}):
+        whole = json.loads(example().model_dump_json())
+        text = json.dumps(whole)
+        for number in json.dumps(change).split('"'):
+            if number[:1].isdigit() or number == "NaN":
+                text = text.replace('"documents": 40', f'"documents": {number}', 1)
+        (tmp_path / "report.json").write_text(text)
+        with pytest.raises(NarrowError, match="is not a report"):
+            reports.read_report(tmp_path)
+    made = example()
+    made.provenance.inputs = []
+    made.speed[0].decode_base = 0
+    assert reports.compare(made, example(), ("a", "b")).warnings == [
+        "They come of different bases: losses are per token of each one's base and may not compare."
+    ]
+    (tmp_path / "report.json").write_text(made.model_dump_json())
+    done = CliRunner().invoke(command, [str(tmp_path), str(tmp_path), "--html", str(tmp_path / "report.json")])
+    assert (done.exit_code, "is one of the reports" in done.output) == (1, True)
+    assert reports.read_report(tmp_path) == made
     (tmp_path / "report.json").unlink()
     with pytest.raises(NarrowError, match=r"There is no report\.json"):
         reports.read_report(tmp_path)

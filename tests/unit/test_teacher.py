@@ -37,7 +37,7 @@ def fill(folder, teacher, read, count, top=None, temperature=1.0, progress=lambd
     for name in ("out", "work"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     size = write(folder / "out", folder / "work", teacher, read, count, top, temperature, progress)
-    return Cached(folder / "out", read, count, torch.device("cpu")), size
+    return Cached(folder / "out", read, torch.device("cpu")), size
 
 
 def trained(folder, teacher, read, settings, model=None, beside=None):
@@ -71,7 +71,7 @@ def test_hidden_states_of_some_epochs_teach_as_the_teacher_does(tmp_path, family
     assert entries < 80, "epochs share what they have in common"
     hidden = teacher.model.config.hidden_size
     head = teacher.head.weight.numel() * 4
-    assert 2 * hidden * LENGTH * entries <= size - head <= 2 * hidden * LENGTH * entries + 2000
+    assert 2 * hidden * LENGTH * entries <= size - head <= 2 * hidden * LENGTH * entries + 3000
     live, _ = trained(tmp_path / "live", teacher, read(), settings(tokens))
     told, _ = trained(tmp_path / "told", cached, read(), settings(tokens))
     for (name, a), (_, b) in zip(live.named_parameters(), told.named_parameters(), strict=True):
@@ -104,7 +104,7 @@ def test_the_likeliest_tokens_tell_more_the_more_they_are(tmp_path, temperature)
     found = []
     for top in (1, 16, 319, 5000):
         cached, size = fill(tmp_path / f"cache{top}", teacher, blocks(), 120, top, temperature)
-        assert size == pytest.approx(len(cached.entry) * LENGTH * (6 * min(top, 320) + 2), abs=1000)
+        assert size == pytest.approx(len(cached.entry) * LENGTH * (6 * min(top, 320) + 2), abs=2000)
         found.append(apart(trained(tmp_path / f"told{top}", cached, blocks(), options)[0]))
     assert found[0] > found[1] + 0.02
     assert found[2] == pytest.approx(live, abs=0.02)
@@ -118,17 +118,47 @@ def test_a_cache_that_was_stopped_goes_on(tmp_path, monkeypatch, top):
     teacher, seen = Live(tiny_model("llama", seed=1)), []
 
     def stop(done, _):
-        seen.append(done)
-        if len(seen) == 4:
+        seen.extend([done] if done else [])
+        if done and len(seen) == 3:
             raise Cancelled
 
     with pytest.raises(Cancelled):
         fill(tmp_path / "broken", teacher, blocks(), 20, top, progress=stop)
     fill(tmp_path / "broken", teacher, blocks(), 20, top, progress=stop)
-    assert seen[4] == seen[3] == 6
+    assert seen[3] == seen[2] == 6
     fill(tmp_path / "whole", teacher, blocks(), 20, top)
+    # Killed while it is handed over, it begins anew: what is noted as written would be zeros.
+    arrays = ["states"] if top is None else ["tokens", "log_probability"]
+    (tmp_path / "torn" / "work").mkdir(parents=True)
+    (tmp_path / "torn" / "work" / "done.json").write_text("20")
+    calls = iter((False, True))
+
+    def stop_at_once(*_):
+        if next(calls):
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        fill(tmp_path / "torn", teacher, blocks(), 20, top, progress=stop_at_once)
+    fill(tmp_path / "torn", teacher, blocks(), 20, top)
+    for name in arrays:
+        whole, torn = ((tmp_path / kind / "out" / f"{name}.npy").read_bytes() for kind in ("whole", "torn"))
+        assert whole == torn
     for path in (tmp_path / "whole" / "out").iterdir():
         assert path.read_bytes() == (tmp_path / "broken" / "out" / path.name).read_bytes(), path.name
+
+
+def test_a_cache_of_endless_epochs_is_one_epoch_and_stops_when_asked(tmp_path):
+    teacher, seen = Live(tiny_model("llama", seed=1)), []
+    cached, _ = fill(tmp_path / "endless", teacher, blocks(), 10**12)
+    assert len(cached.entry) == blocks().count
+
+    def stop(*_):
+        seen.append(1)
+        if len(seen) > 3:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        fill(tmp_path / "stopped", teacher, Mixture(blocks(), blocks(tokens=TOKENS[::-1].copy()), 0, 0, 0), 10**12, progress=stop)
 
 
 def test_a_teacher_with_more_tokens_tells_of_those_that_the_student_has(tmp_path):
