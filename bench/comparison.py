@@ -140,43 +140,47 @@ def tokens_to(rows: list[dict[str, Any]], domain: str, keep: float, wanted: floa
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """For each domain: loss against size, and against tokens at a quarter of the neurons."""
+    """Loss against tokens at a quarter of the neurons, and below it against size, where a domain has enough sizes."""
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import NullLocator, ScalarFormatter
 
-    domains = [domain for domain in TEXT if finished(rows, domain=domain, tokens=TOKENS)]
+    domains = [domain for domain in TEXT if finished(rows, domain=domain, keep=MIDDLE, tokens=TOKENS)]
+    sized = [len({row["keep"] for row in finished(rows, domain=domain, tokens=TOKENS)}) > 2 for domain in domains]
     plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "narrow"})
-    figure, grid = plt.subplots(len(domains), 2, figsize=(9, 3.2 * len(domains)), layout="constrained", squeeze=False)
-    for domain, (sizes, curves) in zip(domains, grid, strict=True):
+    lines = 2 if any(sized) else 1
+    figure, grid = plt.subplots(lines, len(domains), figsize=(10, 3.4 * lines), layout="constrained", sharey=True, squeeze=False)
+    for column, domain in enumerate(domains):
         for number, method in enumerate(METHODS):
-            colour, marker = f"C{number}", "os^vDPX"[number]
+            look = {"color": f"C{number}", "marker": "os^vDPX"[number], "markersize": 3.5, "label": method}
             points = finished(rows, domain=domain, method=method, tokens=TOKENS)
-            shapes = sorted({row["parameters"] for row in points})
-            gaps = [[r["loss"] - r["base_loss"] for r in points if r["parameters"] == shape] for shape in shapes]
-            sizes.plot([s / 1e6 for s in shapes], list(map(fmean, gaps)), color=colour, marker=marker, markersize=4, label=method)
-            for shape, found in zip(shapes, gaps, strict=True):
-                sizes.plot([shape / 1e6] * 2, [min(found), max(found)], color=colour, linewidth=1)
-            for row in (r for r in points if r["keep"] == MIDDLE and r["seed"] == 0):
-                seen = [(tokens, loss - row["base_loss"]) for phase, tokens, loss in row["curve"] if phase == "recover"]
-                lasso = TOKENS - seen[-1][0]
-                curves.plot(
-                    [(t + lasso) / 1e3 for t, _ in seen], [gap for _, gap in seen], color=colour, marker=marker, markersize=3
-                )
-        sizes.set_title(f"{domain}, after {TOKENS:,} tokens", loc="left", fontsize=9)
-        sizes.set_xlabel("million parameters (the base: 7.8)")
-        curves.set_title(f"{domain}, a quarter of the neurons", loc="left", fontsize=9)
-        curves.set_xlabel("thousand tokens trained on")
-        for axes in (sizes, curves):
-            axes.set_yscale("symlog", linthresh=0.1)
-            axes.set_yticks([-0.1, 0, 0.1, 0.3, 1, 3, 10])
-            axes.yaxis.set_major_formatter(ScalarFormatter())
-            axes.yaxis.set_minor_locator(plt.NullLocator())
-            axes.axhline(0, color="black", linewidth=0.8, linestyle="--")
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
-        sizes.set_ylabel("nats a token above the base")
+            middle = [row for row in points if row["keep"] == MIDDLE]
+            curves = [[(t, loss - row["base_loss"]) for phase, t, loss in row["curve"] if phase == "recover"] for row in middle]
+            for curve in curves[:1]:
+                # Of the tokens, some were trained on before the cut.
+                before = TOKENS - curve[-1][0]
+                means = [fmean(found[at][1] for found in curves) for at in range(len(curve))]
+                grid[0][column].plot([(t + before) / 1e3 for t, _ in curve], means, **look)
+            if sized[column]:
+                shapes = sorted({row["parameters"] for row in points})
+                gaps = [[r["loss"] - r["base_loss"] for r in points if r["parameters"] == shape] for shape in shapes]
+                grid[1][column].plot([shape / 1e6 for shape in shapes], list(map(fmean, gaps)), **look)
+        grid[0][column].set_title(domain, loc="left", fontsize=10)
+        grid[0][column].set_xlabel("thousand tokens trained on")
+        if lines == 2:
+            grid[1][column].set_xlabel(f"million parameters (the base: 7.8), {TOKENS // 1000} k tokens")
+            grid[1][column].set_visible(sized[column])
+    for axes in grid.flat:
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.set_yticks([-0.1, 0, 0.1, 0.3, 1, 3, 10])
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.axhline(0, color="black", linewidth=0.8, linestyle="--")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    for line in grid:
+        line[0].set_ylabel("nats a token above the base")
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=7, frameon=False)
     figure.savefig(path, metadata={"Date": None})
 
 

@@ -308,18 +308,23 @@ def test_broken_weights_and_tokenizers_are_told(spec, tmp_path, tiny_folder):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
-def test_a_full_disk_is_told_and_costs_nothing_that_was_finished(spec, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "recover", "finished"), [("600k", {}, ()), ("3m", {"cache": "top", "top": 320}, ("reconstruct",))]
+)
+def test_a_full_disk_is_told_and_costs_nothing_that_was_finished(spec, tmp_path, size, recover, finished):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], check=False).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], check=False).returncode:
         pytest.skip("this machine cannot mount")
+    method = {**OPTIONS["method"], "recover": {**OPTIONS["method"]["recover"], **recover}}
     try:
-        status, told = finish(start(spec(), disk / "run"))
+        status, told = finish(start(spec(method=method), disk / "run"))
         assert status == 1, told
+        assert all((disk / "run" / stage).exists() for stage in finished)
         assert "disk is full" in told
         assert "Traceback" not in told
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        status, told = finish(start(spec(), disk / "run"))
+        status, told = finish(start(spec(method=method), disk / "run"))
         assert status == 0, told
     finally:
         subprocess.run(["umount", str(disk)], check=True)
