@@ -337,13 +337,13 @@ def correct(run: Run, out: Path) -> None:
     options = run.spec.method.recover
     assert options.correction is not None
     model, curve = _train_base(run, "correct", 3, options.correction.tokens, options.correction.learning_rate)
-    first, last = curve[0].validation, curve[-1].validation
-    if first is not None and last is not None and not last <= first:
+    harm = _harm(curve)
+    if harm:
         run.emit(
             "notice",
             "correct",
-            f"The base's training made it worse on held-out text ({first:.3f} to {last:.3f} nats), and so it teaches: lower "
-            "the learning rate, bring more text or leave the correction out.",
+            f"The base's training made it worse on held-out text ({harm}), and so it teaches: lower the learning rate, bring "
+            "more text or leave the correction out.",
             {"code": "correction_harmed"},
         )
     run.models["correct"] = model
@@ -401,13 +401,13 @@ def recover(run: Run, out: Path) -> None:
                 beside=beside,
             )
         run.models.pop("correct", None)
-        first, last = curve[0].validation, curve[-1].validation
-        if first is not None and last is not None and not last <= first:
+        harm = _harm(curve)
+        if harm:
             run.emit(
                 "notice",
                 "recover",
-                f"Training made the model worse on held-out text ({first:.3f} to {last:.3f} nats): the untrained cut is kept. "
-                "Lower the learning rate or bring more text.",
+                f"Training made the model worse on held-out text ({harm}): the untrained cut is kept. Lower the learning rate or "
+                "bring more text.",
                 {"code": "recovery_harmed"},
             )
             small = earlier.copy(run, "reconstruct")
@@ -415,6 +415,12 @@ def recover(run: Run, out: Path) -> None:
     run.models["recover"] = small
     earlier.save_weights(small, out)
     write_json(out / "curve.json", [point.model_dump() for point in curve])
+
+
+def _harm(curve: list[CurvePoint]) -> str:
+    """From what to what a training raised the loss on held-out text; empty if it did not."""
+    first, last = curve[0].validation, curve[-1].validation
+    return "" if first is None or last is None or last <= first else f"{first:.3f} to {last:.3f} nats"
 
 
 def controls(run: Run, out: Path) -> None:

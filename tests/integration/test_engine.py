@@ -417,6 +417,17 @@ def test_ways_of_being_taught(spec, tmp_path, recover):
     assert {point.phase for point in report.curve} == {"recover"}, "the teacher's own training is not the student's"
 
 
+def test_a_training_that_does_harm_is_told_and_not_kept(spec, tmp_path):
+    recover = {"tokens": 2560, "batch_tokens": 256, "learning_rate": 1.0, "correction": {"tokens": 2560, "learning_rate": 1.0}}
+    method = {**OPTIONS["method"], "units": ["neuron"], "recover": recover}
+    code, told = finish(start(spec(method=method), tmp_path / "run"))
+    assert code == 0, told
+    report = Report.model_validate_json((tmp_path / "run" / "result" / "report.json").read_text())
+    assert {"correction_harmed", "recovery_harmed"} <= {notice.code for notice in report.notices}
+    python = report.skills["python"]
+    assert python.recovered.loss == pytest.approx(python.cut.loss, abs=0.01), "but for the rounding to the base's type"
+
+
 @pytest.mark.parametrize(("units", "cache"), [(["neuron"], None), (["neuron", "token"], "hidden"), (["neuron", "token"], "top")])
 def test_a_larger_model_teaches(spec, tmp_path, larger, units, cache):
     method = {"kind": "distill", "units": units, "recover": {"tokens": 2560, "batch_tokens": 256, "cache": cache}}
