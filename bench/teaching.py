@@ -80,7 +80,7 @@ def run(domain: str, seed: int, arm: str) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The arms as Markdown, means over seeds."""
+    """The arms as Markdown, means over the seeds that are in the rows."""
     domains = list(dict.fromkeys(row["domain"] for row in rows))
     lines = [
         f"| arm | {' | '.join(domains)} | recovery, s | before it, s | cache, bytes a token |",
@@ -112,7 +112,7 @@ def main() -> None:
         rows.append(run(domain, seed, arm))
         RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
         print(json.dumps(rows[-1]), flush=True)
-    print(table(rows))
+    print(table([row for row in rows if row["seed"] in options.seeds]))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ WORDS = {
     "export": "export and check",
     "report": "report",
 }
-CONTROLS = {"random": "cut at random", "trained": "base, trained alike"}
+CONTROLS = {"random": "at random", "trained": "base trained"}
 LINE_SECONDS = 5.0
 
 
@@ -248,9 +248,9 @@ def _skills(report: Report) -> Table:
     table.add_column("skill")
     table.add_column("role")
     controls = [control for control in CONTROLS if any(getattr(skill, control) for skill in report.skills.values())]
-    columns = ("base", "after the cut", "recovered", "retention", "95 % interval", *(CONTROLS[control] for control in controls))
+    columns = ("base", "cut", "recovered", "retention", "95 % interval", *(CONTROLS[control] for control in controls))
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for name, skill in report.skills.items():
         kept = skill.retention
         colour = "green" if kept.low >= 0.95 else "yellow" if kept.value >= 0.75 else "red"
