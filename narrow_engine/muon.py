@@ -65,13 +65,12 @@ def training_dtype(device: torch.device) -> torch.dtype:
     """
     if device.type == "cuda":
         return torch.bfloat16
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-        taken = []
-        for _ in range(8):
+    times = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
+    # In turn, and the best of many: other work on the machine must not decide, or a run that goes on might go on otherwise.
+    for _ in range(24):
+        for dtype in times:
+            a, b = torch.ones(512, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
             started = time.perf_counter()
             a @ b
-            taken.append(time.perf_counter() - started)
-        times[dtype] = min(taken)
+            times[dtype] = min(times[dtype], time.perf_counter() - started)
     return torch.bfloat16 if times[torch.bfloat16] * 1.5 < times[torch.float32] else torch.float32
