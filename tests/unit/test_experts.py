@@ -10,7 +10,7 @@ import torch
 from tiny import EXPERTS, tiny_config, tiny_model
 from torch.nn import functional
 
-from narrow_engine import importance, stages
+from narrow_engine import earlier, importance, stages
 from narrow_engine.corpus import Blocks
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import dimensions
@@ -144,7 +144,7 @@ def test_an_expert_that_no_token_reaches_is_worth_nothing(criterion):
 )
 def test_a_near_tie_is_told_from_an_error_by_other_tokens(monkeypatch, name, errors, kept, notices):
     probes, told = [], []
-    monkeypatch.setattr(stages, "_probe", lambda run, number: probes.append(number))
+    monkeypatch.setattr(earlier, "probe", lambda run, number: probes.append(number))
     run = SimpleNamespace(models={"base": tiny_model(name)}, emit=lambda *event: told.append(event))
     first, *more = [Parity(max_error=error, relative_error=error) for error in errors]
     assert stages._despite_ties(run, "slice", first, 1e-4, lambda _: more.pop(0)).relative_error == kept
