@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from narrow_engine.errors import Cancelled, NarrowError
 from narrow_engine.events import EventLog
-from narrow_engine.spec import CompressionSpec, clear, sentence, wording
+from narrow_engine.spec import CompressionSpec, clear, printable, sentence, wording
 
 if TYPE_CHECKING:
     from narrow_engine.events import Kind
@@ -124,7 +124,7 @@ def _told(command: str) -> Iterator[None]:
         click.echo(str(error), err=True)
         sys.exit(130)
     except (NarrowError, OSError) as error:
-        click.echo("".join(c for c in f"narrow {command}: {error}" if c.isprintable()), err=True)
+        click.echo(printable(f"narrow {command}: {error}"), err=True)
         sys.exit(1)
 
 

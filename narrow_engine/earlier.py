@@ -181,7 +181,7 @@ def source(run: Run) -> PreTrainedModel:
 
 
 def model(run: Run, stage: str) -> PreTrainedModel:
-    """The model that a stage made; a model's shape is the base's up to `plan` and the plan's from then on."""
+    """The model that a stage made. Its shape is the plan's, but for what was made of the whole base."""
     if stage not in run.models:
         run.models[stage] = copy(run, stage)
     return run.models[stage]

@@ -594,3 +594,8 @@ def sentence(where: str, words: str) -> str:
 def clear(key: Any) -> str:
     """A key that somebody sent: not too long, and without halves of surrogate pairs, which no answer could hold."""
     return str(key)[:60].encode(errors="replace").decode()
+
+
+def printable(text: str) -> str:
+    """A line for a terminal, without control characters, which could move its cursor or recolour it."""
+    return "".join(c for c in text if c.isprintable())

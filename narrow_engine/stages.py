@@ -57,6 +57,7 @@ def load(run: Run, out: Path) -> None:
     """Checks the base and the budget, and turns every dataset into tokens."""
     spec = run.spec
     info = inspect_model(spec.base.path)
+    taught_by = inspect_model(spec.teacher.path).model_dump() if spec.teacher else None
     if spec.teacher:
         check_teacher(spec.base.path, spec.teacher.path, "token" in spec.method.units, spec.block_tokens)
     room, _ = solve(info.config, spec, DTYPES[info.dtype])
@@ -105,7 +106,7 @@ def load(run: Run, out: Path) -> None:
         except NarrowError as error:
             raise NarrowError(error.code, f"The broad text is too short. {error}") from error
         corpus.save(broad, out, "broad")
-    write_json(out / "info.json", {"model": info.model_dump(), "tokens": tokens})
+    write_json(out / "info.json", {"model": info.model_dump(), "teacher": taught_by, "tokens": tokens})
     run.models["untouched" if tokens else "base"] = model
 
 
@@ -588,7 +589,8 @@ def _teacher(run: Run) -> teacher.Live:
     """Who teaches in recovery: the base, also after its correction, or the model that was brought for it."""
     if run.spec.teacher is None:
         return teacher.Live(base(run) if run.spec.method.recover.correction is None else earlier.model(run, "correct"))
-    info, dtype = earlier.info(run), torch.bfloat16 if inspect_model(run.spec.teacher.path).dtype == "BF16" else torch.float32
+    info = earlier.info(run)
+    dtype = torch.bfloat16 if info["teacher"]["dtype"] == "BF16" else torch.float32
     tokens = info["tokens"] or range(info["model"]["config"]["vocab_size"])
     return teacher.Live(load_model(run.spec.teacher.path, dtype), torch.tensor(tokens))
 
@@ -667,7 +669,7 @@ def _inputs(run: Run) -> list[Input]:
     spec = run.spec
     found = [Input(part="base", name=spec.base.path.name, sha256=earlier.info(run)["model"]["sha256"])]
     if spec.teacher:
-        found.append(Input(part="teacher", name=spec.teacher.path.name, sha256=inspect_model(spec.teacher.path).sha256))
+        found.append(Input(part="teacher", name=spec.teacher.path.name, sha256=earlier.info(run)["teacher"]["sha256"]))
     data = [("target", None, spec.target), *(("skill", skill.name, skill) for skill in spec.skills)]
     data += [("broad", None, spec.broad)] if spec.broad else []
     return found + [

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 from narrow_engine.errors import NarrowError
 from narrow_engine.report.model import Interval, Report
 from narrow_engine.report.page import template
-from narrow_engine.spec import Role, clear
+from narrow_engine.spec import Role, clear, printable
 
 LIMIT = 1e300
 SIZES = ("parameters", "bytes", "flops_per_token", "layers", "hidden", "experts", "width", "heads", "kv_heads", "vocabulary")
@@ -57,9 +57,10 @@ class Comparison(BaseModel):
 def read_report(path: Path) -> Report:
     """A report.json, or that of a folder that a run or a download has filled. Raises NarrowError (missing_file, bad_report)."""
     file = report_file(path)
+    text = file.read_bytes()
     try:
-        json.loads(file.read_bytes(), parse_float=_finite, parse_int=_finite, parse_constant=_finite)
-        return Report.model_validate_json(file.read_bytes())
+        json.loads(text, parse_float=_finite, parse_int=_finite, parse_constant=_finite)
+        return Report.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(clear, first["loc"])) or "its text"
@@ -145,7 +146,7 @@ def lines(comparison: Comparison) -> list[str]:
         said += ["", _line("size", *names), *rows]
     if comparison.options:
         said += ["", _line("options", *names), *(_line(row.name, str(row.a), str(row.b)) for row in comparison.options)]
-    return ["".join(c for c in line if c.isprintable()) for line in said]
+    return [printable(line) for line in said]
 
 
 def _line(name: str, a: str, b: str, end: str = "") -> str:
