@@ -53,6 +53,7 @@ def spec(domain: str, seed: int, arm: str) -> CompressionSpec:
             "method": {"units": ["neuron"], "recover": {"tokens": TOKENS, **ARMS[arm]}},
             "budget": {"keep": {"neuron": 0.25}},
             "export": ["safetensors"],
+            "controls": [],
             "skill_tokens": MEASURED,
             "seed": seed,
         }

@@ -114,7 +114,7 @@ def open_workshop(
     progress: Callable[[int, int], None],
 ) -> Workshop:
     """`results` is a file that outlives a kill: what was tried is not tried again."""
-    text, apart = corpus.hold_out(training, 16 * TRIAL_TOKENS, lambda *_: None)
+    text, apart = corpus.hold_out(training, 16 * TRIAL_TOKENS, 0.1, "The target", lambda *_: None)
     judge = corpus.sample(apart, TRIAL_TOKENS, spec.block_tokens, spec.seed)
     loss = skills.loss_of(base, judge, spec.block_tokens)
     return Workshop(spec, config, bytes_per_parameter, tokens, base, scores, text, judge, loss, results, progress)

@@ -23,9 +23,6 @@ from narrow_engine.documents import read_documents
 from narrow_engine.errors import NarrowError
 from narrow_engine.events import Sink
 
-HELD_OUT = 0.1
-"""Share of the target's tokens that training never sees, at most."""
-
 STRETCHES = 64
 """Documents that a skill is measured on, at least, if it has them."""
 
@@ -70,7 +67,13 @@ class Documents:
 
 
 def tokenize(
-    path: Path, column: str, tokenizer: Tokenizer, start: int | None, check: Callable[[], None], emit: Sink
+    path: Path,
+    column: str,
+    tokenizer: Tokenizer,
+    start: int | None,
+    check: Callable[[], None],
+    emit: Sink,
+    answer: str | None = None,
 ) -> Documents:
     """Reads and tokenizes a dataset. Blank documents are left out, with a notice.
 
@@ -80,7 +83,7 @@ def tokenize(
     pieces: list[NDArray[np.uint32]] = []
     hashes: list[int] = []
     blank = 0
-    texts = iter(read_documents(path, column))
+    texts = iter(read_documents(path, column, answer))
     while batch := list(islice(texts, _BATCH)):
         check()
         filled = [text for text in batch if text]
@@ -92,12 +95,17 @@ def tokenize(
         for text, encoding in zip(filled, encodings, strict=True):
             ids = encoding.ids if start is None or encoding.ids[:1] == [start] else [start, *encoding.ids]
             pieces.append(np.array(ids, np.uint32))
-            hashes.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
+            hashes.append(text_hash(text))
     if blank:
         emit("notice", "load", f"{blank} blank documents of {path.name} were left out.", {"code": "blank_documents"})
     if not pieces:
         raise NarrowError("empty_dataset", f"{path.name} holds no text: bring at least one document.")
     return Documents(np.concatenate(pieces), np.cumsum([0, *map(len, pieces)], dtype=np.int64), np.array(hashes, np.uint64))
+
+
+def text_hash(text: str) -> int:
+    """What tells whether two documents are the same: 64 bits."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def sample(documents: Documents, tokens: int, length: int, seed: int) -> Documents:
@@ -125,13 +133,13 @@ def sample(documents: Documents, tokens: int, length: int, seed: int) -> Documen
     )
 
 
-def hold_out(documents: Documents, tokens: int, emit: Sink) -> tuple[Documents, Documents]:
-    """Training and held-out documents; the latter hold at most `tokens`, and at most a tenth of all tokens.
+def hold_out(documents: Documents, tokens: int, share: float, name: str, emit: Sink) -> tuple[Documents, Documents]:
+    """Training and held-out documents of a skill; the latter hold at most `tokens`, and at most a share of all tokens.
 
     Texts are taken whole, in the order of their hashes, as far as they fit. Where a few long ones leave more than half of
-    that room empty, the last tenth of the text is held out instead, wherever that cuts a document, with a notice.
+    that room empty, the last part of the text is held out instead, wherever that cuts a document, with a notice.
     """
-    wanted = max(1, min(tokens, int(HELD_OUT * len(documents.tokens))))
+    wanted = max(1, min(tokens, int(share * len(documents.tokens))))
     texts, owner = np.unique(documents.hashes, return_inverse=True)
     room, held = wanted, np.zeros(len(texts), bool)
     for text, size in enumerate(np.bincount(owner, documents.lengths).astype(np.int64).tolist()):
@@ -144,7 +152,7 @@ def hold_out(documents: Documents, tokens: int, emit: Sink) -> tuple[Documents, 
     emit(
         "notice",
         "load",
-        "The target has too few documents to hold whole ones out: the last part of its text is measured on instead.",
+        f"{name} has too few documents to hold whole ones out: the last part of its text is measured on instead.",
         {"code": "held_out_tail"},
     )
     return _split(documents, len(documents.tokens) - wanted)

@@ -22,18 +22,24 @@ _JSONL = (".jsonl", ".ndjson")
 _TEXT = (".txt", ".text", ".md")
 
 
-def read_documents(path: Path, column: str = "text") -> Iterator[str]:
+def read_documents(path: Path, column: str = "text", answer: str | None = None) -> Iterator[str]:
     """Yields the documents of a file, in order; a row whose text is blank yields an empty string.
 
     `path` ends in .jsonl, .ndjson, .txt, .text or .md, and then perhaps .gz. In JSON Lines each row is an object and
-    `column` names the text in it; plain text is cut into passages at blank lines.
+    `column` names the text in it, and `answer` what follows it, if anything; plain text is cut into passages at blank lines.
     Raises NarrowError (unknown_format, bad_row, wrong_column, bad_encoding, dataset_too_large, bad_gzip).
     """
     plain = path.name.lower().removesuffix(".gz")
-    if plain.endswith(_JSONL):
-        for number, line in _lines(path):
-            if line.strip():
-                yield _row_text(line, column, f"line {number} of {path.name}")
+    if plain.endswith(_JSONL) and answer is None:
+        for row, where in _rows(path):
+            yield _text(row, column, where)
+    elif plain.endswith(_JSONL):
+        yield from (prompt + written for prompt, written in read_answers(path, column, answer or ""))
+    elif plain.endswith(_TEXT) and answer is not None:
+        raise NarrowError(
+            "wrong_column",
+            f"{path.name} is plain text, which has no column {answer!r}: prompts and their answers come as JSON Lines.",
+        )
     elif plain.endswith(_TEXT):
         yield from _passages(path)
     else:
@@ -41,6 +47,13 @@ def read_documents(path: Path, column: str = "text") -> Iterator[str]:
             "unknown_format",
             f"{path.name} has no ending that tells its format: name it .jsonl or .txt, with .gz behind it if gzipped.",
         )
+
+
+def read_answers(path: Path, column: str, answer: str) -> Iterator[tuple[str, str]]:
+    """Yields prompts and their answers from JSON Lines; two empty strings where either is blank. Raises like `read_documents`."""
+    for row, where in _rows(path):
+        prompt, written = _text(row, column, where), _text(row, answer, where)
+        yield (prompt, written) if prompt and written else ("", "")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -79,14 +92,23 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 ) from error
 
 
-def _row_text(line: str, column: str, where: str) -> str:
-    try:
-        row: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep or too large a number"
-        raise NarrowError("bad_row", f"{where} is not valid JSON: {reason}.") from error
-    if not isinstance(row, dict):
-        raise NarrowError("bad_row", f"{where} is not a JSON object: each line must look like {{{column!r}: ...}}.")
+def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of a file in JSON Lines, and where they stand."""
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"line {number} of {path.name}"
+        try:
+            row: Any = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deep or too large a number"
+            raise NarrowError("bad_row", f"{where} is not valid JSON: {reason}.") from error
+        if not isinstance(row, dict):
+            raise NarrowError("bad_row", f'{where} is not a JSON object: each line must look like {{"text": ...}}.')
+        yield row, where
+
+
+def _text(row: dict[str, Any], column: str, where: str) -> str:
     if column not in row:
         names = ", ".join(repr(str(name)[:40]) for name in list(row)[:5]) or "none"
         raise NarrowError("wrong_column", f"{where} has no column {column!r} (it has {names}): name the column of the text.")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -133,12 +134,38 @@ def probe(run: Run, number: int = 0) -> torch.Tensor:
     return blocks.batch(2 * number, 2)[:, : min(64, blocks.length)].to(device())
 
 
-def validator(run: Run) -> Callable[[PreTrainedModel], float]:
-    length = run.spec.block_tokens
-    held_out, of_base = (documents(run, run.spec.target_name, side) for side in ("narrow", "base"))
-    judged = corpus.sample(held_out, VALIDATION_TOKENS, length, run.spec.seed)
-    per_base_token = (held_out.lengths - 1).sum() / (of_base.lengths - 1).sum()
-    return lambda model: float(per_base_token * measuring.loss_of(model.eval(), judged, length))
+class Judged(NamedTuple):
+    """What a model is judged on while it trains: the first documents of a skill, about VALIDATION_TOKENS."""
+
+    documents: corpus.Documents
+    per_base_token: float
+    """Predicted tokens for one of the base's."""
+    base: float
+    """The base's loss on the same text, as it was brought."""
+
+
+def judged(run: Run, skill: str) -> Judged:
+    sides = [documents(run, skill, side) for side in ("narrow", "base")]
+    # They are in a random order already, and the same ones on both sides.
+    count = int(np.searchsorted(sides[0].offsets, min(VALIDATION_TOKENS, sides[0].offsets[-1])))
+    first, of_base = (side.take(np.arange(count)) for side in sides)
+    measured = measuring.Measured.load(run.out("measure_base") / f"{skills(run)[skill].file}.npz")
+    per_base_token = float((first.lengths - 1).sum() / (of_base.lengths - 1).sum())
+    return Judged(first, per_base_token, float(measured.loss[:count].sum() / measured.tokens[:count].sum()))
+
+
+def validator(run: Run, skill: str) -> Callable[[PreTrainedModel], float]:
+    """A skill's loss per token of the base."""
+    found = judged(run, skill)
+    return lambda model: found.per_base_token * measuring.loss_of(model.eval(), found.documents, run.spec.block_tokens)
+
+
+def relearning_blocks(run: Run, skill: str) -> corpus.Blocks | None:
+    """The text that a skill to forget can be learned again from; none where that is too short."""
+    name = f"{skills(run)[skill].file}.relearn"
+    if not (run.out("load") / f"{name}.tokens.npy").exists():
+        return None
+    return corpus.Blocks(corpus.load(run.out("load"), name).tokens, run.spec.block_tokens, run.spec.seed + 4)
 
 
 def scores(run: Run) -> Scores:

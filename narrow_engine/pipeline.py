@@ -18,13 +18,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from narrow_engine import earlier, shelf, stages
+from narrow_engine import earlier, measures, shelf, stages
 from narrow_engine.events import Sink
 from narrow_engine.model_files import inspect_model
 from narrow_engine.report.model import Notice
 from narrow_engine.run import Run, write_json
 from narrow_engine.sizing import leaves_a_choice, vocabulary_is_fixed
-from narrow_engine.spec import CompressionSpec, controls, taught
+from narrow_engine.spec import CompressionSpec, controls, probes_locality, relearned, taught
 
 
 class Stage(NamedTuple):
@@ -45,7 +45,8 @@ def _load_options(spec: CompressionSpec) -> Any:
     trimmed = "token" in spec.method.units
     # Only a vocabulary whose size is asked for, and not found in the text, follows the budget.
     size = [spec.budget, spec.method.units] if trimmed and vocabulary_is_fixed(spec) else []
-    return [spec.block_tokens, spec.skill_tokens, spec.seed, spec.target_name, trimmed, *size]
+    read = [spec.block_tokens, spec.skill_tokens, spec.seed, spec.target_name, relearned(spec)]
+    return [*read, trimmed, *size]
 
 
 def _allocation_options(spec: CompressionSpec) -> Any:
@@ -58,6 +59,10 @@ def _correction_options(spec: CompressionSpec) -> Any:
     return [recover.correction, recover.optimizer, recover.schedule, recover.batch_tokens] if recover.correction else None
 
 
+def _locality_options(spec: CompressionSpec) -> Any:
+    return [spec.method.units, spec.method.importance, spec.method.calibration_tokens]
+
+
 def _teaching_options(spec: CompressionSpec) -> Any:
     recover = spec.method.recover
     read = [recover.tokens, recover.batch_tokens, recover.curriculum]
@@ -66,7 +71,7 @@ def _teaching_options(spec: CompressionSpec) -> Any:
 
 LINE = (
     Stage("load", stages.load, _load_options, shared=True),
-    Stage("measure_base", stages.measure_base, shared=True),
+    Stage("measure_base", measures.measure_base, shared=True),
     Stage(
         "score",
         stages.score,
@@ -96,8 +101,16 @@ LINE = (
         aside=True,
     ),
     Stage("recover", stages.recover, lambda s: s.method.recover),
-    Stage("controls", stages.controls, controls, wanted=lambda s: bool(controls(s))),
-    Stage("measure", stages.measure, controls),
+    Stage("controls", measures.controls, controls, wanted=lambda s: bool(controls(s))),
+    Stage("measure", measures.measure, controls),
+    Stage("answer", measures.answer, wanted=lambda s: any(data.answer for data in (s.target, *s.skills))),
+    Stage("locality", measures.locality, _locality_options, wanted=probes_locality, shared=True, aside=True),
+    Stage(
+        "relearn",
+        measures.relearn,
+        lambda s: s.relearn if relearned(s) else None,
+        wanted=lambda s: bool(relearned(s)),
+    ),
     Stage("export", stages.export, lambda s: s.export),
     Stage("report", stages.report, folder="result"),
 )
@@ -229,6 +242,7 @@ def _inputs(spec: CompressionSpec) -> str:
     parts = [inspect_model(model.path).sha256 for model in (spec.base, spec.teacher) if model]
     for data in spec.data:
         parts += [data.path.name, earlier.dataset_sha256(data.path), data.column]
+        parts += [data.answer.model_dump_json()] if data.answer else []
     parts += [f"{skill.name} {skill.role}" for skill in spec.skills]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -77,7 +77,8 @@ def _dataset(item: Input, files: dict[str, list[Path]]) -> dict[str, Any]:
     fitting = [path for path in same if path.name == item.name] + [path for path in same if path.name.endswith(ending)]
     if same and not fitting:
         raise NarrowError("missing_input", f"{same[0]} has the bytes of {item.name!r}: give it the ending {ending!r} as well.")
-    return {"path": fitting[0] if fitting else None, **({"column": item.column} if item.column else {})}
+    found = {"path": fitting[0] if fitting else None, "answer": item.answer and item.answer.model_dump()}
+    return found | ({"column": item.column} if item.column else {})
 
 
 def differences(then: Report, now: Report) -> list[str]:

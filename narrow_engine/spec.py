@@ -8,6 +8,7 @@ person who knows nothing would be glad of.
 This module imports no torch: the API process and the client's generated models stand on it.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
@@ -320,6 +321,13 @@ MAX_SEED = 2**31 - 1
 Control = Literal["random", "trained"]
 
 
+class Relearn(Model):
+    """The probe of skills to forget: training on them, until they are back. What comes back at once was only hidden."""
+
+    tokens: int = Field(131_072, ge=1, le=10**12, description="Tokens of the skill to train on, at most.")
+    within: float = Field(0.1, gt=0, le=100, description="Back is a loss of at most this many nats a token above the base's.")
+
+
 class Options(Model):
     """What a spec file and a job have in common."""
 
@@ -331,6 +339,16 @@ class Options(Model):
         max_length=2,
         description="What the report compares with, beside the base. random: units drawn at random in the same shape, refitted "
         "too. trained: the uncut base trained on as many tokens of the same text, which costs another training.",
+    )
+    locality: bool = Field(
+        True,
+        description="Measure which units the skills share with one another, and what each loses as units go in the target's "
+        "order. Of use with a skill beside the target.",
+    )
+    relearn: Relearn | None = Field(
+        default_factory=Relearn,
+        description="For skills to forget: count the tokens after which the result, a cut at random and fresh weights have "
+        "learned them again. Half of such a skill's text is kept for that. null leaves it out.",
     )
     block_tokens: BlockTokens = 512
     skill_tokens: SkillTokens = 65_536
@@ -353,13 +371,48 @@ class Options(Model):
         return self
 
 
+class Answer(Model):
+    """Rows of JSON Lines that hold an answer beside the text, which is its prompt as models see it. Prompt and answer together
+    are what is trained and measured on, and of held-out rows it is counted how often a model writes the answer itself.
+    """
+
+    column: str = Field("answer", min_length=1, max_length=200)
+    extract: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1000,
+        description="A regular expression. Its last match, or its first group there, is what is compared, in the answer as in "
+        "what was written. By default all of both, without the space around them.",
+        examples=[r"#### (-?[\d,.]+)"],
+    )
+    tokens: int = Field(128, ge=1, le=8192, description="That a model may write, at most.")
+    stop: list[Annotated[str, Field(min_length=1, max_length=100)]] = Field(
+        default=["\n"], max_length=8, description="What ends an answer, beside the model's own end of text."
+    )
+    prompts: int = Field(200, ge=1, le=100_000, description="That are asked, at most.")
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        try:
+            re.compile(self.extract or "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"'extract' is not a regular expression: {error}") from error
+        return self
+
+
 class ModelPath(Model):
     path: Path = Field(description="A folder in the Hugging Face layout: config.json, *.safetensors, tokenizer.json.")
+
+
+Answered = Annotated[
+    Answer | None, Field(description="Where the text is prompts: their answers, and how to judge what models write to them.")
+]
 
 
 class DatasetPath(Model):
     path: Path = Field(description="JSONL or plain text, also .gz.")
     column: str = Field("text", min_length=1, max_length=200)
+    answer: Answered = None
 
 
 class SkillPath(DatasetPath):
@@ -403,6 +456,7 @@ class ModelId(Model):
 
 class DatasetId(Model):
     dataset: str = Field(pattern=r"^ds_[0-9a-z]{16,40}$", examples=["ds_01h455vb4pex5vsknk084sn02q"])
+    answer: Answered = None
 
 
 class SkillId(DatasetId):
@@ -500,6 +554,8 @@ class SweepSpec(Model):
             budget=budget,
             export=self.export,
             controls=[],
+            locality=False,
+            relearn=None,
             block_tokens=self.block_tokens,
             skill_tokens=self.skill_tokens,
             seed=seed,
@@ -516,6 +572,16 @@ def controls(options: Options) -> list[Control]:
         "trained": method.recover.tokens + lasso > 0,
     }
     return [control for control in sorted(set(options.controls)) if sense[control]]
+
+
+def probes_locality(spec: "CompressionSpec | JobSpec") -> bool:
+    """Whether there are skills to compare, and an order in which units go."""
+    return spec.locality and bool(spec.skills) and spec.method.init == "cut" and spec.method.units != ["token"]
+
+
+def relearned(spec: "CompressionSpec | JobSpec") -> list[str]:
+    """The skills that are learned again, by name."""
+    return [skill.name for skill in spec.skills if skill.role == "forget" and spec.relearn]
 
 
 def taught(method: Method) -> bool:

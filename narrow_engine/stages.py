@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from narrow_engine import corpus, earlier, importance, matching, skills, speed, teacher, train, vocabulary
+from narrow_engine import corpus, earlier, importance, matching, speed, teacher, train, vocabulary
 from narrow_engine import reconstruct as least_squares
 from narrow_engine.allocate import allocate as choose_shape
 from narrow_engine.allocate import open_workshop
@@ -29,20 +29,31 @@ from narrow_engine.export import onnx as onnx_export
 from narrow_engine.export import safetensors as safetensors_export
 from narrow_engine.families import dimensions
 from narrow_engine.model_files import DTYPES, ModelInfo, check_teacher, inspect_model
-from narrow_engine.models import config_dict, device, family, greedy, layers, load_model
+from narrow_engine.models import config_dict, device, family, layers, load_model
 from narrow_engine.plan import cuts, make_plan, unscored, whole_plan
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.report.card import render_card
-from narrow_engine.report.model import Allocation, CurvePoint, File, Input, Parity, Provenance, Report, Sample, Skill, Speed
+from narrow_engine.report.model import (
+    Allocation,
+    CurvePoint,
+    File,
+    Input,
+    Parity,
+    Provenance,
+    Report,
+    Sample,
+    Speed,
+)
 from narrow_engine.report.page import render_page
 from narrow_engine.run import Run, write_json
 from narrow_engine.sizing import leaves_a_choice, size_of, solve, vocabulary_is_fixed
 from narrow_engine.slice import compare, mask_model, renew, slice_model
-from narrow_engine.spec import INPUTS, TOP, DatasetPath, Unit, taught
-from narrow_engine.spec import controls as wanted_controls
+from narrow_engine.spec import INPUTS, TOP, DatasetPath, relearned, taught
 
 HELD_OUT_FACTOR = 16
 """Held-out tokens for each that is measured: stretches of many documents instead of a few whole ones."""
+HELD_OUT, HELD_OUT_OF_FORGOTTEN = 0.1, 0.5
+"""Share of the text that is held out, at most: of the target, and of a skill to forget, which is learned again from the rest."""
 PARITY_BOUND = 1e-4
 """Relative error that slicing may have in float32. Other orders of summation stay well under it."""
 ONNX_BOUND = 1e-3
@@ -50,7 +61,6 @@ ONNX_BOUND = 1e-3
 TIES = 3
 """Further tokens to compare mixtures of experts on. Of 72 models with 24 layers of 64 experts, exactly sliced, one chose another
 expert somewhere in 128 tokens, since two were tied to the last bits."""
-PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLES = 32, 48, 3
 
 
 def load(run: Run, out: Path) -> None:
@@ -85,7 +95,8 @@ def load(run: Run, out: Path) -> None:
 
     texts = reading(spec.target, target)
     _tell_difference(run, texts, tokens)
-    training, held_out = corpus.hold_out(target.places(), HELD_OUT_FACTOR * spec.skill_tokens, run.emit)
+    room_to_measure = HELD_OUT_FACTOR * spec.skill_tokens
+    training, held_out = corpus.hold_out(target.places(), room_to_measure, HELD_OUT, "The target", run.emit)
     trained_on = texts.at(training)[1]
     corpus.Blocks(trained_on.tokens, spec.block_tokens, spec.seed)
     corpus.save(trained_on, out, "training")
@@ -94,6 +105,9 @@ def load(run: Run, out: Path) -> None:
         of_target = name == spec.target_name
         read = texts if of_target else reading(skill.data, needed[name] if name in needed else _tokenize(run, skill.data, reader))
         places = held_out if of_target else read.base.places()
+        if name in relearned(spec):
+            rest, kept = corpus.hold_out(places, room_to_measure, HELD_OUT_OF_FORGOTTEN, name, run.emit)
+            places = kept if _keep_to_relearn(run, read.at(rest)[1], name, skill.file, out) else places
         sides = read.at(corpus.sample(places, spec.skill_tokens, spec.block_tokens, spec.seed))
         measured.append(sides[0].hashes)
         for side, documents in zip(("base", "narrow"), sides, strict=True):
@@ -110,9 +124,27 @@ def load(run: Run, out: Path) -> None:
     run.models["untouched" if tokens else "base"] = model
 
 
+def _keep_to_relearn(run: Run, text: corpus.Documents, name: str, file: str, out: Path) -> bool:
+    """Whether there is text enough to learn a skill from again."""
+    try:
+        corpus.Blocks(text.tokens, run.spec.block_tokens, run.spec.seed)
+    except NarrowError:
+        run.emit(
+            "notice",
+            "load",
+            f"{name} has too little text to be learned again from a half of it: whether it is gone or hidden is not measured.",
+            {"code": "not_relearned"},
+        )
+        return False
+    corpus.save(text, out, f"{file}.relearn")
+    return True
+
+
 def _tokenize(run: Run, data: DatasetPath, reader: earlier.Reader, quiet: bool = False) -> corpus.Documents:
     emit = (lambda *_: None) if quiet else run.emit
-    found = corpus.tokenize(data.path, data.column, reader.tokenizer, reader.start, run.check, emit)
+    found = corpus.tokenize(
+        data.path, data.column, reader.tokenizer, reader.start, run.check, emit, data.answer.column if data.answer else None
+    )
     if int(found.tokens.max()) >= reader.size:
         raise NarrowError("bad_tokenizer", f"The tokenizer makes token {found.tokens.max()}, which the model does not have.")
     return found
@@ -167,34 +199,6 @@ def _without(run: Run, documents: corpus.Documents, hashes: NDArray[np.uint64]) 
         message = f"{gone:,} of the {len(documents):,} documents of the broad text are left out: skills are measured on them."
         run.emit("notice", "load", message, {"code": "measured_on"})
     return documents.take(rest)
-
-
-def measure_base(run: Run, out: Path) -> None:
-    """The base's loss on every skill: what the rest is measured against, and an early end for data that hold nothing.
-
-    It is measured as it was brought. What is scored, cut and taught by from here on may be the base with its vocabulary
-    trimmed: the same model, but for the tokens that are gone, which is checked.
-    """
-    losses, whole = {}, untouched(run)
-    for name, skill in earlier.skills(run).items():
-        documents = earlier.documents(run, name, "base")
-        if not (documents.lengths > 1).any():
-            raise NarrowError("text_too_short", f"The documents of {name!r} are all shorter than two tokens.")
-        measured = skills.measure(whole, [], documents, run.spec.block_tokens, run.progress("measure_base"))[0]
-        measured.save(out / f"{skill.file}.npz")
-        losses[name] = measured.mean_loss()
-        run.emit(
-            "progress",
-            "measure_base",
-            f"{name}: {losses[name]:.3f} nats",
-            {"done": len(losses), "total": len(earlier.skills(run))},
-        )
-    write_json(out / "skills.json", losses)
-    tokens = earlier.info(run)["tokens"]
-    if tokens:
-        parity = compare(whole, base(run), earlier.probe(run), tokens)
-        _require_exact(parity, "trimming the vocabulary")
-        write_json(out / "parity.json", parity.model_dump())
 
 
 def score(run: Run, out: Path) -> None:
@@ -263,7 +267,7 @@ def sparsify(run: Run, out: Path) -> None:
         folder=run.work("sparsify"),
         emit=run.emit,
         check=run.check,
-        validate=earlier.validator(run),
+        validate=earlier.validator(run, run.spec.target_name),
         after_step=groups,
     )
     run.models["sparsify"] = model
@@ -301,12 +305,12 @@ def cut(run: Run, out: Path) -> None:
     masked = mask_model(whole, chosen)
     parity = compare(masked, small, earlier.probe(run))
     parity = _despite_ties(run, "slice", parity, PARITY_BOUND, lambda ids: compare(masked, small, ids))
-    _require_exact(parity, "slicing")
+    require_exact(parity, "slicing")
     earlier.save_weights(small, out)
     write_json(out / "parity.json", parity.model_dump())
 
 
-def _require_exact(parity: Parity, what: str) -> None:
+def require_exact(parity: Parity, what: str) -> None:
     if parity.relative_error > PARITY_BOUND:
         raise NarrowError(
             "slicing_not_exact",
@@ -337,7 +341,7 @@ def correct(run: Run, out: Path) -> None:
     """The base trained on the target, to teach."""
     options = run.spec.method.recover
     assert options.correction is not None
-    model, curve = _train_base(run, "correct", 3, options.correction.tokens, options.correction.learning_rate)
+    model, curve = train_base(run, "correct", 3, options.correction.tokens, options.correction.learning_rate)
     harm = _harm(curve)
     if harm:
         run.emit(
@@ -397,7 +401,7 @@ def recover(run: Run, out: Path) -> None:
                 folder=run.work("recover"),
                 emit=run.emit,
                 check=run.check,
-                validate=earlier.validator(run),
+                validate=earlier.validator(run, run.spec.target_name),
                 teacher=told,
                 beside=beside,
             )
@@ -422,79 +426,6 @@ def _harm(curve: list[CurvePoint]) -> str:
     """From what to what a training raised the loss on held-out text; empty if it did not."""
     first, last = curve[0].validation, curve[-1].validation
     return "" if first is None or last is None or last <= first else f"{first:.3f} to {last:.3f} nats"
-
-
-def controls(run: Run, out: Path) -> None:
-    """What the result is compared with: chance, and the base that was trained alike; each measured on every skill."""
-    make = {"random": _by_chance, "trained": _trained_base}
-    for control in wanted_controls(run.spec):
-        model = make[control](run)
-        for name, skill in earlier.skills(run).items():
-            found = skills.measure(model, [], earlier.documents(run, name), run.spec.block_tokens, run.progress("controls"))[0]
-            found.save(out / f"{control}.{skill.file}.npz")
-
-
-def _by_chance(run: Run) -> PreTrainedModel:
-    """Units drawn at random, as many as the plan keeps, refitted as the plan's were."""
-    config = config_dict(base(run))
-    keep: dict[Unit, int] = {unit: count for unit, count in earlier.allocation(run).keep.items() if unit != "token"}
-    made = make_plan(config, importance.random.draw(dimensions(config), run.spec.seed + 1), keep)
-    small = slice_model(base(run), made)
-    if run.spec.method.refit:
-        tokens = run.spec.method.calibration_tokens
-        least_squares.refit(base(run), small, made, earlier.calibration(run), tokens, run.progress("controls"))
-    return small
-
-
-def _trained_base(run: Run) -> PreTrainedModel:
-    """The base after as many tokens of the target as the result has seen, those of group lasso among them."""
-    method = run.spec.method
-    tokens = method.recover.tokens + (method.regularizer.tokens if method.regularizer else 0)
-    return _train_base(run, "controls", 2, tokens)[0]
-
-
-def measure(run: Run, out: Path) -> None:
-    """Base, cut and recovered model on every skill, side by side on the same text, and a sample of what they write."""
-    variants = [earlier.model(run, "reconstruct"), earlier.model(run, "recover")]
-    rows, seed = {}, run.spec.seed
-    for name, skill in earlier.skills(run).items():
-        first = skills.Measured.load(run.out("measure_base") / f"{skill.file}.npz")
-        beside = skills.measure(base(run), variants, earlier.documents(run, name), run.spec.block_tokens, run.progress("measure"))
-        before, after = (found.per(first) for found in beside[1:])
-        kept = skills.retention(first, after, seed)
-        beside_it = {
-            control: skills.Measured.load(run.out("controls") / f"{control}.{skill.file}.npz").per(first)
-            for control in wanted_controls(run.spec)
-        }
-        trained = skills.retention(first, beside_it["trained"], seed) if "trained" in beside_it else None
-        count = int((first.tokens > 0).sum())
-        own = beside[0].tokens
-        rows[name] = Skill(
-            role=skill.role,
-            documents=count,
-            tokens=int(first.tokens.sum()),
-            base=skills.fit(first, seed),
-            cut=skills.fit(before, seed),
-            recovered=skills.fit(after, seed),
-            **{control: skills.fit(found, seed) for control, found in beside_it.items()},
-            retention=kept,
-            agreement=skills.interval(after.agree, own, seed),
-            kl=skills.interval(after.kl, own, seed),
-            note=skills.note(skill.role, kept, count, float(own.sum() / first.tokens.sum()), trained),
-        ).model_dump()
-        if name == run.spec.target_name and "random" in beside_it:
-            worth = skills.interval(beside_it["random"].loss - before.loss, first.tokens, seed)
-            if worth.low <= 0:
-                run.emit(
-                    "notice",
-                    "measure",
-                    f"Units drawn at random, in the same shape and refitted alike, do as well on {name} before training "
-                    f"({worth.value:+.3f} nats, from {worth.low:+.3f} to {worth.high:+.3f}): which units stay makes no "
-                    "difference that this text could show.",
-                    {"code": "no_better_than_chance"},
-                )
-    write_json(out / "skills.json", rows)
-    write_json(out / "samples.json", [sample.model_dump() for sample in _samples(run)])
 
 
 def export(run: Run, out: Path) -> None:
@@ -555,11 +486,13 @@ def report(run: Run, out: Path) -> None:
         before=size_of(info.config, dimensions(info.config), DTYPES[info.dtype]),
         after=size_of(small, dimensions(small), DTYPES[info.dtype]),
         speed=[Speed.model_validate(s) for s in json.loads((run.out("export") / "speed.json").read_text())],
-        skills=json.loads((run.out("measure") / "skills.json").read_text()),
+        skills=_skills(run),
         allocation=earlier.allocation(run),
         cuts=cuts(info.config, earlier.plan(run), options.units),
         parity=parity,
         curve=[point for stage in ("sparsify", "recover") for point in earlier.curve(run, stage)],
+        locality=json.loads(found.read_text()) if (found := run.out("locality") / "locality.json").exists() else None,
+        relearning=json.loads(found.read_text()) if (found := run.out("relearn") / "relearning.json").exists() else {},
         samples=[Sample.model_validate(s) for s in json.loads((run.out("measure") / "samples.json").read_text())],
         notices=run.notices,
         files=[],
@@ -595,7 +528,7 @@ def _teacher(run: Run) -> teacher.Live:
     return teacher.Live(load_model(run.spec.teacher.path, dtype), torch.tensor(tokens))
 
 
-def _train_base(
+def train_base(
     run: Run, phase: str, order: int, tokens: int, rate: float | None = None
 ) -> tuple[PreTrainedModel, list[CurvePoint]]:
     """A copy of the base, trained on the target's next tokens as recovery would train it; and its curve."""
@@ -609,7 +542,7 @@ def _train_base(
         folder=run.work(phase),
         emit=run.emit,
         check=run.check,
-        validate=earlier.validator(run),
+        validate=earlier.validator(run, run.spec.target_name),
     )
     return model, curve
 
@@ -634,34 +567,19 @@ def _despite_ties(run: Run, phase: str, parity: Parity, bound: float, again: Cal
     return parity
 
 
-def _samples(run: Run) -> list[Sample]:
-    """The beginning of held-out text, continued greedily by both models."""
-    info = earlier.info(run)
-    readers = [earlier.reader(run.spec.base.path, info["model"]["config"])]
-    readers.append(
-        readers[0] if info["tokens"] is None else earlier.reader(earlier.tokenizer_folder(run), config_dict(base(run)))
-    )
-    old = np.array(info["tokens"] or range(readers[0].size))
-    documents, start = earlier.documents(run, run.spec.target_name), readers[1].start
-    found = []
-    # What was measured are stretches; those that begin where their document does read best.
-    for index in sorted(range(len(documents)), key=lambda i: documents[i][0] != start)[:SAMPLES]:
-        prompt = documents[index][:PROMPT_TOKENS].astype("int64")
-        texts = []
-        for model, reader, numbers in zip(
-            (untouched(run), earlier.model(run, "recover")), readers, (old[prompt], prompt), strict=True
-        ):
-            run.check()
-            ids = torch.from_numpy(numbers)[None].to(model.device)
-            texts.append(reader.tokenizer.decode(greedy(model, ids, SAMPLE_TOKENS)))
-        found.append(Sample(prompt=readers[1].tokenizer.decode(prompt.tolist()), base=texts[0], narrow=texts[1]))
-    return found
-
-
 def _file(path: Path, root: Path) -> File:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return File(path=path.relative_to(root).as_posix(), bytes=path.stat().st_size, sha256=digest)
+
+
+def _skills(run: Run) -> dict[str, Any]:
+    """The rows, with what models answered where they were asked."""
+    rows: dict[str, Any] = json.loads((run.out("measure") / "skills.json").read_text())
+    asked = run.out("answer") / "answers.json"
+    for name, answers in json.loads(asked.read_text()).items() if asked.exists() else ():
+        rows[name]["answers"] = answers
+    return rows
 
 
 def _inputs(run: Run) -> list[Input]:
@@ -673,7 +591,14 @@ def _inputs(run: Run) -> list[Input]:
     data = [("target", None, spec.target), *(("skill", skill.name, skill) for skill in spec.skills)]
     data += [("broad", None, spec.broad)] if spec.broad else []
     return found + [
-        Input(part=part, name=item.path.name, sha256=earlier.dataset_sha256(item.path), skill=skill, column=item.column)
+        Input(
+            part=part,
+            name=item.path.name,
+            sha256=earlier.dataset_sha256(item.path),
+            skill=skill,
+            column=item.column,
+            answer=item.answer,
+        )
         for part, skill, item in data
     ]
 

@@ -29,7 +29,7 @@ from narrow_engine.events import Event
 from narrow_engine.model_files import inspect_model
 from narrow_engine.report.frontier import outcome
 from narrow_engine.report.model import Report
-from narrow_engine.spec import INPUTS, CompressionSpec, JobSpec, ModelId, sentence, wording
+from narrow_engine.spec import INPUTS, CompressionSpec, DatasetId, JobSpec, ModelId, sentence, wording
 from service import janitor, queue
 from service.db.session import AWAY, connect, open_session, read_session
 from service.db.tables import ArtifactRow, DatasetRow, JobRow, ModelRow, OutcomeRow, now
@@ -279,9 +279,10 @@ class _Execution:
         data = self.settings.data.resolve()
         with read_session(self.engine) as session:
 
-            def dataset(identifier: str) -> dict[str, str]:
-                row = session.get_one(DatasetRow, identifier)
-                return {"path": str(data / "datasets" / identifier / row.file), "column": row.text_column}
+            def dataset(given: DatasetId) -> dict[str, Any]:
+                row = session.get_one(DatasetRow, given.dataset)
+                path = data / "datasets" / row.id / row.file
+                return {"path": str(path), "column": row.text_column, "answer": given.answer and given.answer.model_dump()}
 
             def model(reference: ModelId) -> dict[str, str]:
                 return {"path": str(data / "models" / reference.model)}
@@ -292,10 +293,10 @@ class _Execution:
                     **options,
                     "base": model(spec.base),
                     "teacher": spec.teacher and model(spec.teacher),
-                    "target": dataset(spec.target.dataset),
+                    "target": dataset(spec.target),
                     "target_name": self._target_name(session),
-                    "skills": [{**dataset(s.dataset), "name": s.name, "role": s.role} for s in spec.skills],
-                    "broad": spec.broad and dataset(spec.broad.dataset),
+                    "skills": [{**dataset(s), "name": s.name, "role": s.role} for s in spec.skills],
+                    "broad": spec.broad and dataset(spec.broad),
                 }
             )
         path = self.folder.resolve() / "spec.json"

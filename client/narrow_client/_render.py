@@ -28,6 +28,9 @@ WORDS = {
     "recover": "recover",
     "controls": "make the controls",
     "measure": "measure skills",
+    "answer": "ask for answers",
+    "locality": "compare skills",
+    "relearn": "learn again",
     "export": "export and check",
     "report": "report",
 }

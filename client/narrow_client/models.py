@@ -16,6 +16,67 @@ from pydantic import (
 from typing_extensions import TypeAliasType
 
 
+class Extract(RootModel[str]):
+    root: Annotated[
+        str,
+        Field(
+            description="A regular expression. Its last match, or its first group there, is what is compared, in the answer as in what was written. By default all of both, without the space around them.",
+            examples=["#### (-?[\\d,.]+)"],
+            max_length=1000,
+            min_length=1,
+            title="Extract",
+        ),
+    ]
+
+
+class StopItem(RootModel[str]):
+    root: Annotated[str, Field(max_length=100, min_length=1)]
+
+
+class Answer(BaseModel):
+    """
+    Rows of JSON Lines that hold an answer beside the text, which is its prompt as models see it. Prompt and answer together
+    are what is trained and measured on, and of held-out rows it is counted how often a model writes the answer itself.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    column: Annotated[
+        str | None, Field(max_length=200, min_length=1, title="Column")
+    ] = "answer"
+    extract: Annotated[
+        Extract | None,
+        Field(
+            description="A regular expression. Its last match, or its first group there, is what is compared, in the answer as in what was written. By default all of both, without the space around them.",
+            examples=["#### (-?[\\d,.]+)"],
+            title="Extract",
+        ),
+    ] = None
+    tokens: Annotated[
+        int | None,
+        Field(
+            description="That a model may write, at most.",
+            ge=1,
+            le=8192,
+            title="Tokens",
+        ),
+    ] = 128
+    stop: Annotated[
+        list[StopItem] | None,
+        Field(
+            description="What ends an answer, beside the model's own end of text.",
+            max_length=8,
+            title="Stop",
+            validate_default=True,
+        ),
+    ] = ["\n"]
+    prompts: Annotated[
+        int | None,
+        Field(description="That are asked, at most.", ge=1, le=100000, title="Prompts"),
+    ] = 200
+
+
 class Artifact(BaseModel):
     path: Annotated[
         str,
@@ -323,6 +384,12 @@ class DatasetId(BaseModel):
             title="Dataset",
         ),
     ]
+    answer: Annotated[
+        Answer | None,
+        Field(
+            description="Where the text is prompts: their answers, and how to judge what models write to them."
+        ),
+    ] = None
 
 
 class Event(BaseModel):
@@ -446,6 +513,7 @@ class Input(BaseModel):
     ]
     skill: Annotated[str | None, Field(title="Skill")] = None
     column: Annotated[str | None, Field(title="Column")] = None
+    answer: Answer | None = None
 
 
 class Interval(BaseModel):
@@ -453,7 +521,7 @@ class Interval(BaseModel):
     low: Annotated[
         float,
         Field(
-            description="Lower end of the 95 % bootstrap interval over documents.",
+            description="Lower end of the 95 % interval: by bootstrap over documents, where nothing else is said.",
             title="Low",
         ),
     ]
@@ -465,6 +533,47 @@ class JobError(BaseModel):
     message: Annotated[
         str,
         Field(description="What was wrong, where, and what to do.", title="Message"),
+    ]
+
+
+class Learner(BaseModel):
+    """
+    A model that is trained on a skill.
+    """
+
+    tokens: Annotated[
+        int | None,
+        Field(
+            description="After which it was back; none if it was not, on all of them.",
+            title="Tokens",
+        ),
+    ]
+    curve: Annotated[
+        list[CurvePoint],
+        Field(
+            description="`validation` is the loss on held-out text of the skill, per token of the base.",
+            title="Curve",
+        ),
+    ]
+
+
+class LocalityCurve(BaseModel):
+    """
+    What every skill loses as units of one kind are cut in the target's order, without refit or training.
+    """
+
+    unit: Annotated[
+        Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"],
+        Field(title="Unit"),
+    ]
+    cut: Annotated[
+        list[float], Field(description="Share of the units that is gone.", title="Cut")
+    ]
+    loss: Annotated[
+        dict[str, list[float]],
+        Field(
+            description="Of each skill, in nats a token above the base's.", title="Loss"
+        ),
     ]
 
 
@@ -548,6 +657,32 @@ class Notice(BaseModel):
     phase: Annotated[str, Field(title="Phase")]
     code: Annotated[str, Field(title="Code")]
     message: Annotated[str, Field(title="Message")]
+
+
+class Overlap(BaseModel):
+    """
+    How many of one skill's most important units are another's too, by the run's own criterion.
+    """
+
+    unit: Annotated[
+        Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"],
+        Field(title="Unit"),
+    ]
+    top: Annotated[
+        int,
+        Field(
+            description="How many units count as most important: of each layer, or of the model.",
+            title="Top",
+        ),
+    ]
+    of: Annotated[int, Field(title="Of")]
+    shared: Annotated[
+        list[list[float]],
+        Field(
+            description="By the order of `Locality.skills`, twice: the share of the top units of one skill, on a half of its text, that are the other's on a half of its own. Of a skill and itself, the two halves: all that the measurement could show. Chance is top ÷ of.",
+            title="Shared",
+        ),
+    ]
 
 
 class PageArtifact(BaseModel):
@@ -798,6 +933,65 @@ class Recover(BaseModel):
     ] = None
 
 
+class Relearn(BaseModel):
+    """
+    The probe of skills to forget: training on them, until they are back. What comes back at once was only hidden.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    tokens: Annotated[
+        int | None,
+        Field(
+            description="Tokens of the skill to train on, at most.",
+            ge=1,
+            le=1000000000000,
+            title="Tokens",
+        ),
+    ] = 131072
+    within: Annotated[
+        float | None,
+        Field(
+            description="Back is a loss of at most this many nats a token above the base's.",
+            gt=0.0,
+            le=100.0,
+            title="Within",
+        ),
+    ] = 0.1
+
+
+class Relearning(BaseModel):
+    """
+    How fast a skill that should be forgotten comes back.
+    """
+
+    base: Annotated[
+        float,
+        Field(
+            description="The base's loss on the text that the curves are measured on.",
+            title="Base",
+        ),
+    ]
+    within: Annotated[
+        float,
+        Field(
+            description="Back is a loss of at most this many nats above the base's.",
+            title="Within",
+        ),
+    ]
+    tokens: Annotated[int, Field(description="Of training, at most.", title="Tokens")]
+    narrow: Learner
+    random: Annotated[
+        Learner | None,
+        Field(
+            description="As many units drawn at random, refitted; none where weights are fresh."
+        ),
+    ]
+    fresh: Annotated[Learner, Field(description="The same shape with fresh weights.")]
+    note: Annotated[str, Field(title="Note")]
+
+
 class Sample(BaseModel):
     prompt: Annotated[str, Field(title="Prompt")]
     base: Annotated[str, Field(title="Base")]
@@ -832,57 +1026,6 @@ class Size(BaseModel):
     ] = 1
 
 
-class Skill(BaseModel):
-    """
-    One row of the table of skills.
-    """
-
-    role: Annotated[Literal["keep", "forget", "watch"], Field(title="Role")]
-    documents: Annotated[int, Field(title="Documents")]
-    tokens: Annotated[
-        int, Field(description="As the base cuts the text.", title="Tokens")
-    ]
-    base: Fit
-    cut: Annotated[
-        Fit, Field(description="After the cut and the refit, before any training.")
-    ]
-    recovered: Fit
-    random: Annotated[
-        Fit | None,
-        Field(
-            description="Control: units drawn at random in the same shape, refitted as the cut was; to be compared with `cut`."
-        ),
-    ] = None
-    trained: Annotated[
-        Fit | None,
-        Field(
-            description="Control: the uncut base trained on as many tokens of the same text; to be compared with `recovered`."
-        ),
-    ] = None
-    retention: Annotated[
-        Interval,
-        Field(
-            description="Base perplexity ÷ compressed perplexity: 1 kept, near 0 lost."
-        ),
-    ]
-    agreement: Annotated[
-        Interval,
-        Field(
-            description="Share of positions where base and compressed model predict the same token; of a base with the same vocabulary, where that is trimmed."
-        ),
-    ]
-    kl: Annotated[
-        Interval,
-        Field(
-            description="Mean KL divergence from the same base's next-token distribution, in nats."
-        ),
-    ]
-    note: Annotated[
-        str | None,
-        Field(description="What to keep in mind when reading this row.", title="Note"),
-    ] = ""
-
-
 class SkillId(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
@@ -895,6 +1038,12 @@ class SkillId(BaseModel):
             title="Dataset",
         ),
     ]
+    answer: Annotated[
+        Answer | None,
+        Field(
+            description="Where the text is prompts: their answers, and how to judge what models write to them."
+        ),
+    ] = None
     name: Annotated[
         str,
         Field(max_length=100, min_length=1, pattern="^[\\w][\\w .+-]*$", title="Name"),
@@ -992,6 +1141,32 @@ class Allocation(BaseModel):
     ] = 0
 
 
+class Answers(BaseModel):
+    """
+    How often models write the answer to a prompt themselves, greedily. Shares with their 95 % interval (Wilson's).
+    """
+
+    prompts: Annotated[int, Field(title="Prompts")]
+    base: Interval
+    cut: Interval
+    recovered: Interval
+    gained: Annotated[
+        int,
+        Field(
+            description="Prompts that the result answers and the base does not.",
+            title="Gained",
+        ),
+    ]
+    lost: Annotated[
+        int,
+        Field(
+            description="Prompts that the base answers and the result does not.",
+            title="Lost",
+        ),
+    ]
+    note: Annotated[str | None, Field(title="Note")] = ""
+
+
 class CurveMean(BaseModel):
     phase: Annotated[str, Field(title="Phase")]
     tokens: Annotated[
@@ -1065,6 +1240,16 @@ class FrontierPoint(BaseModel):
             title="Dominated",
         ),
     ]
+
+
+class Locality(BaseModel):
+    """
+    How far the skills share units (arXiv 2505.15811, section 4: skills are not localized).
+    """
+
+    skills: Annotated[list[str], Field(title="Skills")]
+    overlaps: Annotated[list[Overlap], Field(title="Overlaps")]
+    curves: Annotated[list[LocalityCurve], Field(title="Curves")]
 
 
 class Method(BaseModel):
@@ -1185,31 +1370,59 @@ class Point(BaseModel):
     ] = None
 
 
-class Report(BaseModel):
-    schema_version: Annotated[Literal[1], Field(title="Schema Version")] = 1
-    target: Annotated[
-        str, Field(description="The target's name in `skills`.", title="Target")
+class Skill(BaseModel):
+    """
+    One row of the table of skills.
+    """
+
+    role: Annotated[Literal["keep", "forget", "watch"], Field(title="Role")]
+    documents: Annotated[int, Field(title="Documents")]
+    tokens: Annotated[
+        int, Field(description="As the base cuts the text.", title="Tokens")
     ]
-    family: Annotated[str, Field(title="Family")]
-    spec: Annotated[dict[str, Any], Field(title="Spec")]
-    before: Size
-    after: Size
-    speed: Annotated[list[Speed], Field(title="Speed")]
-    skills: Annotated[dict[str, Skill], Field(title="Skills")]
-    allocation: Allocation
-    cuts: Annotated[list[Cut], Field(title="Cuts")]
-    parity: Annotated[
-        dict[str, Parity],
+    base: Fit
+    cut: Annotated[
+        Fit, Field(description="After the cut and the refit, before any training.")
+    ]
+    recovered: Fit
+    random: Annotated[
+        Fit | None,
         Field(
-            description="vocabulary: the base with its vocabulary trimmed and whole; slice: sliced and masked; reload: a fresh process; onnx: ONNX Runtime and torch.",
-            title="Parity",
+            description="Control: units drawn at random in the same shape, refitted as the cut was; to be compared with `cut`."
+        ),
+    ] = None
+    trained: Annotated[
+        Fit | None,
+        Field(
+            description="Control: the uncut base trained on as many tokens of the same text; to be compared with `recovered`."
+        ),
+    ] = None
+    retention: Annotated[
+        Interval,
+        Field(
+            description="Base perplexity ÷ compressed perplexity: 1 kept, near 0 lost."
         ),
     ]
-    curve: Annotated[list[CurvePoint], Field(title="Curve")]
-    samples: Annotated[list[Sample], Field(title="Samples")]
-    notices: Annotated[list[Notice], Field(title="Notices")]
-    files: Annotated[list[File], Field(title="Files")]
-    provenance: Provenance
+    agreement: Annotated[
+        Interval,
+        Field(
+            description="Share of positions where base and compressed model predict the same token; of a base with the same vocabulary, where that is trimmed."
+        ),
+    ]
+    kl: Annotated[
+        Interval,
+        Field(
+            description="Mean KL divergence from the same base's next-token distribution, in nats."
+        ),
+    ]
+    answers: Annotated[
+        Answers | None,
+        Field(description="Of skills whose text is prompts with answers."),
+    ] = None
+    note: Annotated[
+        str | None,
+        Field(description="What to keep in mind when reading this row.", title="Note"),
+    ] = ""
 
 
 class SweepSpec(BaseModel):
@@ -1336,6 +1549,19 @@ class JobSpec(BaseModel):
             title="Controls",
         ),
     ] = ["random"]
+    locality: Annotated[
+        bool | None,
+        Field(
+            description="Measure which units the skills share with one another, and what each loses as units go in the target's order. Of use with a skill beside the target.",
+            title="Locality",
+        ),
+    ] = True
+    relearn: Annotated[
+        Relearn | None,
+        Field(
+            description="For skills to forget: count the tokens after which the result, a cut at random and fresh weights have learned them again. Half of such a skill's text is kept for that. null leaves it out."
+        ),
+    ] = None
     block_tokens: Annotated[
         int | None,
         Field(
@@ -1371,6 +1597,42 @@ class JobSpec(BaseModel):
         list[SkillId] | None,
         Field(max_length=50, title="Skills", validate_default=True),
     ] = []
+
+
+class Report(BaseModel):
+    schema_version: Annotated[Literal[1], Field(title="Schema Version")] = 1
+    target: Annotated[
+        str, Field(description="The target's name in `skills`.", title="Target")
+    ]
+    family: Annotated[str, Field(title="Family")]
+    spec: Annotated[dict[str, Any], Field(title="Spec")]
+    before: Size
+    after: Size
+    speed: Annotated[list[Speed], Field(title="Speed")]
+    skills: Annotated[dict[str, Skill], Field(title="Skills")]
+    allocation: Allocation
+    cuts: Annotated[list[Cut], Field(title="Cuts")]
+    parity: Annotated[
+        dict[str, Parity],
+        Field(
+            description="vocabulary: the base with its vocabulary trimmed and whole; slice: sliced and masked; reload: a fresh process; onnx: ONNX Runtime and torch.",
+            title="Parity",
+        ),
+    ]
+    curve: Annotated[list[CurvePoint], Field(title="Curve")]
+    locality: Locality | None = None
+    relearning: Annotated[
+        dict[str, Relearning] | None,
+        Field(
+            description="Of skills to forget.",
+            title="Relearning",
+            validate_default=True,
+        ),
+    ] = {}
+    samples: Annotated[list[Sample], Field(title="Samples")]
+    notices: Annotated[list[Notice], Field(title="Notices")]
+    files: Annotated[list[File], Field(title="Files")]
+    provenance: Provenance
 
 
 class Sweep(BaseModel):
@@ -1419,7 +1681,7 @@ class Job(BaseModel):
         Field(title="Status"),
     ]
     phase: Annotated[
-        Literal["", "load", "measure_base", "score", "allocate", "sparsify", "plan", "slice", "reconstruct", "correct", "teach", "recover", "controls", "measure", "export", "report"],
+        Literal["", "load", "measure_base", "score", "allocate", "sparsify", "plan", "slice", "reconstruct", "correct", "teach", "recover", "controls", "measure", "answer", "locality", "relearn", "export", "report"],
         Field(title="Phase"),
     ]
     progress: Progress | None = None

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from narrow_engine.spec import Role, Unit
+from narrow_engine.spec import Answer, Role, Unit
 
 Variant = Literal["base", "cut", "recovered"]
 
@@ -26,7 +26,7 @@ class Size(BaseModel):
 
 class Interval(BaseModel):
     value: float
-    low: float = Field(description="Lower end of the 95 % bootstrap interval over documents.")
+    low: float = Field(description="Lower end of the 95 % interval: by bootstrap over documents, where nothing else is said.")
     high: float
 
 
@@ -37,6 +37,18 @@ class Fit(BaseModel):
     low: float = Field(description="Lower end of the loss's 95 % bootstrap interval over documents.")
     high: float
     perplexity: float
+
+
+class Answers(BaseModel):
+    """How often models write the answer to a prompt themselves, greedily. Shares with their 95 % interval (Wilson's)."""
+
+    prompts: int
+    base: Interval
+    cut: Interval
+    recovered: Interval
+    gained: int = Field(description="Prompts that the result answers and the base does not.")
+    lost: int = Field(description="Prompts that the base answers and the result does not.")
+    note: str = ""
 
 
 class Skill(BaseModel):
@@ -60,6 +72,7 @@ class Skill(BaseModel):
         "vocabulary, where that is trimmed."
     )
     kl: Interval = Field(description="Mean KL divergence from the same base's next-token distribution, in nats.")
+    answers: Answers | None = Field(None, description="Of skills whose text is prompts with answers.")
     note: str = Field("", description="What to keep in mind when reading this row.")
 
 
@@ -121,6 +134,54 @@ class CurvePoint(BaseModel):
     seconds: float
 
 
+class Overlap(BaseModel):
+    """How many of one skill's most important units are another's too, by the run's own criterion."""
+
+    unit: Unit
+    top: int = Field(description="How many units count as most important: of each layer, or of the model.")
+    of: int
+    shared: list[list[float]] = Field(
+        description="By the order of `Locality.skills`, twice: the share of the top units of one skill, on a half of its text, "
+        "that are the other's on a half of its own. Of a skill and itself, the two halves: all that the measurement could show. "
+        "Chance is top ÷ of."
+    )
+
+
+class LocalityCurve(BaseModel):
+    """What every skill loses as units of one kind are cut in the target's order, without refit or training."""
+
+    unit: Unit
+    cut: list[float] = Field(description="Share of the units that is gone.")
+    loss: dict[str, list[float]] = Field(description="Of each skill, in nats a token above the base's.")
+
+
+class Locality(BaseModel):
+    """How far the skills share units (arXiv 2505.15811, section 4: skills are not localized)."""
+
+    skills: list[str]
+    overlaps: list[Overlap]
+    curves: list[LocalityCurve]
+
+
+class Learner(BaseModel):
+    """A model that is trained on a skill."""
+
+    tokens: int | None = Field(description="After which it was back; none if it was not, on all of them.")
+    curve: list[CurvePoint] = Field(description="`validation` is the loss on held-out text of the skill, per token of the base.")
+
+
+class Relearning(BaseModel):
+    """How fast a skill that should be forgotten comes back."""
+
+    base: float = Field(description="The base's loss on the text that the curves are measured on.")
+    within: float = Field(description="Back is a loss of at most this many nats above the base's.")
+    tokens: int = Field(description="Of training, at most.")
+    narrow: Learner
+    random: Learner | None = Field(description="As many units drawn at random, refitted; none where weights are fresh.")
+    fresh: Learner = Field(description="The same shape with fresh weights.")
+    note: str
+
+
 class Sample(BaseModel):
     prompt: str
     base: str
@@ -149,6 +210,7 @@ class Input(BaseModel):
     sha256: str = Field(description="Of a file's bytes; of a model, over the names and digests of its files.")
     skill: str | None = None
     column: str | None = None
+    answer: Answer | None = None
 
 
 class Provenance(BaseModel):
@@ -185,6 +247,8 @@ class Report(BaseModel):
         "process; onnx: ONNX Runtime and torch."
     )
     curve: list[CurvePoint]
+    locality: Locality | None = None
+    relearning: dict[str, Relearning] = Field({}, description="Of skills to forget.")
     samples: list[Sample]
     notices: list[Notice]
     files: list[File]

@@ -25,7 +25,7 @@ INK, SOFT, LINE, ACCENT, WARN, THIRD, PAPER = COLOURS
 
 STAGES = (
     *("load", "measure_base", "score", "allocate", "sparsify", "plan", "slice", "reconstruct"),
-    *("correct", "teach", "recover", "controls", "measure", "export"),
+    *("correct", "teach", "recover", "controls", "measure", "answer", "locality", "relearn", "export"),
 )
 RUNTIMES = {"torch": "torch", "onnxruntime": "ONNX Runtime"}
 STILL_THERE = 0.5

@@ -26,6 +26,9 @@ Phase = Literal[
     "recover",
     "controls",
     "measure",
+    "answer",
+    "locality",
+    "relearn",
     "export",
     "report",
 ]

@@ -1,0 +1,276 @@
+"""The stages that measure: the base before anything, and what is made of it beside its controls.
+
+Like the others in `stages`, each is a function of the run and of the folder that it must fill.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from narrow_engine import answers, earlier, importance, relearning, skills
+from narrow_engine import locality as sharing
+from narrow_engine import reconstruct as least_squares
+from narrow_engine.earlier import base, untouched
+from narrow_engine.errors import NarrowError
+from narrow_engine.families import dimensions
+from narrow_engine.models import config_dict, greedy
+from narrow_engine.plan import Scores, make_plan
+from narrow_engine.report.model import Locality, LocalityCurve, Relearning, Sample, Skill
+from narrow_engine.run import Run, write_json
+from narrow_engine.sizing import chosen_units
+from narrow_engine.slice import compare, renew, slice_model
+from narrow_engine.spec import Unit, relearned
+from narrow_engine.spec import controls as wanted_controls
+from narrow_engine.stages import require_exact, train_base
+
+PROMPT_TOKENS, SAMPLE_TOKENS, SAMPLES = 32, 48, 3
+
+
+def measure_base(run: Run, out: Path) -> None:
+    """The base's loss on every skill: what the rest is measured against, and an early end for data that hold nothing.
+
+    It is measured as it was brought. What is scored, cut and taught by from here on may be the base with its vocabulary
+    trimmed: the same model, but for the tokens that are gone, which is checked.
+    """
+    losses, whole = {}, untouched(run)
+    for name, skill in earlier.skills(run).items():
+        documents = earlier.documents(run, name, "base")
+        if not (documents.lengths > 1).any():
+            raise NarrowError("text_too_short", f"The documents of {name!r} are all shorter than two tokens.")
+        measured = skills.measure(whole, [], documents, run.spec.block_tokens, run.progress("measure_base"))[0]
+        measured.save(out / f"{skill.file}.npz")
+        losses[name] = measured.mean_loss()
+        run.emit(
+            "progress",
+            "measure_base",
+            f"{name}: {losses[name]:.3f} nats",
+            {"done": len(losses), "total": len(earlier.skills(run))},
+        )
+    write_json(out / "skills.json", losses)
+    tokens = earlier.info(run)["tokens"]
+    if tokens:
+        parity = compare(whole, base(run), earlier.probe(run), tokens)
+        require_exact(parity, "trimming the vocabulary")
+        write_json(out / "parity.json", parity.model_dump())
+
+
+def controls(run: Run, out: Path) -> None:
+    """What the result is compared with: chance, and the base that was trained alike; each measured on every skill."""
+    make = {"random": _by_chance, "trained": _trained_base}
+    for control in wanted_controls(run.spec):
+        model = make[control](run)
+        for name, skill in earlier.skills(run).items():
+            found = skills.measure(model, [], earlier.documents(run, name), run.spec.block_tokens, run.progress("controls"))[0]
+            found.save(out / f"{control}.{skill.file}.npz")
+
+
+def _by_chance(run: Run, phase: str = "controls") -> PreTrainedModel:
+    """Units drawn at random, as many as the plan keeps, refitted as the plan's were."""
+    config = config_dict(base(run))
+    keep: dict[Unit, int] = {unit: count for unit, count in earlier.allocation(run).keep.items() if unit != "token"}
+    made = make_plan(config, importance.random.draw(dimensions(config), run.spec.seed + 1), keep)
+    small = slice_model(base(run), made)
+    if run.spec.method.refit:
+        tokens = run.spec.method.calibration_tokens
+        least_squares.refit(base(run), small, made, earlier.calibration(run), tokens, run.progress(phase))
+    return small
+
+
+def _trained_base(run: Run) -> PreTrainedModel:
+    """The base after as many tokens of the target as the result has seen, those of group lasso among them."""
+    method = run.spec.method
+    tokens = method.recover.tokens + (method.regularizer.tokens if method.regularizer else 0)
+    return train_base(run, "controls", 2, tokens)[0]
+
+
+def measure(run: Run, out: Path) -> None:
+    """Base, cut and recovered model on every skill, side by side on the same text, and a sample of what they write."""
+    variants = [earlier.model(run, "reconstruct"), earlier.model(run, "recover")]
+    rows, seed = {}, run.spec.seed
+    for name, skill in earlier.skills(run).items():
+        first = skills.Measured.load(run.out("measure_base") / f"{skill.file}.npz")
+        beside = skills.measure(base(run), variants, earlier.documents(run, name), run.spec.block_tokens, run.progress("measure"))
+        before, after = (found.per(first) for found in beside[1:])
+        kept = skills.retention(first, after, seed)
+        beside_it = {
+            control: skills.Measured.load(run.out("controls") / f"{control}.{skill.file}.npz").per(first)
+            for control in wanted_controls(run.spec)
+        }
+        trained = skills.retention(first, beside_it["trained"], seed) if "trained" in beside_it else None
+        count = int((first.tokens > 0).sum())
+        own = beside[0].tokens
+        rows[name] = Skill(
+            role=skill.role,
+            documents=count,
+            tokens=int(first.tokens.sum()),
+            base=skills.fit(first, seed),
+            cut=skills.fit(before, seed),
+            recovered=skills.fit(after, seed),
+            **{control: skills.fit(found, seed) for control, found in beside_it.items()},
+            retention=kept,
+            agreement=skills.interval(after.agree, own, seed),
+            kl=skills.interval(after.kl, own, seed),
+            note=skills.note(skill.role, kept, count, float(own.sum() / first.tokens.sum()), trained),
+        ).model_dump()
+        if name == run.spec.target_name and "random" in beside_it:
+            worth = skills.interval(beside_it["random"].loss - before.loss, first.tokens, seed)
+            if worth.low <= 0:
+                run.emit(
+                    "notice",
+                    "measure",
+                    f"Units drawn at random, in the same shape and refitted alike, do as well on {name} before training "
+                    f"({worth.value:+.3f} nats, from {worth.low:+.3f} to {worth.high:+.3f}): which units stay makes no "
+                    "difference that this text could show.",
+                    {"code": "no_better_than_chance"},
+                )
+    write_json(out / "skills.json", rows)
+    write_json(out / "samples.json", [sample.model_dump() for sample in _samples(run)])
+
+
+def answer(run: Run, out: Path) -> None:
+    """What base, cut and result write to the prompts of skills that have answers, and how often it is the answer."""
+    info = earlier.info(run)
+    of_base = earlier.reader(run.spec.base.path, info["model"]["config"])
+    of_result = of_base if info["tokens"] is None else earlier.reader(earlier.tokenizer_folder(run), config_dict(base(run)))
+    models = [(untouched(run), of_base)]
+    models += [(earlier.model(run, stage), of_result) for stage in ("reconstruct", "recover")]
+    rows = {}
+    for name, skill in earlier.skills(run).items():
+        asked = skill.data.answer
+        if asked is None:
+            continue
+        seen = earlier.training(run) if name == run.spec.target_name else None
+        held_out = answers.pick(skill.data, earlier.documents(run, name, "base"), seen)
+        room = dimensions(info["model"]["config"]).context - asked.tokens
+        prompts = [p for p in held_out if all(len(answers.encode(side, p.text)) <= room for side in (of_base, of_result))]
+        if len(prompts) < len(held_out) or not prompts:
+            run.emit("notice", "answer", _unasked(name, len(held_out), len(prompts), room), {"code": "not_asked"})
+        if not prompts:
+            continue
+        texts = [prompt.text for prompt in prompts]
+        flags = [
+            [
+                answers.right(text, prompt.answer, asked.extract)
+                for text, prompt in zip(answers.write(model, reader, texts, asked, run.progress("answer")), prompts, strict=True)
+            ]
+            for model, reader in models
+        ]
+        rows[name] = answers.judge(*flags).model_dump()
+    write_json(out / "answers.json", rows)
+
+
+def _unasked(name: str, held_out: int, asked: int, room: int) -> str:
+    if not held_out:
+        return f"{name} has no whole row among what is held out: what models write to its prompts is not measured."
+    return (
+        f"{held_out - asked:,} of {held_out:,} prompts of {name} are not asked: they are longer than the {room:,} tokens that "
+        "the model's context leaves beside an answer."
+    )
+
+
+def locality(run: Run, out: Path) -> None:
+    """Which units the skills share, and what each loses as units go in the target's order."""
+    spec, model, tell = run.spec, base(run), run.progress("locality")
+    texts = {}
+    for name in earlier.skills(run):
+        halves = sharing.halves(earlier.documents(run, name), spec.block_tokens, spec.seed)
+        if halves:
+            texts[name] = halves
+        else:
+            told = f"{name} has too little text to halve: which units it shares with other skills is not measured."
+            run.emit("notice", "locality", told, {"code": "not_compared"})
+    units = [unit for unit in chosen_units(spec) if unit in earlier.scores(run)]
+    steps = len(texts) + len(units)
+    found: list[tuple[Scores, Scores]] = []
+    for halves in texts.values():
+        residual, step = "residual" in units, len(found)
+        first, second = (sharing.scores(model, blocks, residual, lambda *_: tell(step, steps)) for blocks in halves)  # noqa: B023
+        found.append((first, second))
+    judged = {name: earlier.judged(run, name)[:2] for name in earlier.skills(run)}
+    curves: list[LocalityCurve] = []
+    for unit in units:
+        step, order = len(texts) + len(curves), earlier.scores(run)
+        curves.append(sharing.curve(model, unit, order, judged, spec.block_tokens, lambda *_: tell(step, steps)))  # noqa: B023
+    made = Locality(skills=list(texts), overlaps=sharing.overlaps(found) if found else [], curves=curves)
+    (out / "locality.json").write_text(made.model_dump_json())
+
+
+def relearn(run: Run, out: Path) -> None:
+    """Trains the result, a cut at random and fresh weights on each skill to forget, and counts the tokens until it is back."""
+    spec, asked = run.spec, run.spec.relearn
+    assert asked is not None
+    rows: dict[str, Any] = {}
+    for name in relearned(spec):
+        blocks = earlier.relearning_blocks(run, name)
+        if blocks is None:
+            continue
+        judged = earlier.judged(run, name)
+        makers: dict[str, Callable[[Run], PreTrainedModel]] = {"narrow": _result, "fresh": _fresh}
+        if spec.method.init != "fresh" and spec.method.units != ["token"]:
+            makers["random"] = partial(_by_chance, phase="relearn")
+        found = {
+            who: relearning.learn(
+                partial(make, run),
+                who == "fresh",
+                blocks,
+                asked,
+                spec.method.recover,
+                judged.base,
+                folder=run.work("relearn") / f"{earlier.skills(run)[name].file}.{who}",
+                emit=run.emit,
+                check=run.check,
+                validate=earlier.validator(run, name),
+            )
+            for who, make in makers.items()
+        }
+        rows[name] = Relearning(
+            base=judged.base,
+            within=asked.within,
+            tokens=asked.tokens,
+            narrow=found["narrow"],
+            random=found.get("random"),
+            fresh=found["fresh"],
+            note=relearning.note(name, judged.base, asked, found["narrow"], found["fresh"]),
+        ).model_dump()
+    write_json(out / "relearning.json", rows)
+
+
+def _result(run: Run) -> PreTrainedModel:
+    """A copy, that may be trained."""
+    return earlier.copy(run, "recover")
+
+
+def _fresh(run: Run) -> PreTrainedModel:
+    """The result's shape without anything of the base."""
+    model = slice_model(base(run), earlier.plan(run))
+    renew(model, run.spec.seed + 2)
+    return model
+
+
+def _samples(run: Run) -> list[Sample]:
+    """The beginning of held-out text, continued greedily by both models."""
+    info = earlier.info(run)
+    readers = [earlier.reader(run.spec.base.path, info["model"]["config"])]
+    readers.append(
+        readers[0] if info["tokens"] is None else earlier.reader(earlier.tokenizer_folder(run), config_dict(base(run)))
+    )
+    old = np.array(info["tokens"] or range(readers[0].size))
+    documents, start = earlier.documents(run, run.spec.target_name), readers[1].start
+    found = []
+    # What was measured are stretches; those that begin where their document does read best.
+    for index in sorted(range(len(documents)), key=lambda i: documents[i][0] != start)[:SAMPLES]:
+        prompt = documents[index][:PROMPT_TOKENS].astype("int64")
+        texts = []
+        for model, reader, numbers in zip(
+            (untouched(run), earlier.model(run, "recover")), readers, (old[prompt], prompt), strict=True
+        ):
+            run.check()
+            ids = torch.from_numpy(numbers)[None].to(model.device)
+            texts.append(reader.tokenizer.decode(greedy(model, ids, SAMPLE_TOKENS)))
+        found.append(Sample(prompt=readers[1].tokenizer.decode(prompt.tolist()), base=texts[0], narrow=texts[1]))
+    return found
