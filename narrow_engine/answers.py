@@ -112,13 +112,11 @@ def right(written: str, answer: str, extract: str | None) -> bool:
 
 
 def _extracted(text: str, extract: str | None) -> str | None:
-    """The last match of an expression, or its first group; the whole text where there is no expression, none without a match."""
+    """The last match of an expression that is not empty, or its first group; the whole text where there is no expression."""
     if extract is None:
         return text.strip()
-    last = None
-    for last in re.finditer(extract, text):  # noqa: B007
-        pass
-    return None if last is None else (last.group(1) if last.re.groups else last.group()) or ""
+    found = [match[min(1, match.re.groups)] for match in re.finditer(extract, text)]
+    return next((value for value in reversed(found) if value), None)
 
 
 def judge(base: list[bool], cut: list[bool], recovered: list[bool]) -> Answers:
@@ -141,7 +139,7 @@ def share(right: list[bool]) -> Interval:
     count, mean = len(right), sum(right) / len(right)
     middle = (mean + Z**2 / (2 * count)) / (1 + Z**2 / count)
     half = Z / (1 + Z**2 / count) * math.sqrt(mean * (1 - mean) / count + Z**2 / (4 * count**2))
-    return Interval(value=mean, low=max(0.0, middle - half), high=min(1.0, middle + half))
+    return Interval(value=mean, low=max(0.0, min(mean, middle - half)), high=min(1.0, max(mean, middle + half)))
 
 
 def _note(base: list[bool], gained: int, lost: int) -> str:

@@ -22,10 +22,10 @@ from narrow_engine.corpus import Blocks, Documents
 from narrow_engine.families import dimensions
 from narrow_engine.models import config_dict
 from narrow_engine.plan import Scores, make_plan
-from narrow_engine.report.model import LocalityCurve, Overlap
+from narrow_engine.report.model import Cut, Locality, LocalityCurve, Overlap
 from narrow_engine.sizing import round_fractions, unit_counts
 from narrow_engine.slice import slice_model
-from narrow_engine.spec import Unit
+from narrow_engine.spec import PLURAL, Unit
 
 TOP = 0.25
 """Share of the units that are a skill's most important ones."""
@@ -106,3 +106,36 @@ def curve(
         for name, (text, per_base_token) in texts.items():
             made.loss[name].append(per_base_token * (skills.loss_of(small, text, length) - before[name]))
     return made
+
+
+def summary(found: Locality, target: str, cuts: list[Cut]) -> str:
+    """The figures in sentences: what skills lose where about as much is cut as in the result, and which share most."""
+    said = []
+    for curve in found.curves:
+        gone = next(1 - cut.kept / cut.of for cut in cuts if cut.unit == curve.unit)
+        others = [name for name in curve.loss if name != target]
+        if gone == 0 or not curve.cut or not others:
+            continue
+        at = min(range(len(curve.cut)), key=lambda index: abs(curve.cut[index] - gone))
+        lost = {name: values[at] for name, values in curve.loss.items()}
+        most, least = max(others, key=lost.__getitem__), min(others, key=lost.__getitem__)
+        also = f" and {least} {lost[least]:.2f}" if least != most else ""
+        said.append(
+            f"Cutting the {curve.cut[at]:.0%} of {PLURAL[curve.unit]} that {target} needs least costs {target} "
+            f"{lost[target]:.2f} nats before any refit, and also costs {most} {lost[most]:.2f}{also}."
+        )
+    if target not in found.skills or len(found.skills) < 2:
+        return " ".join(said)
+    own = found.skills.index(target)
+    for overlap in found.overlaps[:1]:
+        chance, itself = overlap.top / overlap.of, overlap.shared[own][own]
+        shared = {name: value for name, value in zip(found.skills, overlap.shared[own], strict=True) if name != target}
+        most, least = max(shared, key=shared.__getitem__), min(shared, key=shared.__getitem__)
+        also = f", and {shared[least]:.0%} to {least}" if least != most else ""
+        said.append(
+            f"Of the {PLURAL[overlap.unit]} that matter most to {target}, {shared[most]:.0%} matter most to {most} as well"
+            f"{also}; chance would make it {chance:.0%}, and two samples of {target} share {itself:.0%}."
+        )
+        if shared[most] - chance > 0.1 * (itself - chance):
+            said.append("Skills share structure: what is cut for one is missed by others.")
+    return " ".join(said)

@@ -386,9 +386,7 @@ class Answer(Model):
         examples=[r"#### (-?[\d,.]+)"],
     )
     tokens: int = Field(128, ge=1, le=8192, description="That a model may write, at most.")
-    stop: list[Annotated[str, Field(min_length=1, max_length=100)]] = Field(
-        default=["\n"], max_length=8, description="What ends an answer, beside the model's own end of text."
-    )
+    stop: list[str] = Field(default=["\n"], max_length=8, description="What ends an answer, beside the model's own end of text.")
     prompts: int = Field(200, ge=1, le=100_000, description="That are asked, at most.")
 
     @model_validator(mode="after")
@@ -397,6 +395,8 @@ class Answer(Model):
             re.compile(self.extract or "")
         except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"'extract' is not a regular expression: {error}") from error
+        if not all(0 < len(stop) <= 100 for stop in self.stop):
+            raise ValueError("what is in 'stop' has 1 to 100 characters")
         return self
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from narrow_engine import corpus, earlier, importance, matching, speed, teacher, train, vocabulary
+from narrow_engine import locality as sharing
 from narrow_engine import reconstruct as least_squares
 from narrow_engine.allocate import allocate as choose_shape
 from narrow_engine.allocate import open_workshop
@@ -38,6 +39,7 @@ from narrow_engine.report.model import (
     CurvePoint,
     File,
     Input,
+    Locality,
     Parity,
     Provenance,
     Report,
@@ -491,7 +493,7 @@ def report(run: Run, out: Path) -> None:
         cuts=cuts(info.config, earlier.plan(run), options.units),
         parity=parity,
         curve=[point for stage in ("sparsify", "recover") for point in earlier.curve(run, stage)],
-        locality=json.loads(found.read_text()) if (found := run.out("locality") / "locality.json").exists() else None,
+        locality=_locality(run),
         relearning=json.loads(found.read_text()) if (found := run.out("relearn") / "relearning.json").exists() else {},
         samples=[Sample.model_validate(s) for s in json.loads((run.out("measure") / "samples.json").read_text())],
         notices=run.notices,
@@ -571,6 +573,18 @@ def _file(path: Path, root: Path) -> File:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return File(path=path.relative_to(root).as_posix(), bytes=path.stat().st_size, sha256=digest)
+
+
+def _locality(run: Run) -> Locality | None:
+    """What was measured of it, told for the size that the result has."""
+    path = run.out("locality") / "locality.json"
+    if not path.exists():
+        return None
+    found = Locality.model_validate_json(path.read_bytes())
+    told = sharing.summary(
+        found, run.spec.target_name, cuts(earlier.info(run)["model"]["config"], earlier.plan(run), run.spec.method.units)
+    )
+    return found.model_copy(update={"summary": told})
 
 
 def _skills(run: Run) -> dict[str, Any]:

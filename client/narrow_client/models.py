@@ -29,10 +29,6 @@ class Extract(RootModel[str]):
     ]
 
 
-class StopItem(RootModel[str]):
-    root: Annotated[str, Field(max_length=100, min_length=1)]
-
-
 class Answer(BaseModel):
     """
     Rows of JSON Lines that hold an answer beside the text, which is its prompt as models see it. Prompt and answer together
@@ -63,12 +59,11 @@ class Answer(BaseModel):
         ),
     ] = 128
     stop: Annotated[
-        list[StopItem] | None,
+        list[str] | None,
         Field(
             description="What ends an answer, beside the model's own end of text.",
             max_length=8,
             title="Stop",
-            validate_default=True,
         ),
     ] = ["\n"]
     prompts: Annotated[
@@ -1250,6 +1245,13 @@ class Locality(BaseModel):
     skills: Annotated[list[str], Field(title="Skills")]
     overlaps: Annotated[list[Overlap], Field(title="Overlaps")]
     curves: Annotated[list[LocalityCurve], Field(title="Curves")]
+    summary: Annotated[
+        str | None,
+        Field(
+            description="What it comes to at the size of the result, in a few sentences.",
+            title="Summary",
+        ),
+    ] = ""
 
 
 class Method(BaseModel):

@@ -161,6 +161,7 @@ class Locality(BaseModel):
     skills: list[str]
     overlaps: list[Overlap]
     curves: list[LocalityCurve]
+    summary: str = Field("", description="What it comes to at the size of the result, in a few sentences.")
 
 
 class Learner(BaseModel):

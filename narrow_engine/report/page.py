@@ -9,13 +9,14 @@ import io
 import re
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from narrow_engine.report.model import Cut, Report, Skill
+from narrow_engine.report.model import Cut, LocalityCurve, Relearning, Report, Skill
 from narrow_engine.spec import PLURAL, Control
 
 COLOURS = {"#010203": "currentColor", "#010204": "var(--soft)", "#010205": "var(--line)", "#010206": "var(--accent)"}
@@ -27,6 +28,7 @@ STAGES = (
     *("load", "measure_base", "score", "allocate", "sparsify", "plan", "slice", "reconstruct"),
     *("correct", "teach", "recover", "controls", "measure", "answer", "locality", "relearn", "export"),
 )
+LEARNERS = {"narrow": "this model", "random": "cut at random", "fresh": "fresh weights"}
 RUNTIMES = {"torch": "torch", "onnxruntime": "ONNX Runtime"}
 STILL_THERE = 0.5
 """Retention above which a skill to forget is not called forgotten."""
@@ -53,6 +55,10 @@ def render_page(report: Report) -> str:
         first=next((point.validation for point in report.curve if point.phase == "recover"), None),
         curve_chart=svg(lambda axes: _curve(axes, report)) if len(report.curve) > 1 else "",
         cut_chart=svg(lambda axes: _cuts(axes, report)) if any(cut.unit != "token" for cut in report.cuts) else "",
+        locality_charts={curve.unit: svg(partial(_losses, curve=curve, report=report)) for curve in _curves(report)},
+        relearning_charts={name: svg(partial(_relearning, row=row)) for name, row in report.relearning.items()},
+        learners=LEARNERS,
+        asked={name: skill.answers for name, skill in report.skills.items() if skill.answers},
         seconds={name: seconds[name] for name in sorted(seconds, key=_order) if seconds[name] >= 0.05},
     )
 
@@ -231,6 +237,58 @@ def _cuts(axes: Any, report: Report) -> None:
     axes.set_yticks([0, 0.5, 1], ["0", "50%", "100%"])
     axes.xaxis.get_major_locator().set_params(integer=True)
     legend(axes, columns=3)
+
+
+def _curves(report: Report) -> list[LocalityCurve]:
+    return [curve for curve in report.locality.curves if curve.cut] if report.locality else []
+
+
+def _losses(axes: Any, curve: LocalityCurve, report: Report) -> None:
+    """What every skill loses as the target's least important units go; the target last, so that it lies on top."""
+    names = sorted(curve.loss, key=lambda name: (name == report.target, -curve.loss[name][-1]))
+    for number, name in enumerate(names):
+        own = name == report.target
+        style = (WARN, THIRD, SOFT, INK)[number % 4], ("-", (0, (5, 2)), (0, (1, 1.5)))[number // 4 % 3]
+        axes.plot(
+            [0.0, *(100 * share for share in curve.cut)],
+            [0.0, *curve.loss[name]],
+            color=ACCENT if own else style[0],
+            linestyle="-" if own else style[1],
+            linewidth=2.4 if own else 1.4,
+            marker="o",
+            markersize=3.2,
+            label=name if len(name) <= NAME_CHARACTERS else name[: NAME_CHARACTERS - 1] + "…",
+        )
+    cut = next(cut for cut in report.cuts if cut.unit == curve.unit)
+    axes.axvline(100 * (1 - cut.kept / cut.of), color=INK, linewidth=1, linestyle=(0, (4, 3)), label="cut in this model")
+    axes.set_xlabel(f"% of {PLURAL[curve.unit]} cut")
+    axes.set_ylabel("nats per token above the base")
+    axes.set_xlim(left=0)
+    axes.margins(y=0.06)
+    legend(axes, columns=1)
+
+
+def _relearning(axes: Any, row: Relearning) -> None:
+    """Held-out loss of the skill against tokens of training on it."""
+    for who, colour in (("fresh", SOFT), ("random", WARN), ("narrow", ACCENT)):
+        learner = getattr(row, who)
+        if learner is None:
+            continue
+        seen = [(point.tokens / 1e3, point.validation) for point in learner.curve if point.validation is not None]
+        axes.plot(
+            [tokens for tokens, _ in seen],
+            [loss for _, loss in seen],
+            color=colour,
+            linewidth=2.4 if who == "narrow" else 1.6,
+            marker="o",
+            markersize=3.2,
+            label=LEARNERS[who],
+        )
+    axes.axhline(row.base + row.within, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"base + {row.within:g} nats")
+    axes.margins(y=0.08)
+    axes.set_xlabel("thousand tokens of the skill trained on")
+    axes.set_ylabel("loss, nats per token")
+    legend(axes, columns=1)
 
 
 def legend(axes: Any, columns: int) -> None:

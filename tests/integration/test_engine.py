@@ -21,6 +21,7 @@ OPTIONS = {
     "method": {"calibration_tokens": 1024, "recover": {"tokens": 2560, "batch_tokens": 256}},
     "block_tokens": 64,
     "skill_tokens": 2048,
+    "relearn": {"tokens": 512},
     "export": ["safetensors"],
 }
 

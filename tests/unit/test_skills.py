@@ -84,7 +84,7 @@ def test_the_split_loses_nothing_and_keeps_texts_on_one_side(lengths, wanted, co
     hashes[:copies] = hashes[0]
     found = corpus.Documents(found.tokens, found.offsets, hashes)
     told = []
-    training, held_out = corpus.hold_out(found, wanted, lambda *event: told.append(event[3]["code"]))
+    training, held_out = corpus.hold_out(found, wanted, 0.1, "The target", lambda *event: told.append(event[3]["code"]))
     room = max(1, min(wanted, len(found.tokens) // 10))
     assert room / 2 <= len(held_out.tokens) <= room
     assert sorted([*training.tokens, *held_out.tokens]) == sorted(found.tokens)
@@ -100,7 +100,7 @@ def test_a_few_long_documents_give_their_tail_and_say_so():
     for lengths in ([1000], [500, 500], [900, 90, 10]):
         told: list[str] = []
         training, held_out = corpus.hold_out(
-            some_documents(lengths), 10_000, lambda *event, told=told: told.append(event[3]["code"])
+            some_documents(lengths), 10_000, 0.1, "The target", lambda *event, told=told: told.append(event[3]["code"])
         )
         assert (len(training.tokens), len(held_out.tokens)) == (900, 100)
         assert told == ([] if lengths == [900, 90, 10] else ["held_out_tail"])
