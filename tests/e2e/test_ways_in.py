@@ -11,7 +11,7 @@ import narrow_client
 import pytest
 from tiny import ROOT, write_jsonl
 
-OPTIONS = {"block_tokens": 64, "skill_tokens": 1024}
+OPTIONS = {"block_tokens": 64, "skill_tokens": 1024, "relearn": {"tokens": 512}}
 METHOD = {"calibration_tokens": 512, "recover": {"tokens": 1024, "batch_tokens": 256}}
 
 
