@@ -11,7 +11,7 @@ import narrow_client
 import pytest
 from tiny import ROOT, write_jsonl
 
-OPTIONS = {"block_tokens": 64, "skill_tokens": 1024, "relearn": {"tokens": 512}}
+OPTIONS = {"block_tokens": 64, "skill_tokens": 1024}
 METHOD = {"calibration_tokens": 512, "recover": {"tokens": 1024, "batch_tokens": 256}}
 
 
@@ -38,7 +38,7 @@ def test_compress_in_python_and_the_files_in_stock_libraries(service, tiny_folde
             tmp_path / "out",
             skills={"german": (german_file, "forget")},
             method=METHOD,
-            options=OPTIONS,
+            options={**OPTIONS, "relearn": {"tokens": 512}},
             teacher=tiny_folder,
             client=client,
             progress=seen.append,
