@@ -75,6 +75,7 @@ def spec(domain: str, method: str, keep: float, seed: int, tokens: int, rate: fl
             "method": {**given, "units": ["neuron"], "recover": options},
             "budget": {"keep": {"neuron": keep}},
             "export": ["safetensors"],
+            "controls": [],
             "skill_tokens": MEASURED,
             "seed": seed,
             **broad,

@@ -1,10 +1,10 @@
 """How much of a skill is left when three quarters of the MLP neurons are gone: this engine against the paper's recipe.
 
-    python bench/quality.py [--domains python medical] [--seeds 0 1 2] [--keep 256] [--arms ...] [--tokens 327680]
+    python bench/quality.py [--domains python medical math] [--seeds 0 1 2] [--keep 256] [--arms ...] [--tokens 327680]
 
 Cuts base-s from 1,024 neurons in every layer to `--keep`, 256 if nothing else is asked for. Arms, each with the same
 training tokens:
-    narrow       reconstruction score, refit, mixed objective, Muon (the defaults)
+    narrow       reconstruction score, refit, mixed objective at temperature 2, Muon (the defaults)
     lasso        group lasso for a quarter of the tokens, then the cut, the refit and the defaults' recovery
     paper        attribution score, no refit, next token, AdamW at a constant 5e-5 (arXiv 2505.15811; slicing computes what
                  its masks compute)
@@ -40,8 +40,9 @@ BASE = HERE.parent / "demo" / "base"
 TRAIN = {
     "python": HERE.parent / "demo" / "data" / "python.jsonl.gz",
     "medical": HERE / "data" / "medical.train.jsonl.gz",
+    "math": HERE / "data" / "math.train.jsonl.gz",
 }
-VALIDATION = {name: HERE / "data" / f"{name}.validation.jsonl.gz" for name in TRAIN} | {
+VALIDATION = {name: HERE / "data" / f"{name}.validation.jsonl.gz" for name in ("python", "medical")} | {
     name: HERE.parent / "demo" / "data" / f"{name}.jsonl.gz" for name in ("c", "german", "math")
 }
 LENGTH, CALIBRATION, MEASURED, OTHERS = 512, 65_536, 65_536, 16_384
@@ -111,7 +112,7 @@ def cut(base, training, seed, keep, criterion, refit=False, lasso_tokens=0):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--domains", nargs="+", default=["python", "medical"])
+    parser.add_argument("--domains", nargs="+", default=list(TRAIN), choices=TRAIN)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--keep", nargs="+", type=int, default=[256])
     parser.add_argument("--arms", nargs="+", default=DEFAULT_ARMS, choices=ARMS)

@@ -173,7 +173,7 @@ class Recover(Model):
     )
     schedule: Literal["linear", "constant"] = "linear"
     batch_tokens: int = Field(2048, ge=1, le=2**22, description="Tokens of one optimizer step.")
-    temperature: float = Field(1.0, gt=0, le=100, description="Softens both distributions of the distillation term.")
+    temperature: float = Field(2.0, gt=0, le=100, description="Softens both distributions of the distillation term.")
     divergence: Divergence = Field(
         "kl",
         description="Of base p and student q in the distillation term. kl: KL(p‖q); reverse_kl: KL(q‖p); js: generalised "

@@ -875,7 +875,7 @@ class Recover(BaseModel):
             le=100.0,
             title="Temperature",
         ),
-    ] = 1.0
+    ] = 2.0
     divergence: Annotated[
         Literal["kl", "reverse_kl", "js", "skew_kl", "skew_reverse_kl"] | None,
         Field(
