@@ -2,9 +2,9 @@
 
     python bench/teaching.py [--domains python medical] [--seeds 0] [--arms ...]
 
-Temperature 2 became the default by this. Cuts base-s to a quarter of its neurons and recovers on 163,840 tokens. Losses are nats a token on the target's held-out text,
+Cuts base-s to a quarter of its neurons and recovers on 163,840 tokens. Losses are nats a token on the target's held-out text,
 minus the base's; `recover` and `teach` are seconds of wall on one thread. Each finished arm is a row of
-bench/results/teaching.json and is not run again; the table is made of them.
+bench/results/teaching.json and is not run again; the table is made of them. Temperature 2 became the default by it.
 """
 
 import argparse

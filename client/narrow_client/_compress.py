@@ -12,6 +12,9 @@ from narrow_client._render import ProgressDisplay
 from narrow_client._sync import Narrow
 from narrow_client.models import Event, Job, Report
 
+Skill = tuple[str | Path, str] | tuple[str | Path, str, Mapping[str, Any]]
+"""Its file or id and its role; where its text is prompts, also how they are answered, as in the API."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -31,10 +34,11 @@ def compress(
     budget: float | Mapping[str, Any] = 0.5,
     out: str | Path = "narrow-out",
     *,
-    skills: Mapping[str, tuple[str | Path, str]] | None = None,
+    skills: Mapping[str, Skill] | None = None,
     method: Mapping[str, Any] | None = None,
     export: Sequence[str] = ("safetensors", "onnx"),
     column: str = "text",
+    answer: Mapping[str, Any] | None = None,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
     broad: str | Path | None = None,
@@ -46,6 +50,8 @@ def compress(
 
     `budget` is the share of parameters to keep (0.5), their number (4_000_000), or the API's own form
     ({"keep": {"neuron": 0.25}}). `skills` maps names to (file or id, role), with the roles keep, forget and watch.
+    Where rows hold prompts in `column` and their answers beside them, `answer` says where the target's are and how to judge
+    what models write, as the API does ({"column": "answer"}); for a skill it is a third item beside its role.
     `method` and `options` are merged into the job spec as they are; `broad` is the text of a curriculum (file or id),
     `teacher` a model that teaches in the base's place (folder or id).
     Results lie in `out`: model/, onnx/, report.json, report.html, plan.json. `progress` prints to the
@@ -58,7 +64,7 @@ def compress(
     out = Path(out)
     try:
         check_out(out)
-        spec = upload_spec(client, base, target, budget, skills, method, export, column, seed, options, broad, teacher)
+        spec = upload_spec(client, base, target, budget, skills, method, export, column, answer, seed, options, broad, teacher)
         job = client.jobs.create(spec)
         fetch = f"'narrow download {job.id} --out {out}' fetches what came out"
         try:
@@ -122,10 +128,11 @@ def upload_spec(
     base: str | Path,
     target: str | Path,
     budget: float | Mapping[str, Any],
-    skills: Mapping[str, tuple[str | Path, str]] | None,
+    skills: Mapping[str, Skill] | None,
     method: Mapping[str, Any] | None,
     export: Sequence[str],
     column: str,
+    answer: Mapping[str, Any] | None,
     seed: int,
     options: Mapping[str, Any] | None = None,
     broad: str | Path | None = None,
@@ -134,14 +141,15 @@ def upload_spec(
     """The job spec, for which everything local is uploaded, once all of it has been found."""
     for model in (base, *([teacher] if teacher else [])):
         check_model(model)
-    for data in (target, *(data for data, _ in (skills or {}).values()), *([broad] if broad else [])):
+    for data in (target, *(skill[0] for skill in (skills or {}).values()), *([broad] if broad else [])):
         check_data(data)
     return {
         "base": {"model": _model_id(client, base)},
-        "target": {"dataset": _dataset_id(client, target, column)},
+        "target": {"dataset": _dataset_id(client, target, column), **({"answer": dict(answer)} if answer else {})},
         "skills": [
-            {"name": name, "dataset": _dataset_id(client, data, column), "role": role}
-            for name, (data, role) in (skills or {}).items()
+            {"name": name, "dataset": _dataset_id(client, skill[0], column), "role": skill[1]}
+            | ({"answer": dict(skill[2])} if len(skill) > 2 else {})
+            for name, skill in (skills or {}).items()
         ],
         "budget": dict(budget) if isinstance(budget, Mapping) else {"parameters": budget},
         "method": dict(method or {}),

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from narrow_client._files import TERMINAL
-from narrow_client.models import Budget, Event, Frontier, Job, Plan, Point, Report, Size, Spread, SweepPoints
+from narrow_client.models import Answers, Budget, Event, Frontier, Job, Plan, Point, Report, Size, Spread, SweepPoints
 
 WORDS = {
     "load": "read model and data",
@@ -226,10 +226,20 @@ def report_view(report: Report, paths: dict[str, Path] | None = None) -> Rendera
         (f"{kept.value:.1%}", "bold"),
         f" of {plain(report.target)} kept (95 % interval {kept.low:.1%} to {kept.high:.1%})",
     )
-    parts: list[RenderableType] = [head, Text(), _skills(report), Text(), _sizes(report)]
-    notes = [f"{plain(name)}: {plain(skill.note)}" for name, skill in report.skills.items() if skill.note]
+    answers = {name: skill.answers for name, skill in report.skills.items() if skill.answers}
+    parts: list[RenderableType] = [head, Text(), _skills(report), Text()]
+    if answers:
+        parts += [_answers(answers), Text()]
+    parts.append(_sizes(report))
+    notes = [(name, skill.note) for name, skill in report.skills.items() if skill.note]
+    notes += [(f"{name}, answers", found.note) for name, found in answers.items() if found.note]
     if notes:
-        parts += [Text(), *(Text(note, style="yellow") for note in notes)]
+        parts += [Text(), *(Text(plain(f"{name}: {note}"), style="yellow") for name, note in notes)]
+    found = [("Gone or hidden?", row.note) for row in (report.relearning or {}).values()]
+    if report.locality and report.locality.summary:
+        found.append(("What the skills share.", report.locality.summary))
+    if found:
+        parts += [Text(), *(Text.assemble((title, "bold"), f" {plain(note)}") for title, note in found)]
     if report.samples:
         parts += [Text(), _sample(report)]
     if paths:
@@ -267,6 +277,23 @@ def _skills(report: Report) -> Table:
             f"{kept.low:.3f} – {kept.high:.3f}",
             *(f"{found.loss:.3f}" if (found := getattr(skill, control)) else "" for control in controls),
         )
+    return table
+
+
+def _answers(answers: dict[str, Answers]) -> Table:
+    table = Table(
+        title="Answers: held-out prompts that are answered, with the 95 % interval",
+        title_justify="left",
+        title_style="dim",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    table.add_column("skill")
+    for column in ("prompts", "base", "cut", "recovered"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, found in answers.items():
+        shares = (f"{share.value:.0%} ({share.low:.0%} – {share.high:.0%})" for share in (found.base, found.cut, found.recovered))
+        table.add_row(Text(plain(name)), f"{found.prompts:,}", *shares)
     return table
 
 

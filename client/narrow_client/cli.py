@@ -130,6 +130,21 @@ def parse_skill(ctx: click.Context, parameter: click.Parameter, values: tuple[st
     return found
 
 
+def parse_answer(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str | None, dict[str, str]]:
+    """By skill, whose name was checked to be one when this is used; None is the target."""
+    found: dict[str | None, dict[str, str]] = {}
+    for value in values:
+        # A skill's name has neither a colon nor an equals sign; an expression may have both.
+        parts = re.fullmatch(r"(?:([^:=]+)=)?([^:=]+)(?::(.+))?", value, re.DOTALL)
+        if not parts:
+            raise click.BadParameter(f"{value!r} does not look like COLUMN, SKILL=COLUMN or SKILL=COLUMN:REGEX.")
+        name, column, extract = parts.groups()
+        if name in found:
+            raise click.BadParameter(f"the answers of {name or 'the target'} are told twice.")
+        found[name] = {"column": column, **({"extract": extract} if extract else {})}
+    return found
+
+
 QUANTITIES = tuple(name for name in Budget.model_fields if name != "keep")
 
 
@@ -189,6 +204,15 @@ def parse_budget(_: click.Context, __: click.Parameter, value: str) -> dict[str,
 @click.option("--importance", type=click.Choice(words(Method, "importance")), help="How units are scored.")
 @click.option("--recover-tokens", type=click.IntRange(0), help="Tokens to train on after the cut.")
 @click.option("--column", default="text", show_default=True, help="Field of the text in JSON Lines.")
+@click.option(
+    "--answer",
+    "answers",
+    multiple=True,
+    callback=parse_answer,
+    metavar="[SKILL=]COLUMN[:REGEX]",
+    help="The text of this skill, or else of the target, is prompts, and this field their answer: count how many are answered. "
+    "Of answers and of what models write, the last match of REGEX is compared.",
+)
 @click.option("--export", "exports", multiple=True, type=click.Choice(words(JobSpec, "export")), help="Formats; both by default.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", default="narrow-out", show_default=True, type=click.Path(file_okay=False, path_type=Path))
@@ -204,6 +228,7 @@ def compress(
     importance: str | None,
     recover_tokens: int | None,
     column: str,
+    answers: dict[str | None, dict[str, str]],
     exports: tuple[str, ...],
     seed: int,
     out: Path,
@@ -219,9 +244,12 @@ def compress(
     if recover_tokens is not None:
         chosen["recover"] = {"tokens": recover_tokens}
     export = exports or words(JobSpec, "export")
+    if unknown := answers.keys() - skills.keys() - {None}:
+        raise click.BadParameter(f"there is no --skill {unknown.pop()!r} whose answers it could tell.", param_hint="--answer")
+    asked = {name: (*skill, answers[name]) if name in answers else skill for name, skill in skills.items()}
     with Narrow() as client:
         if dry_run:
-            plan = client.plan(upload_spec(client, base, target, budget, skills, chosen, export, column, seed))
+            plan = client.plan(upload_spec(client, base, target, budget, asked, chosen, export, column, answers.get(None), seed))
             if as_json:
                 click.echo(plan.model_dump_json(indent=2))
             else:
@@ -232,10 +260,11 @@ def compress(
             target,
             budget,
             out,
-            skills=skills,
+            skills=asked,
             method=chosen,
             export=export,
             column=column,
+            answer=answers.get(None),
             seed=seed,
             client=client,
             progress=not as_json,
@@ -278,6 +307,17 @@ def sweep(spec: str, out: Path, as_json: bool) -> None:
         Console().print(frontier_view(frontier, paths))
     if missing := shortfall(found):
         _fail(missing)
+
+
+@main.command()
+@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.option("--column", default="text", show_default=True, help="Field of the text in JSON Lines.")
+@click.option("--name", help="What reports call it; by default the name of the file or folder.")
+def upload(path: Path, column: str, name: str | None) -> None:
+    """Upload a model folder or a file of text and print its id, which is good for any number of jobs."""
+    with Narrow() as client:
+        made = client.models.upload(path, name) if path.is_dir() else client.datasets.upload(path, name, column)
+    click.echo(made.id)
 
 
 @main.command()

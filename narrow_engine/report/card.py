@@ -28,7 +28,7 @@ model-index:
     - type: retention
       value: {value:.4f}
       name: Perplexity of the base ÷ its own
----
+{exact_match}---
 
 # A narrow model for {target}
 
@@ -48,12 +48,12 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 |---|---|---|---|---|---|
 {rows}
 
-Losses are nats per token of the base on documents that were not trained on. A retention above 1 proves little: training on narrow
-text improves any model on it, the uncut base too.
+{answers}Losses are nats per token of the base on documents that were not trained on. A retention above 1 proves little: training
+on narrow text improves any model on it, the uncut base too.
 
 ## Limits
 
-What is not in this table was not measured, and a model cut for one domain should be expected to have lost it. What the
+{forgotten}What is not in this table was not measured, and a model cut for one domain should be expected to have lost it. What the
 base gets wrong, this model gets wrong as well; the terms under which the base may be used are the base's.
 
 ## How it was made
@@ -113,6 +113,9 @@ def render_card(report: Report) -> str:
         low=kept.low,
         high=kept.high,
         rows=rows,
+        exact_match=_exact_match(report),
+        answers=_answers(report),
+        forgotten="".join(f"{_plain(row.note)}\n\n" for row in report.relearning.values()),
         onnx=_ONNX if "onnx" in report.parity else "",
         base=report.provenance.sha256("base"),
         cut=_cut(report),
@@ -120,6 +123,28 @@ def render_card(report: Report) -> str:
         objective=method["recover"]["objective"].replace("_", " "),
         seed=report.provenance.seed,
     )
+
+
+def _exact_match(report: Report) -> str:
+    """The target's answers as a metric, where it has any."""
+    found = report.skills[report.target].answers
+    if not found:
+        return ""
+    told = f"Held-out prompts answered, of {found.prompts:,}"
+    return f"    - type: exact_match\n      value: {found.recovered.value:.4f}\n      name: {told}\n"
+
+
+def _answers(report: Report) -> str:
+    rows = [
+        f"| {_plain(name)} | {found.prompts:,} | {found.base.value:.1%} | {found.recovered.value:.1%} "
+        f"| {found.recovered.low:.1%} – {found.recovered.high:.1%} |"
+        for name, row in report.skills.items()
+        if (found := row.answers)
+    ]
+    if not rows:
+        return ""
+    head = ["| skill | prompts | the base answers | this model | 95 % interval |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *rows]) + "\n\n"
 
 
 def _cut(report: Report) -> str:
@@ -140,5 +165,6 @@ def _cut(report: Report) -> str:
     return words[0].upper() + words[1:]
 
 
-def _plain(name: str) -> str:
-    return "".join(c for c in name if c.isalnum() or c in " .+-_")
+def _plain(text: str) -> str:
+    """What a user named, or a sentence with such a name in it, as one line without markup."""
+    return "".join(c for c in text if c.isalnum() or c in " .,:;?!%()+-_")

@@ -114,15 +114,20 @@ def summary(report: Report) -> list[str]:
             f"Of the {len(watched)} skills that were only watched, {least} kept least ({_percent(watched[least])}) "
             f"and {most} most ({_percent(watched[most])})."
         )
-    said += [_sentence(name, skill) for name, skill in others.items() if skill.role != "watch"]
+    said += [_sentence(name, skill, report.relearning.get(name)) for name, skill in others.items() if skill.role != "watch"]
     return said
 
 
-def _sentence(name: str, skill: Skill) -> str:
+def _sentence(name: str, skill: Skill, relearning: Relearning | None) -> str:
     value = _percent(skill.retention.value)
     if skill.role == "keep":
         return f"To be kept as well: {name}, at {value}."
-    return f"To be forgotten: {name}, {'still' if skill.retention.high > STILL_THERE else 'down to'} {value}."
+    said = f"To be forgotten: {name}, {'still' if skill.retention.high > STILL_THERE else 'down to'} {value}"
+    if not relearning or relearning.narrow.tokens == 0:
+        return f"{said}."
+    if relearning.narrow.tokens is None:
+        return f"{said}, and not back after {relearning.narrow.curve[-1].tokens:,} tokens of training on it."
+    return f"{said}, but back after {relearning.narrow.tokens:,} tokens of training on it."
 
 
 def _order(stage: str) -> int:

@@ -1,5 +1,6 @@
 """The three ways in, as a user walks them: the Python call, the command, and the files in stock libraries."""
 
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 
 import narrow_client
 import pytest
+from rich.console import Console
 from tiny import ROOT, write_jsonl
 
 OPTIONS = {"block_tokens": 64, "skill_tokens": 1024}
@@ -30,13 +32,15 @@ def narrow(*arguments, url):
 
 def test_compress_in_python_and_the_files_in_stock_libraries(service, tiny_folder, python_file, german_file, tmp_path):
     seen = []
+    quiz = tmp_path / "quiz.jsonl"
+    quiz.write_text("".join(json.dumps({"text": f"x = {n}\ny =", "reply": f" {n + 1}"}) + "\n" for n in range(200)))
     with narrow_client.Narrow(service.url) as client:
         result = narrow_client.compress(
             tiny_folder,
             python_file,
             0.85,
             tmp_path / "out",
-            skills={"german": (german_file, "forget")},
+            skills={"german": (german_file, "forget"), "quiz": (quiz, "watch", {"column": "reply", "tokens": 4, "prompts": 20})},
             method=METHOD,
             options={**OPTIONS, "relearn": {"tokens": 512}},
             teacher=tiny_folder,
@@ -48,6 +52,13 @@ def test_compress_in_python_and_the_files_in_stock_libraries(service, tiny_folde
     assert [e.seq for e in seen] == list(range(1, len(seen) + 1))
     assert 0 < result.report.skills["python"].retention.value < 2
     assert result.report.skills["german"].role == "forget"
+    assert result.report.relearning["german"].narrow.curve
+    assert set(result.report.locality.skills) == {"python", "german", "quiz"}
+    assert result.report.skills["quiz"].answers.prompts == 20
+    terminal = Console(file=io.StringIO(), width=100)
+    terminal.print(narrow_client.report_view(result.report))
+    for title in ("Answers: held-out prompts", "Gone or hidden?", "What the skills share."):
+        assert title in terminal.file.getvalue()
     assert result.report_path.read_text().startswith("<!doctype html>")
 
     import numpy as np
@@ -128,6 +139,14 @@ def test_compress_as_a_command_refuses_plans_and_is_interrupted(service, tiny_fo
     out, err = failed.communicate(timeout=60)
     assert (failed.returncode, err.count("raise the budget")) == (1, 1)
 
+    quiz = tmp_path / "quiz.jsonl"
+    quiz.write_text("".join(json.dumps({"question": f"x = {n}", "reply": f" #### {n}"}) + "\n" for n in range(20)))
+    out, err = narrow("upload", quiz, "--column", "question", url=service.url).communicate(timeout=60)
+    common += ("--skill", f"quiz={out.strip()}:watch")
+    refused = narrow(*common, "--answer", "quizz=reply", url=service.url)
+    assert "no --skill 'quizz'" in refused.communicate(timeout=60)[1]
+    common += ("--answer", r"quiz=reply:#### (\d+)")
+
     running = narrow(*common, "--budget", "0.85", "--recover-tokens", "50000000", "--out", tmp_path / "o", url=service.url)
     deadline = time.monotonic() + 60
     while not (live := service.http.get("/jobs", params={"status": "running"}).json()["data"]) and time.monotonic() < deadline:
@@ -137,6 +156,8 @@ def test_compress_as_a_command_refuses_plans_and_is_interrupted(service, tiny_fo
     assert (running.returncode, f"interrupted: the job {live[0]['id']} was cancelled" in err) == (130, True), err
     service.wait(live[0]["id"], lambda j: j["status"] == "cancelled")
     assert not (tmp_path / "o").exists()
+    skill = live[0]["spec"]["skills"][0]
+    assert (skill["answer"]["column"], skill["answer"]["extract"], skill["answer"]["prompts"]) == ("reply", r"#### (\d+)", 200)
 
 
 def test_a_sweep_as_a_command_shows_its_frontier(service, tiny_folder, python_file, tmp_path):

@@ -11,10 +11,13 @@ import time
 import numpy as np
 import pytest
 from tiny import documents, tiny_model, write_jsonl
+from tokenizers import Tokenizer
 
-from narrow_engine import corpus
+from narrow_engine import answers, corpus, earlier
 from narrow_engine.events import read_events
+from narrow_engine.models import load_model
 from narrow_engine.report.model import Report
+from narrow_engine.spec import Answer
 
 OPTIONS = {
     "budget": {"parameters": 0.85},
@@ -98,7 +101,22 @@ def test_a_whole_run_with_every_part(spec, tmp_path):
     sparse = [p.sparsity for p in report.curve if p.phase == "sparsify" and p.sparsity is not None]
     assert sparse[-1] == pytest.approx(1 - report.after.width / report.before.width, abs=0.02)
     assert {f.path for f in report.files} >= {"model/config.json", "model/model.safetensors", "onnx/model.onnx", "plan.json"}
-    assert "<html" in (result / "report.html").read_text()
+    assert report.locality.skills == ["python", "german"]
+    assert {overlap.unit for overlap in report.locality.overlaps} >= {"neuron", "residual"}
+    assert {curve.unit: list(curve.loss) for curve in report.locality.curves} == {
+        unit: ["python", "german"] for unit in ("neuron", "residual", "layer")
+    }
+    assert "python" in report.locality.summary
+    german = report.relearning["german"]
+    for learner in (german.narrow, german.random, german.fresh):
+        assert learner.curve[0].tokens == 0
+        assert learner.curve[-1].tokens <= 512
+        assert all(point.validation is not None for point in (learner.curve[0], learner.curve[-1]))
+    # A part of the text that the table is measured on, so nearly the same.
+    assert german.narrow.curve[0].validation == pytest.approx(report.skills["german"].recovered.loss, abs=0.1)
+    page = (result / "report.html").read_text()
+    for title in ("Gone or hidden?", "What the skills share"):
+        assert title in page
     assert (result / "model" / "README.md").exists()
     numbered(tmp_path / "run")
 
@@ -121,6 +139,29 @@ def test_a_model_with_experts_loses_experts_and_neurons(spec, tmp_path, tokenize
     assert report.parity["reload"].relative_error < 1e-5
     assert report.skills["python"].recovered.loss < report.skills["python"].cut.loss
     assert "in each expert" in (tmp_path / "run" / "result" / "report.html").read_text()
+
+
+def test_what_the_base_answers_is_asked_of_what_is_left_of_it(spec, tmp_path, tiny_folder):
+    """The answers are what the base itself writes, so it answers all prompts."""
+    read = earlier.Reader(Tokenizer.from_file(str(tiny_folder / "tokenizer.json")), None, 320)
+    prompts = [f"def step_{number}(value):\n    return" for number in range(60)]
+    asked = {"column": "reply", "tokens": 8, "stop": ["\n", "\x00"], "prompts": 20}
+    written = answers.write(load_model(tiny_folder), read, prompts, Answer.model_validate(asked), lambda *_: None)
+    rows = [{"prompt": prompt, "reply": text} for prompt, text in zip(prompts, written, strict=True)]
+    quiz = tmp_path / "quiz.jsonl"
+    quiz.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    skills = [{"name": "quiz", "path": str(quiz), "column": "prompt", "answer": asked}]
+    budget = {"keep": {"neuron": 0.1}}
+    code, told = finish(start(spec(skills=skills, budget=budget), tmp_path / "run"))
+    assert code == 0, told
+    report = Report.model_validate_json((tmp_path / "run" / "result" / "report.json").read_text())
+    found = report.skills["quiz"].answers
+    assert found.prompts == 20
+    assert found.base.value == 1
+    assert found.cut.value < 1
+    assert found.lost == round(20 * (1 - found.recovered.value))
+    assert report.skills["python"].answers is None
+    assert "How often a model writes the answer" in (tmp_path / "run" / "result" / "report.html").read_text()
 
 
 def test_kill_9_anywhere_and_again_gives_the_same_model(spec, tmp_path):

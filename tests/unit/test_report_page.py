@@ -152,3 +152,63 @@ def test_the_card_shows_onnx_only_where_there_is_one():
     skills = {"python": skill("keep", 0.9, 0.8, 0.95)}
     assert "onnxruntime" not in render_card(report(skills))
     assert "onnxruntime" in render_card(report(skills, parity={"onnx": {"max_error": 1e-5, "relative_error": 1e-6}}))
+
+
+def learner(tokens, first, last):
+    points = [{"phase": "relearn", "tokens": at, "validation": loss, "seconds": 1} for at, loss in ((0, first), (4096, last))]
+    return {"tokens": tokens, "curve": points}
+
+
+def probed(tokens, last, note="what the probe found"):
+    """A report of a skill to forget that was learned again, or not."""
+    learners = {"narrow": learner(tokens, 6.0, last), "random": None, "fresh": learner(None, 9.0, 5.0)}
+    relearning = {"german": {"base": 2.0, "within": 0.1, "tokens": 4096, "note": note, **learners}}
+    skills = {"python": skill("keep", 0.9, 0.8, 0.95), "german": skill("forget", 0.02, 0.01, 0.03)}
+    return report(skills, relearning=relearning)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "last", "said"),
+    [
+        (1234, 2.0, "To be forgotten: german, down to 2.0%, but back after 1,234 tokens of training on it."),
+        (None, 4.0, "To be forgotten: german, down to 2.0%, and not back after 4,096 tokens of training on it."),
+        (0, 2.0, "To be forgotten: german, down to 2.0%."),
+    ],
+)
+def test_what_comes_back_is_not_only_called_forgotten(tokens, last, said):
+    page = render_page(probed(tokens, last))
+    assert said in page
+    text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    row = {1234: "1,234 from 6.000 nats", None: "not in 4.1 k 4.000 nats then", 0: "0 from 6.000 nats"}[tokens]
+    assert f"german 2.100 {row} – not in 4.1 k 5.000 nats then" in text
+    assert "what the probe found" in text
+
+
+def test_the_card_warns_of_what_was_only_hidden():
+    assert "was only hidden b(b)" in render_card(probed(1234, 2.0, "german was only hidden <b>[(b)]"))
+    assert "hidden" not in render_card(report({"python": skill("keep", 0.9, 0.8, 0.95)}))
+
+
+def test_answers_are_on_the_page_and_in_the_card():
+    share = {"value": 0.5, "low": 0.4, "high": 0.6}
+    found = {"prompts": 1200, "base": {**share, "value": 0.55}, "cut": share, "recovered": share, "gained": 3, "lost": 63}
+    asked = report({"python": {**skill("keep", 0.9, 0.8, 0.95), "answers": {**found, "note": "a little less"}}})
+    text = " ".join(re.sub(r"<[^>]+>", " ", render_page(asked)).split())
+    assert "python 1,200 55.0% 40.0% – 60.0% 50.0% 40.0% – 60.0% 50.0% 40.0% – 60.0% 3 63" in text
+    assert "python. a little less" in text
+    card = render_card(asked)
+    assert "| python | 1,200 | 55.0% | 50.0% | 40.0% – 60.0% |" in card
+    assert "    - type: exact_match\n      value: 0.5000\n      name: Held-out prompts answered, of 1,200\n---" in card
+
+
+def test_what_skills_share_is_drawn_and_told():
+    skills = {name: skill("watch", 0.5, 0.4, 0.6) for name in ("python", "c")}
+    overlap = {"unit": "neuron", "top": 16, "of": 64, "shared": [[0.8, 0.5], [0.5, 0.85]]}
+    curve = {"unit": "layer", "cut": [0.25, 0.5], "loss": {"python": [0.1, 0.5], "c": [0.2, 0.7]}}
+    locality = {"skills": ["python", "c"], "overlaps": [overlap], "curves": [curve], "summary": "They share <much>."}
+    page = render_page(report(skills, locality=locality))
+    assert "They share &lt;much&gt;." in page
+    heat = re.sub(r"<[^>]+>", " ", page[page.index('<table class="heat"') :].partition("</table>")[0]).split()
+    assert [word for word in heat if word in ("80%", "50%", "85%")] == ["80%", "50%", "50%", "85%"]
+    assert "What each skill loses as layers go" in page
+    assert render_page(report(skills)).count("What the skills share") == 0
