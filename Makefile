@@ -27,7 +27,8 @@ check: setup           ## lint, format, strict types, contract
 test: check            ## the fast tests
 	$(BIN)/python -m pytest -m "not slow" -n 2
 
-test-all: check        ## all tests
+test-all: check        ## all tests, with the extras that they need
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e client -e '.[eval]'
 	$(BIN)/python -m pytest
 
 bench: setup           ## the figures of the README; more than an hour

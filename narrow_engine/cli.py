@@ -115,6 +115,30 @@ def compare(a: Path, b: Path, html: Path | None, as_json: bool) -> None:
     click.echo(found.model_dump_json(indent=2) if as_json else "\n".join(reports.lines(found)))
 
 
+@click.command()
+@click.argument("base", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("narrow", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    required=True,
+    help="A YAML file of a task, a folder of them, or the name of one of the harness's own. Repeat for several.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Rows of each task that are asked, at most.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+def evaluate(base: Path, narrow: Path, tasks: tuple[str, ...], limit: int | None, as_json: bool) -> None:
+    """Put tasks of lm-evaluation-harness to two model folders.
+
+    Offline. A task may name Python code, which runs here: use only tasks that you trust.
+    """
+    from narrow_engine import tasks as harness
+
+    with _told("evaluate"):
+        found = harness.evaluate(base, narrow, tasks, limit)
+    click.echo(found.model_dump_json(indent=2) if as_json else "\n".join(map(printable, harness.lines(found))))
+
+
 @contextmanager
 def _told(command: str) -> Iterator[None]:
     """What the user can mend, as a sentence."""

@@ -43,6 +43,7 @@ FULL = {
     "run": "Run a compression from a spec file.",
     "reproduce": "Run again what a report tells of, and compare.",
     "compare": "Compare two reports.",
+    "evaluate": "Put tasks of lm-evaluation-harness to two model folders.",
 }
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 
