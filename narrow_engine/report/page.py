@@ -50,6 +50,7 @@ def render_page(report: Report) -> str:
         verdict=verdict(report),
         summary=" ".join(summary(report)),
         share=report.after.parameters / report.before.parameters,
+        sizes=_ratios(report),
         # An interval from few documents may have no end worth drawing.
         scale=1.02 * max(1.0, *(min(s.retention.high, 1.5 * max(1.0, s.retention.value)) for s in report.skills.values())),
         first=next((point.validation for point in report.curve if point.phase == "recover"), None),
@@ -128,6 +129,18 @@ def _sentence(name: str, skill: Skill, relearning: Relearning | None) -> str:
     if relearning.narrow.tokens is None:
         return f"{said}, and not back after {relearning.narrow.curve[-1].tokens:,} tokens of training on it."
     return f"{said}, but back after {relearning.narrow.tokens:,} tokens of training on it."
+
+
+def _ratios(report: Report) -> dict[str, float]:
+    """What the result needs, ÷ what the base does."""
+    found = {
+        "parameters": report.after.parameters / report.before.parameters,
+        "bytes of weights": report.after.bytes / report.before.bytes,
+        "FLOPs a token": report.after.flops_per_token / report.before.flops_per_token,
+    }
+    for speed in report.speed:
+        found[f"time to write a token, {RUNTIMES[speed.runtime]}"] = speed.decode_base / speed.decode_narrow
+    return found
 
 
 def _order(stage: str) -> int:

@@ -106,11 +106,14 @@ def test_the_summary_names_the_worst_and_the_unforgotten():
 
 def test_bars_are_as_long_as_the_figures():
     page = render_page(report({"python": skill("keep", 0.5, 0.4, 2.0), "c": skill("watch", 0.25, 0.2, 0.3)}))
-    widths = {name: float(width) for name, width in re.findall(r'<rect class="(\w+)"[^>]* width="([\d.]+)%"', page)}
+    skills, sizes = (re.findall(r'<rect class="(\w+)"[^>]* width="([\d.]+)%"', part) for part in page.split("<h2>Size and speed"))
+    widths = {name: float(width) for name, width in skills}
     assert widths["keep"] / widths["track"] == pytest.approx(0.5, abs=1e-3)
     assert widths["watch"] / widths["track"] == pytest.approx(0.25, abs=1e-3)
     ends = [float(end) for end in re.findall(r' x2="([\d.]+)%"', page)]
     assert 95 < max(ends) <= 100, "the longest interval has room"
+    ratios = [float(width) / float(sizes[0][1]) for name, width in sizes if name != "track"]
+    assert ratios == pytest.approx([0.5, 1, 1, 10 / 9], abs=1e-3)
 
 
 def test_layers_that_are_gone_are_named_and_a_skill_has_room():
