@@ -25,7 +25,7 @@ check: setup           ## lint, format, strict types, contract
 	$(BIN)/python -m narrow_engine.report.schema | diff - docs/report.schema.json
 
 test: check            ## the fast tests
-	$(BIN)/python -m pytest -m "not slow" -n 2
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-all: check        ## all tests, with the extras that they need
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e client -e '.[eval]'

@@ -23,7 +23,7 @@ from narrow_engine.families import dimensions
 from narrow_engine.models import config_dict
 from narrow_engine.plan import Scores, make_plan
 from narrow_engine.report.model import Cut, Locality, LocalityCurve, Overlap
-from narrow_engine.sizing import round_fractions, unit_counts
+from narrow_engine.sizing import CUTS, SHARED_TOKENS, round_fractions, unit_counts
 from narrow_engine.slice import slice_model
 from narrow_engine.spec import PLURAL, Unit
 
@@ -31,10 +31,6 @@ TOP = 0.25
 """Share of the units that are a skill's most important ones."""
 FEW = 8
 """Fewer units than that in a layer, or in the model where it has them, make no list worth comparing."""
-CUTS = (0.1, 0.25, 0.5, 0.75, 0.9)
-"""Shares that are cut."""
-TOKENS = 8192
-"""Of each skill: half of them from each half of its text."""
 
 
 def halves(documents: Documents, length: int, seed: int) -> tuple[Blocks, Blocks] | None:
@@ -48,7 +44,7 @@ def halves(documents: Documents, length: int, seed: int) -> tuple[Blocks, Blocks
 
 def scores(model: PreTrainedModel, blocks: Blocks, residual: bool, progress: Callable[[int, int], None]) -> Scores:
     """Of the units of every kind, on one half of a text; of the hidden dimensions only where they are asked for."""
-    tokens = min(TOKENS // 2, blocks.count * blocks.length)
+    tokens = min(SHARED_TOKENS // 2, blocks.count * blocks.length)
     made = importance.CRITERIA["fisher"](model, importance.collect(model, blocks, tokens, True, progress), blocks.seed)
     if residual:
         made["residual"] = importance.residual.score(model, blocks, tokens, "fisher", progress)

@@ -14,7 +14,7 @@ from typing import Any
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import Dimensions, Family, dimensions, family_of, present, tensor_shapes
 from narrow_engine.report.model import Size
-from narrow_engine.spec import PLURAL, TOP, Options, Quantity, Unit, controls, taught
+from narrow_engine.spec import PLURAL, TOP, Options, Quantity, Role, Unit, controls, taught
 
 REFIT_PASSES = 4
 """How often the refit's training of a layer goes through the calibration tokens. (Here, where torch is not imported.)"""
@@ -23,6 +23,8 @@ SHARES = (0.75, 0.5, 0.25, 0.125)
 """Of a kind's units, where `allocate` measures what cutting it costs."""
 TRIAL_TOKENS = 8192
 """That the refit for a point of such a curve sees, and as many that a trial is judged on."""
+CUTS, SHARED_TOKENS = (0.1, 0.25, 0.5, 0.75, 0.9), 8192
+"""Shares that are cut, and tokens of each skill, where `locality` measures what skills share."""
 SHORTLIST, HALVINGS = 3, 5
 """Shapes of one size that are tried, and sizes after the first guess."""
 CHOICE, SEARCH = 16, 8
@@ -291,12 +293,12 @@ def plan_sizes(
     config: dict[str, Any],
     options: Options,
     bytes_per_parameter: int = 2,
-    skills: int = 1,
+    roles: Sequence[Role] = (),
     teacher: dict[str, Any] | None = None,
 ) -> Sizes:
     """The dry run of a job: shapes, bytes, FLOPs, memory and a rough time. Raises like `solve`.
 
-    `skills` counts the datasets that are measured, the target's among them; `teacher` is the config of one that is not the base.
+    `roles` are those of the skills beside the target; `teacher` is the config of one that is not the base.
     """
     dims = dimensions(config)
     keep, notices = solve(config, options, bytes_per_parameter)
@@ -318,7 +320,7 @@ def plan_sizes(
     if recover.cache and taught(method):
         width = dimensions(teacher or config).hidden if recover.cache == "hidden" else 3 * (recover.top or TOP) + 1
         notices.append(f"The cache of what the teacher says takes up to {2 * width * recover.tokens / 1e9:,.1f} GB of disk.")
-    compared = controls(options)
+    compared, skills = controls(options), 1 + len(roles)
     # Least squares runs the base once and the cut model three times; training is forward and backward.
     refit_flops = trimmed.flops_per_token + (3.0 + 3.0 * REFIT_PASSES) * after.flops_per_token
     scored = method.calibration_tokens if method.init == "cut" else 0
@@ -329,6 +331,12 @@ def plan_sizes(
         + (3.0 * after.flops_per_token + told) * recover.tokens
         + (2.0 * before.flops_per_token + (3.0 + len(compared)) * after.flops_per_token) * options.skill_tokens * skills
     )
+    if options.locality and roles and scored:
+        each = 3.0 * trimmed.flops_per_token + len(chosen_units(options)) * len(CUTS) * after.flops_per_token
+        flops += each * SHARED_TOKENS * skills
+    if options.relearn:
+        # At most: the result, one cut at random and one with fresh weights.
+        flops += 3 * 3.0 * after.flops_per_token * options.relearn.tokens * roles.count("forget")
     if leaves_a_choice(options):
         curves = len(SHARES) * len(chosen_units(options))
         whole_shapes, part = (HALVINGS + 1, SEARCH) if options.budget.retention is not None else (SHORTLIST, CHOICE)

@@ -19,7 +19,8 @@ def create_plan(spec: JobSpec, request: Request, session: ReadDb) -> Plan:
     """The sizes before and after, what is kept, and estimates of memory and time."""
     base = check_spec(session, spec, request.app.state.settings)
     teacher = session.get_one(ModelRow, spec.teacher.model).info["config"] if spec.teacher else None
-    sizes = plan_sizes(base.info["config"], spec, DTYPES[base.info["dtype"]], 1 + len(spec.skills), teacher)
+    roles = [skill.role for skill in spec.skills]
+    sizes = plan_sizes(base.info["config"], spec, DTYPES[base.info["dtype"]], roles, teacher)
     return Plan(
         family=base.info["family"],
         before=sizes.before,

@@ -99,6 +99,18 @@ def test_the_dry_run_says_what_the_cut_makes():
     assert sizes.seconds > 0
 
 
+def test_the_dry_run_counts_the_probes():
+    config = tiny_config("llama").to_dict()
+
+    def flops(roles, **options):
+        return plan_sizes(config, Options.model_validate({"budget": {"keep": {"neuron": 0.5}}, **options}), roles=roles).flops
+
+    watched, forgotten = flops(["watch"]), flops(["forget"])
+    assert flops([]) < flops(["watch"], locality=False) < watched < forgotten
+    assert flops(["forget"], relearn=None) == watched
+    assert forgotten - watched == pytest.approx((flops(["forget"], relearn={"tokens": 65536}) - watched) * 2)
+
+
 def test_the_dry_run_counts_who_teaches():
     config, larger = (tiny_config("llama", hidden_size=size).to_dict() for size in (32, 128))
 
