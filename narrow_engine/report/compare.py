@@ -3,12 +3,12 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
 
 from narrow_engine.errors import NarrowError
-from narrow_engine.report.model import Interval, Report
+from narrow_engine.report.model import Interval, Learner, Report
 from narrow_engine.report.page import template
 from narrow_engine.spec import Role, clear, printable
 
@@ -43,6 +43,15 @@ class SkillRow(BaseModel):
     apart: bool | None
 
 
+class ProbeRow(BaseModel):
+    """What a report says of a skill beside its loss, in words; None where it was not asked."""
+
+    skill: str
+    probe: Literal["prompts answered", "learned again"]
+    a: str | None
+    b: str | None
+
+
 class Comparison(BaseModel):
     """Of reports A and B, named as the person who asked did."""
 
@@ -52,6 +61,7 @@ class Comparison(BaseModel):
     options: list[Option]
     sizes: list[SizeRow]
     skills: list[SkillRow]
+    probes: list[ProbeRow]
 
 
 def read_report(path: Path) -> Report:
@@ -104,6 +114,7 @@ def compare(a: Report, b: Report, names: tuple[str, str]) -> Comparison:
         options=[Option(name=key, a=before.get(key), b=after.get(key)) for key in keys],
         sizes=[row for row in sizes if row.a != row.b],
         skills=[_skill(name, a, b) for name in dict.fromkeys([*a.skills, *b.skills])],
+        probes=[row for name in dict.fromkeys([*a.skills, *b.skills]) for row in _probes(name, a, b)],
     )
 
 
@@ -137,6 +148,10 @@ def lines(comparison: Comparison) -> list[str]:
     said += [_line(row.name, figure(row.a), figure(row.b), " *" if row.apart else "") for row in comparison.skills]
     if any(row.apart for row in comparison.skills):
         said.append("* the intervals do not overlap")
+
+    if comparison.probes:
+        said += ["", _line("probes", *names)]
+        said += [_line(f"{row.skill}: {row.probe}", row.a or "–", row.b or "–") for row in comparison.probes]
 
     def number(value: float) -> str:
         return f"{value:,.0f}" if value == int(value) else f"{value:.2f}"
@@ -181,6 +196,22 @@ def _skill(name: str, a: Report, b: Report) -> SkillRow:
         retention_b=rows[1] and rows[1].retention,
         apart=None if one is None or other is None else one.high < other.low or other.high < one.low,
     )
+
+
+def _probes(name: str, a: Report, b: Report) -> Iterator[ProbeRow]:
+    asked = [skill and skill.answers for skill in (a.skills.get(name), b.skills.get(name))]
+    shares = [found and f"{found.recovered.value:.1%} of {found.prompts:,}" for found in asked]
+    if any(shares):
+        yield ProbeRow(skill=name, probe="prompts answered", a=shares[0], b=shares[1])
+    learned = [report.relearning.get(name) for report in (a, b)]
+    tokens = [found and _back(found.narrow, found.tokens) for found in learned]
+    if any(tokens):
+        yield ProbeRow(skill=name, probe="learned again", a=tokens[0], b=tokens[1])
+
+
+def _back(learner: Learner, tokens: int) -> str:
+    """When a model had learned a skill again."""
+    return f"not in {tokens:,} tokens" if learner.tokens is None else f"after {learner.tokens:,} tokens"
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Value]]:

@@ -9,6 +9,7 @@ from test_report import EVIL, example
 from narrow_engine.cli import compare as command
 from narrow_engine.errors import NarrowError
 from narrow_engine.report import compare as reports
+from narrow_engine.report.model import Answers, Interval, Learner, Relearning
 
 
 def pair(**changes):
@@ -44,6 +45,24 @@ def test_options_sizes_and_what_does_not_compare_are_told():
     assert next(row for row in found.skills if row.name == "only there").apart is None
     assert [("bases" in w, "python was not measured" in w) for w in found.warnings] == [(True, False), (False, True)]
     assert reports.Comparison.model_validate_json(found.model_dump_json()) == found
+
+
+def test_answers_and_relearning_are_put_beside_each_other():
+    a, b = pair()
+    share = Interval(value=0.5, low=0.4, high=0.6)
+    b.skills["python"].answers = Answers(prompts=1200, base=share, cut=share, recovered=share, gained=0, lost=0)
+    for report, tokens in ((a, None), (b, 1234)):
+        models = dict.fromkeys(("narrow", "random", "fresh"), Learner(tokens=tokens, curve=[]))
+        report.relearning = {EVIL: Relearning(base=2, within=0.1, tokens=4096, note="", **models)}
+    found = reports.compare(a, b, ("one", "two"))
+    assert [(row.skill, row.probe, row.a, row.b) for row in found.probes] == [
+        ("python", "prompts answered", None, "50.0% of 1,200"),
+        (EVIL, "learned again", "not in 4,096 tokens", "after 1,234 tokens"),
+    ]
+    told = "\n".join(reports.lines(found)), reports.render_comparison(found)
+    for text in told:
+        assert all(word in text for word in ("50.0% of 1,200", "not in 4,096 tokens", "after 1,234 tokens"))
+    assert reports.compare(*pair(), ("one", "two")).probes == []
 
 
 def test_the_command_reads_folders_and_writes_a_page_that_runs_nothing(tmp_path):
