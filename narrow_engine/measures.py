@@ -232,10 +232,11 @@ def relearn(run: Run, out: Path) -> None:
             base=judged.base,
             within=asked.within,
             tokens=asked.tokens,
+            text=blocks.count * blocks.length,
             narrow=found["narrow"],
             random=found.get("random"),
             fresh=found["fresh"],
-            note=relearning.note(name, judged.base, asked, found["narrow"], found["fresh"]),
+            note=relearning.note(name, judged.base, asked, blocks.count * blocks.length, found["narrow"], found["fresh"]),
         ).model_dump()
     write_json(out / "relearning.json", rows)
 

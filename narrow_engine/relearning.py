@@ -76,8 +76,16 @@ def back_after(curve: list[CurvePoint], enough: float) -> int | None:
     return None
 
 
-def note(name: str, base: float, asked: Relearn, narrow: Learner, fresh: Learner) -> str:
-    """What the probe found, in a sentence or two."""
+def note(name: str, base: float, asked: Relearn, text: int, narrow: Learner, fresh: Learner) -> str:
+    """What the probe found, in a sentence or two. `text` is how many tokens of the skill there are to train on."""
+    times = narrow.curve[-1].tokens / text
+    again = (
+        f" It read the {text:,} tokens that there are of it {times:.1f} times: more text might tell more." if times > 1.5 else ""
+    )
+    return _note(name, base, asked, narrow, fresh) + again
+
+
+def _note(name: str, base: float, asked: Relearn, narrow: Learner, fresh: Learner) -> str:
     if narrow.tokens == 0:
         return f"{name} is not forgotten: the model is within {asked.within:g} nats of the base without any training on it."
     if narrow.tokens is None:

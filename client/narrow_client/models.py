@@ -976,6 +976,13 @@ class Relearning(BaseModel):
         ),
     ]
     tokens: Annotated[int, Field(description="Of training, at most.", title="Tokens")]
+    text: Annotated[
+        int,
+        Field(
+            description="Tokens of the skill's text to train on, read again where `tokens` are more.",
+            title="Text",
+        ),
+    ]
     narrow: Learner
     random: Annotated[
         Learner | None,

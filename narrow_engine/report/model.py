@@ -177,6 +177,7 @@ class Relearning(BaseModel):
     base: float = Field(description="The base's loss on the text that the curves are measured on.")
     within: float = Field(description="Back is a loss of at most this many nats above the base's.")
     tokens: int = Field(description="Of training, at most.")
+    text: int = Field(description="Tokens of the skill's text to train on, read again where `tokens` are more.")
     narrow: Learner
     random: Learner | None = Field(description="As many units drawn at random, refitted; none where weights are fresh.")
     fresh: Learner = Field(description="The same shape with fresh weights.")

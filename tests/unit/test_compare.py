@@ -53,7 +53,7 @@ def test_answers_and_relearning_are_put_beside_each_other():
     b.skills["python"].answers = Answers(prompts=1200, base=share, cut=share, recovered=share, gained=0, lost=0)
     for report, tokens in ((a, None), (b, 1234)):
         models = dict.fromkeys(("narrow", "random", "fresh"), Learner(tokens=tokens, curve=[]))
-        report.relearning = {EVIL: Relearning(base=2, within=0.1, tokens=4096, note="", **models)}
+        report.relearning = {EVIL: Relearning(base=2, within=0.1, tokens=4096, text=4096, note="", **models)}
     found = reports.compare(a, b, ("one", "two"))
     assert [(row.skill, row.probe, row.a, row.b) for row in found.probes] == [
         ("python", "prompts answered", None, "50.0% of 1,200"),

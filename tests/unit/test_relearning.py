@@ -87,4 +87,7 @@ def learner(tokens, last=3.0, of=100_000):
     ],
 )
 def test_what_is_said_of_it(narrow, fresh, said):
-    assert said in relearning.note("german", 1.0, ASKED, narrow, fresh)
+    told = relearning.note("german", 1.0, ASKED, 100_000, narrow, fresh)
+    assert said in told
+    assert "more text" not in told
+    assert "read the 20,000 tokens that there are of it 5.0 times" in relearning.note("german", 1.0, ASKED, 20_000, narrow, fresh)

@@ -165,7 +165,7 @@ def learner(tokens, first, last):
 def probed(tokens, last, note="what the probe found"):
     """A report of a skill to forget that was learned again, or not."""
     learners = {"narrow": learner(tokens, 6.0, last), "random": None, "fresh": learner(None, 9.0, 5.0)}
-    relearning = {"german": {"base": 2.0, "within": 0.1, "tokens": 4096, "note": note, **learners}}
+    relearning = {"german": {"base": 2.0, "within": 0.1, "tokens": 4096, "text": 4096, "note": note, **learners}}
     skills = {"python": skill("keep", 0.9, 0.8, 0.95), "german": skill("forget", 0.02, 0.01, 0.03)}
     return report(skills, relearning=relearning)
 
