@@ -151,8 +151,9 @@ def test_what_the_base_answers_is_asked_of_what_is_left_of_it(spec, tmp_path, ti
     quiz = tmp_path / "quiz.jsonl"
     quiz.write_text("".join(json.dumps(row) + "\n" for row in rows))
     skills = [{"name": "quiz", "path": str(quiz), "column": "prompt", "answer": asked}]
-    budget = {"keep": {"neuron": 0.1}}
-    code, told = finish(start(spec(skills=skills, budget=budget), tmp_path / "run"))
+    # Fresh weights have nothing of it.
+    method = {**OPTIONS["method"], "kind": "scratch", "units": ["neuron"]}
+    code, told = finish(start(spec(skills=skills, method=method), tmp_path / "run"))
     assert code == 0, told
     report = Report.model_validate_json((tmp_path / "run" / "result" / "report.json").read_text())
     found = report.skills["quiz"].answers
