@@ -213,5 +213,6 @@ def test_what_skills_share_is_drawn_and_told():
     assert "They share &lt;much&gt;." in page
     heat = re.sub(r"<[^>]+>", " ", page[page.index('<table class="heat"') :].partition("</table>")[0]).split()
     assert [word for word in heat if word in ("80%", "50%", "85%")] == ["80%", "50%", "50%", "85%"]
+    assert page.count('<td class="own"') == 2
     assert "What each skill loses as layers go" in page
     assert render_page(report(skills)).count("What the skills share") == 0
