@@ -65,7 +65,8 @@ TUNED = {name: name for name in RATES} | {"scratch with curriculum": "scratch"}
 def spec(domain: str, method: str, keep: float, seed: int, tokens: int, rate: float | None) -> CompressionSpec:
     """Of one point."""
     given = METHODS[method]
-    options = {"tokens": tokens, "learning_rate": rate, **given.get("recover", {})}
+    # At the temperature that was the default when the first points were run.
+    options = {"tokens": tokens, "learning_rate": rate, "temperature": 1.0, **given.get("recover", {})}
     broad = {"broad": {"path": BROAD}} if "curriculum" in options else {}
     return CompressionSpec.model_validate(
         {
