@@ -182,15 +182,13 @@ def _point(point: Point) -> str:
     return f"{name}: {point.status}" + (f". {point.error.message}" if point.error else "")
 
 
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="dim", box=None, padding=(0, 2, 0, 0))
+
+
 def frontier_view(frontier: Frontier, paths: dict[str, Path] | None = None) -> RenderableType:
     """The frontier as a table; `paths` are told at the end."""
-    table = Table(
-        title=f"{plain(frontier.target)}: {frontier.finished} of {frontier.of} points; ● is beaten by none in size and loss",
-        title_justify="left",
-        title_style="dim",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
+    table = _table(f"{plain(frontier.target)}: {frontier.finished} of {frontier.of} points; ● is beaten by none in size and loss")
     table.add_column("")
     table.add_column("method", overflow="fold")
     table.add_column("budget", overflow="fold")
@@ -251,13 +249,7 @@ def report_view(report: Report, paths: dict[str, Path] | None = None) -> Rendera
 
 
 def _skills(report: Report) -> Table:
-    table = Table(
-        title="Skills: nats a token on held-out documents",
-        title_justify="left",
-        title_style="dim",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
+    table = _table("Skills: nats a token on held-out documents")
     table.add_column("skill")
     table.add_column("role")
     controls = [control for control in CONTROLS if any(getattr(skill, control) for skill in report.skills.values())]
@@ -281,13 +273,7 @@ def _skills(report: Report) -> Table:
 
 
 def _answers(answers: dict[str, Answers]) -> Table:
-    table = Table(
-        title="Answers: held-out prompts that are answered, with the 95 % interval",
-        title_justify="left",
-        title_style="dim",
-        box=None,
-        padding=(0, 2, 0, 0),
-    )
+    table = _table("Answers: held-out prompts that are answered, with the 95 % interval")
     table.add_column("skill")
     for column in ("prompts", "base", "cut", "recovered"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -298,7 +284,7 @@ def _answers(answers: dict[str, Answers]) -> Table:
 
 
 def _size_table(title: str, before: Size, after: Size) -> Table:
-    table = Table(title=title, title_justify="left", title_style="dim", box=None, padding=(0, 2, 0, 0))
+    table = _table(title)
     table.add_column("")
     for column in ("base", "narrow", "ratio"):
         table.add_column(column, justify="right")
