@@ -4,16 +4,16 @@
 
 Cuts base-s from 1,024 neurons in every layer to `--keep`, 256 if nothing else is asked for. Arms, each with the same
 training tokens:
-    narrow       reconstruction score, refit, mixed objective at temperature 2, Muon (the defaults)
-    lasso        group lasso for a quarter of the tokens, then the cut, the refit and the defaults' recovery
-    paper        attribution score, no refit, next token, AdamW at a constant 5e-5 (arXiv 2505.15811; slicing computes what
-                 its masks compute)
-    paper tuned  the same with the best of several peak rates and linear decay, chosen on a quarter of the tokens, seed 0
-    base         the uncut base trained on the same tokens, next token: narrow data improve any model
+    narrow         reconstruction score, refit, mixed objective at temperature 2, Muon (the defaults)
+    temperature 1  the same at temperature 1, which was the default before
+    lasso          group lasso for a quarter of the tokens, then the cut, the refit and the defaults' recovery
+    paper          attribution score, no refit, next token, AdamW at a constant 5e-5 (arXiv 2505.15811; slicing computes what
+                   its masks compute)
+    paper tuned    the same with the best of several peak rates and linear decay, chosen on a quarter of the tokens, seed 0
+    base           the uncut base trained on the same tokens, next token: narrow data improve any model
 
 Losses are nats a token on the validation split, minus the untouched base's; `others` is the same for skills that the domain
-is not. Times are seconds of wall and of processor:
-other work on the machine moves the first and not the second. Each finished arm is kept in bench/out/quality.json and not
+is not. Times are seconds of wall and of processor: other work on the machine moves the second less. Each finished arm is kept in bench/out/quality.json and not
 run again; the table is printed from it, and bench/results/quality.json is the one behind the README.
 """
 
@@ -49,7 +49,7 @@ LENGTH, CALIBRATION, MEASURED, OTHERS = 512, 65_536, 65_536, 16_384
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 LASSO = 0.25
 """Share of the tokens that are trained on under the penalty."""
-ARMS = ("narrow", "lasso", "paper", "paper tuned", "base")
+ARMS = ("narrow", "temperature 1", "lasso", "paper", "paper tuned", "base")
 DEFAULT_ARMS = ("narrow", "paper", "paper tuned", "base")
 
 
@@ -160,10 +160,12 @@ def main() -> None:
             if arm == "base":
                 model = slice_model(base, whole_plan(models.config_dict(base)))
                 settings, teacher = train.Settings(options.tokens, 4096, "next_token", 1.0, "muon"), None
-            elif arm in ("narrow", "lasso"):
+            elif arm in ("narrow", "temperature 1", "lasso"):
                 regularized = int(LASSO * options.tokens) if arm == "lasso" else 0
                 model, prepared = cut(base, training, seed, kept, "reconstruction", True, regularized)
-                settings, teacher = train.settings_of(Method(recover=Recover(tokens=options.tokens - regularized))), base
+                temperature = 1.0 if arm == "temperature 1" else 2.0
+                recovery = Recover(tokens=options.tokens - regularized, temperature=temperature)
+                settings, teacher = train.settings_of(Method(recover=recovery)), base
             else:
                 model, prepared = cut(base, training, seed, kept, "attribution")
                 settings, teacher = paper, None
