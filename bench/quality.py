@@ -13,8 +13,9 @@ training tokens:
     base           the uncut base trained on the same tokens, next token: narrow data improve any model
 
 Losses are nats a token on the validation split, minus the untouched base's; `others` is the same for skills that the domain
-is not. Times are seconds of wall and of processor: other work on the machine moves the second less. Each finished arm is kept in bench/out/quality.json and not
-run again; the table is printed from it, and bench/results/quality.json is the one behind the README.
+is not. Times are seconds of wall and of processor: other work on the machine moves the second less. Each finished arm is kept in
+bench/out/quality.json and not run again; the table is printed from it, and bench/results/quality.json is the one behind the
+README.
 """
 
 import argparse
