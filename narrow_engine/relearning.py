@@ -20,9 +20,9 @@ from narrow_engine.report.model import CurvePoint, Learner
 from narrow_engine.spec import Recover, Relearn
 
 FASTER = 2.0
-"""Times recovery's rate, for weights that are not fresh: what was forgotten is further away than what was just cut. German, cut away
-with three quarters of the embedded model's neurons (Muon, 65,536 tokens): 1.99, 1.57, 1.41 and 1.62 nats above the base at a half,
-one, two and four times that rate."""
+"""Times recovery's rate, for weights that are not fresh: what was forgotten is further away than what was just cut. German, cut
+away with three quarters of the embedded model's neurons (Muon, 65,536 tokens): 1.99, 1.57, 1.41 and 1.62 nats above the base at
+a half, one, two and four times that rate."""
 AT_ONCE = 0.1
 """Share of the tokens that fresh weights need, up to which a skill was only hidden."""
 
