@@ -1,6 +1,6 @@
 """How often the report's 95 % intervals hold the truth, on real documents.
 
-    python bench/coverage.py [--trials 2000]
+    python bench/coverage.py [--domains python medical math] [--trials 2000]
 
 The documents of a domain's training text, cut to stretches as skills are, are taken for the whole population: the base and a cut
 of it are measured on all of them once, so the true retention, agreement and KL are known. Then samples of some documents are
@@ -54,10 +54,11 @@ def percentile(sums: np.ndarray, tokens: np.ndarray, random: np.random.Generator
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=2000)
+    parser.add_argument("--domains", nargs="+", default=list(TEXT), choices=TEXT)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("| domain | figure | documents | held by the interval | by percentiles |\n|---|---|---|---|---|")
-    for domain in TEXT:
+    for domain in options.domains:
         base, cut = population(domain)
         for figure, sums in (("loss over the base's", cut.loss - base.loss), ("agreement", cut.agree), ("KL", cut.kl)):
             truth = sums.sum() / base.tokens.sum()
