@@ -135,7 +135,7 @@ def probe(run: Run, number: int = 0) -> torch.Tensor:
 
 
 class Judged(NamedTuple):
-    """What a model is judged on while it trains: the first documents of a skill, about VALIDATION_TOKENS."""
+    """What a model is judged on while it trains: the first documents of a skill."""
 
     documents: corpus.Documents
     per_base_token: float
@@ -144,10 +144,10 @@ class Judged(NamedTuple):
     """The base's loss on the same text, as it was brought."""
 
 
-def judged(run: Run, skill: str) -> Judged:
+def judged(run: Run, skill: str, tokens: int = VALIDATION_TOKENS) -> Judged:
     sides = [documents(run, skill, side) for side in ("narrow", "base")]
     # They are in a random order already, and the same ones on both sides.
-    count = int(np.searchsorted(sides[0].offsets, min(VALIDATION_TOKENS, sides[0].offsets[-1])))
+    count = int(np.searchsorted(sides[0].offsets, min(tokens, sides[0].offsets[-1])))
     first, of_base = (side.take(np.arange(count)) for side in sides)
     measured = measuring.Measured.load(run.out("measure_base") / f"{skills(run)[skill].file}.npz")
     per_base_token = float((first.lengths - 1).sum() / (of_base.lengths - 1).sum())

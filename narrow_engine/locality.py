@@ -45,7 +45,8 @@ def halves(documents: Documents, length: int, seed: int) -> tuple[Blocks, Blocks
 def scores(model: PreTrainedModel, blocks: Blocks, residual: bool, progress: Callable[[int, int], None]) -> Scores:
     """Of the units of every kind, on one half of a text; of the hidden dimensions only where they are asked for."""
     tokens = min(SHARED_TOKENS // 2, blocks.count * blocks.length)
-    made = importance.CRITERIA["fisher"](model, importance.collect(model, blocks, tokens, True, progress), blocks.seed)
+    found = importance.collect(model, blocks, tokens, True, progress, grams=False)
+    made = importance.CRITERIA["fisher"](model, found, blocks.seed)
     if residual:
         made["residual"] = importance.residual.score(model, blocks, tokens, "fisher", progress)
     return made

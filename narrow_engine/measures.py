@@ -22,7 +22,7 @@ from narrow_engine.models import config_dict, greedy
 from narrow_engine.plan import Scores, make_plan
 from narrow_engine.report.model import Locality, LocalityCurve, Relearning, Sample, Skill
 from narrow_engine.run import Run, write_json
-from narrow_engine.sizing import chosen_units
+from narrow_engine.sizing import SHARED_TOKENS, chosen_units
 from narrow_engine.slice import compare, renew, slice_model
 from narrow_engine.spec import Unit, relearned
 from narrow_engine.spec import controls as wanted_controls
@@ -191,7 +191,7 @@ def locality(run: Run, out: Path) -> None:
         residual, step = "residual" in units, len(found)
         first, second = (sharing.scores(model, blocks, residual, lambda *_: tell(step, steps)) for blocks in halves)  # noqa: B023
         found.append((first, second))
-    judged = {name: earlier.judged(run, name)[:2] for name in earlier.skills(run)}
+    judged = {name: earlier.judged(run, name, SHARED_TOKENS // 2)[:2] for name in earlier.skills(run)}
     curves: list[LocalityCurve] = []
     for unit in units:
         step, order = len(texts) + len(curves), earlier.scores(run)

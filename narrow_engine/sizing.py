@@ -23,8 +23,9 @@ SHARES = (0.75, 0.5, 0.25, 0.125)
 """Of a kind's units, where `allocate` measures what cutting it costs."""
 TRIAL_TOKENS = 8192
 """That the refit for a point of such a curve sees, and as many that a trial is judged on."""
-CUTS, SHARED_TOKENS = (0.1, 0.25, 0.5, 0.75, 0.9), 8192
-"""Shares that are cut, and tokens of each skill, where `locality` measures what skills share."""
+CUTS, SHARED_TOKENS = (0.25, 0.5, 0.75, 0.9), 8192
+"""Shares that are cut, and tokens of each skill that are scored, where `locality` measures what skills share. Half as many are
+enough to see what a cut costs."""
 SHORTLIST, HALVINGS = 3, 5
 """Shapes of one size that are tried, and sizes after the first guess."""
 CHOICE, SEARCH = 16, 8
@@ -332,7 +333,7 @@ def plan_sizes(
         + (2.0 * before.flops_per_token + (3.0 + len(compared)) * after.flops_per_token) * options.skill_tokens * skills
     )
     if options.locality and roles and scored:
-        each = 3.0 * trimmed.flops_per_token + len(chosen_units(options)) * len(CUTS) * after.flops_per_token
+        each = 3.0 * trimmed.flops_per_token + len(chosen_units(options)) * len(CUTS) * after.flops_per_token / 2
         flops += each * SHARED_TOKENS * skills
     if options.relearn:
         # At most: the result, one cut at random and one with fresh weights.

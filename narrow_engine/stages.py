@@ -213,6 +213,7 @@ def score(run: Run, out: Path) -> None:
         method.calibration_tokens,
         method.importance in importance.NEEDS_GRADIENTS,
         run.progress("score"),
+        method.importance in importance.NEEDS_GRAMS,
     )
     scores = importance.CRITERIA[method.importance](model, found, run.spec.seed)
     if "residual" in method.units and "residual" not in scores:

@@ -1,7 +1,7 @@
 """Importance criteria: one file each, all with the same `score(model, statistics, seed) -> Scores`.
 
 Hidden dimensions belong to no layer: `residual` scores them, by every criterion. To add a criterion: a file with `score`,
-an entry in CRITERIA (and one in `spec.Criterion`), whether it needs gradients, and what it means in `residual`.
+an entry in CRITERIA (and one in `spec.Criterion`), what it needs of the statistics, and what it means in `residual`.
 """
 
 from collections.abc import Callable
@@ -22,5 +22,6 @@ CRITERIA: dict[Criterion, Callable[[PreTrainedModel, list[LayerStatistics], int]
     "random": random.score,
 }
 NEEDS_GRADIENTS: set[Criterion] = {"fisher", "attribution"}
+NEEDS_GRAMS: set[Criterion] = {"reconstruction", "activation"}
 
-__all__ = ["CRITERIA", "NEEDS_GRADIENTS", "LayerStatistics", "collect", "random", "residual"]
+__all__ = ["CRITERIA", "NEEDS_GRADIENTS", "NEEDS_GRAMS", "LayerStatistics", "collect", "random", "residual"]

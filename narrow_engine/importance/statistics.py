@@ -27,7 +27,7 @@ class Reader:
     """Statistics at the input of one output projection. n: its inputs, u: units of its finest kind."""
 
     gram: Tensor
-    """Σ h hᵀ over tokens, float64 [n, n]."""
+    """Σ h hᵀ over tokens, float64 [n, n]; empty where it was not asked for."""
     effect: Tensor
     """Σ e over tokens, [u]."""
     effect_squared: Tensor
@@ -67,16 +67,21 @@ class LayerStatistics:
 
 
 def collect(
-    model: PreTrainedModel, blocks: Blocks, tokens: int, gradients: bool, progress: Callable[[int, int], None]
+    model: PreTrainedModel,
+    blocks: Blocks,
+    tokens: int,
+    gradients: bool,
+    progress: Callable[[int, int], None],
+    grams: bool = True,
 ) -> list[LayerStatistics]:
     """Statistics of every layer over about `tokens` calibration tokens.
 
-    Without `gradients` the pass is forward only and the effects stay zero. `progress` is called with (done, total)
-    blocks and may raise to stop.
+    Without `gradients` the pass is forward only and the effects stay zero. Without `grams`, which take eight bytes times the
+    square of the width in every layer, those stay empty. `progress` is called with (done, total) blocks and may raise to stop.
     """
     dims = dimensions(config_dict(model))
     table = family(model)
-    found = [_empty(dims, model.device) for _ in range(dims.layers)]
+    found = [_empty(dims, model.device, grams) for _ in range(dims.layers)]
     stream_energy = torch.zeros(dims.layers, 2, dtype=torch.float64)
     taps = [
         (_Tap(layer, table.attention_out, table.attention_out), _Tap(layer, table.mlp_out, table.mlp), _Output(layer))
@@ -112,12 +117,12 @@ def collect(
     return found
 
 
-def _empty(dims: Dimensions, device: torch.device) -> LayerStatistics:
+def _empty(dims: Dimensions, device: torch.device, grams: bool) -> LayerStatistics:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=device)
 
     def reader(inputs: int, units: int) -> Reader:
-        return Reader(zeros(inputs, inputs), zeros(units), zeros(units))
+        return Reader(zeros(inputs, inputs) if grams else zeros(0, 0), zeros(units), zeros(units))
 
     return LayerStatistics(
         mlp=[reader(dims.width, dims.width) for _ in range(dims.experts)],
@@ -138,8 +143,7 @@ def _add(layer: LayerStatistics, attention: "_Tap", mlp: "_Tap", heads: int, kv_
     else:
         readers.insert(0, (layer.mlp[0], mlp))
     for reader, tap in readers:
-        rows = tap.input.flatten(0, 1)
-        reader.gram += (rows.T @ rows).double()
+        _add_gram(reader, tap.input.flatten(0, 1))
     if not attention.output.requires_grad:
         return
     for reader, tap in readers:
@@ -157,6 +161,11 @@ def _add(layer: LayerStatistics, attention: "_Tap", mlp: "_Tap", heads: int, kv_
     layer.effect_squared += whole.square().sum()
 
 
+def _add_gram(reader: Reader, rows: Tensor) -> None:
+    if reader.gram.numel():
+        reader.gram += (rows.T @ rows).double()
+
+
 def _add_experts(layer: LayerStatistics, mlp: "_Tap") -> None:
     """What is at the input of an expert's projection follows from what the experts are called with, and the gradient there
     from the one at what they write."""
@@ -164,7 +173,7 @@ def _add_experts(layer: LayerStatistics, mlp: "_Tap") -> None:
     for expert, tokens, inputs in routed(mlp.reader, mlp.input, *mlp.routing):
         reader, whole = layer.mlp[expert], layer.experts
         weight = mlp.reader.get_parameter("down_proj")[expert]
-        reader.gram += (inputs.T @ inputs).double()
+        _add_gram(reader, inputs)
         whole.tokens[expert] += len(tokens)
         whole.output[expert] += (inputs @ weight.T).norm(dim=1).double().sum()
         if slope is not None:

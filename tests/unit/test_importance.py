@@ -23,6 +23,19 @@ def collected(model, tokens=256):
     return importance.collect(model, Blocks(TOKENS, 32, 0), tokens, True, lambda *_: None)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("criterion", sorted(importance.CRITERIA.keys() - importance.NEEDS_GRAMS))
+def test_what_needs_no_grams_is_the_same_without(criterion, family):
+    model = tiny_model(family)
+    with_grams, without = (
+        importance.collect(model, Blocks(TOKENS, 32, 0), 256, True, lambda *_: None, grams=grams) for grams in (True, False)
+    )
+    assert all(not reader.gram.numel() for layer in without for reader in (*layer.mlp, layer.attention))
+    expected = importance.CRITERIA[criterion](model, with_grams, 0)
+    for unit, scores in importance.CRITERIA[criterion](model, without, 0).items():
+        assert torch.equal(scores, expected[unit])
+
+
 def gated_loss(model, batch):
     """Summed next-token loss as a function of a gate on every neuron and head: the gates' gradients define the scores."""
     table, dims = family(model), dimensions(config_dict(model))
