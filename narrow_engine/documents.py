@@ -111,7 +111,7 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 def _text(row: dict[str, Any], column: str, where: str) -> str:
     if column not in row:
         names = ", ".join(repr(str(name)[:40]) for name in list(row)[:5]) or "none"
-        raise NarrowError("wrong_column", f"{where} has no column {column!r} (it has {names}): name the column of the text.")
+        raise NarrowError("wrong_column", f"{where} has no column {column!r} (it has {names}): name the one that is meant.")
     text = row[column]
     if not isinstance(text, str):
         raise NarrowError("bad_row", f"column {column!r} in {where} is not a text but {type(text).__name__}.")

@@ -116,10 +116,10 @@ def summary(found: Locality, target: str, cuts: list[Cut]) -> str:
         at = min(range(len(curve.cut)), key=lambda index: abs(curve.cut[index] - gone))
         lost = {name: values[at] for name, values in curve.loss.items()}
         most, least = max(others, key=lost.__getitem__), min(others, key=lost.__getitem__)
-        also = f" and {least} {lost[least]:.2f}" if least != most else ""
+        also = f" and {least} {_cost(lost[least])}" if least != most else ""
         said.append(
             f"Cutting the {curve.cut[at]:.0%} of {PLURAL[curve.unit]} that {target} needs least costs {target} "
-            f"{lost[target]:.2f} nats before any refit, and also costs {most} {lost[most]:.2f}{also}."
+            f"{_cost(lost[target])} before any refit, and also costs {most} {_cost(lost[most])}{also}."
         )
     if target not in found.skills or len(found.skills) < 2:
         return " ".join(said)
@@ -136,3 +136,7 @@ def summary(found: Locality, target: str, cuts: list[Cut]) -> str:
         if shared[most] - chance > 0.1 * (itself - chance):
             said.append("Skills share structure: what is cut for one is missed by others.")
     return " ".join(said)
+
+
+def _cost(nats: float) -> str:
+    return f"{nats:.2f} nats" if nats >= 0.005 else "nothing"

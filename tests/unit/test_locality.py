@@ -10,6 +10,7 @@ from narrow_engine.families import dimensions
 from narrow_engine.importance import random
 from narrow_engine.models import config_dict
 from narrow_engine.plan import make_plan
+from narrow_engine.report.model import Cut, Locality, LocalityCurve, Overlap
 from narrow_engine.slice import slice_model
 
 
@@ -83,3 +84,20 @@ def test_curves_are_the_losses_of_slices(family, unit):
     for name, (documents, per_base_token) in texts.items():
         lost = skills.loss_of(small, documents, 32) - skills.loss_of(model, documents, 32)
         assert found.loss[name][-1] == pytest.approx(per_base_token * lost, abs=1e-5)
+
+
+def test_the_summary_is_read_off_the_figures():
+    curve = LocalityCurve(unit="neuron", cut=[0.25, 0.5], loss={"python": [-0.001, 0.2], "c": [0.3, 1.5], "german": [0.4, 2.0]})
+    overlap = Overlap(unit="neuron", top=16, of=64, shared=[[0.8, 0.5, 0.3], [0.5, 0.9, 0.3], [0.3, 0.3, 0.9]])
+    found = Locality(skills=["python", "c", "german"], overlaps=[overlap], curves=[curve])
+    cuts = {share: [Cut(unit="neuron", kept=int(64 * (1 - share)), of=64, per_layer=[])] for share in (0.25, 0.5)}
+    assert locality.summary(found, "python", cuts[0.5]) == (
+        "Cutting the 50% of neurons that python needs least costs python 0.20 nats before any refit, and also costs german 2.00 "
+        "nats and c 1.50 nats. Of the neurons that matter most to python, 50% matter most to c as well, and 30% to german; chance "
+        "would make it 25%, and two samples of python share 80%. Skills share structure: what is cut for one is missed by others."
+    )
+    assert "costs python nothing before any refit, and also costs german 0.40 nats" in locality.summary(
+        found, "python", cuts[0.25]
+    )
+    alone = Locality(skills=["python"], overlaps=[], curves=[curve.model_copy(update={"loss": {"python": [0, 0]}})])
+    assert locality.summary(alone, "python", cuts[0.5]) == ""
