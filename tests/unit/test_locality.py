@@ -91,11 +91,13 @@ def test_the_summary_is_read_off_the_figures():
     overlap = Overlap(unit="neuron", top=16, of=64, shared=[[0.8, 0.5, 0.3], [0.5, 0.9, 0.3], [0.3, 0.3, 0.9]])
     found = Locality(skills=["python", "c", "german"], overlaps=[overlap], curves=[curve])
     cuts = {share: [Cut(unit="neuron", kept=int(64 * (1 - share)), of=64, per_layer=[])] for share in (0.25, 0.5)}
-    assert locality.summary(found, "python", cuts[0.5]) == (
-        "Cutting the 50% of neurons that python needs least costs python 0.20 nats before any refit, and also costs german 2.00 "
-        "nats and c 1.50 nats. Of the neurons that matter most to python, 50% matter most to c as well, and 30% to german; "
-        "chance would make it 25%, and two samples of python share 80%. Skills share structure: what is cut for one is missed by others."
-    )
+    assert locality.summary(found, "python", cuts[0.5]).split(". ") == [
+        "Cutting the 50% of neurons that python needs least costs python 0.20 nats before any refit, "
+        "and also costs german 2.00 nats and c 1.50 nats",
+        "Of the neurons that matter most to python, 50% matter most to c as well, and 30% to german; "
+        "chance would make it 25%, and two samples of python share 80%",
+        "Skills share structure: what is cut for one is missed by others.",
+    ]
     assert "costs python nothing before any refit, and also costs german 0.40 nats" in locality.summary(
         found, "python", cuts[0.25]
     )
