@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from sqlmodel import Session, col, delete, select
 
+from narrow_engine.documents import read_documents
+from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import DTYPES, check_teacher
 from narrow_engine.sizing import solve
 from narrow_engine.spec import JobSpec, ModelId
@@ -129,6 +132,8 @@ def check_spec(session: Session, spec: JobSpec, settings: Settings) -> ModelRow:
             raise not_found("dataset", reference.dataset)
         if reference is spec.target and data.name in names:
             raise ApiError(422, "invalid_request", f"A skill is called {data.name!r} like the target: give it another name.")
+        if reference.answer:
+            _check_answers(settings.data / "datasets" / data.id / data.file, data, reference.answer.column)
     solve(base.info["config"], spec, DTYPES[base.info["dtype"]])
     _check_length(session.get_one(DatasetRow, spec.target.dataset), spec.block_tokens)
     return base
@@ -139,6 +144,14 @@ def _model(session: Session, reference: ModelId) -> ModelRow:
     if found is None:
         raise not_found("model", reference.model)
     return found
+
+
+def _check_answers(path: Path, data: DatasetRow, answer: str) -> None:
+    """By the first row; the job reads the others."""
+    try:
+        next(read_documents(path, data.text_column, answer), None)
+    except NarrowError as error:
+        raise NarrowError(error.code, str(error).replace(path.name, data.name)) from error
 
 
 def _check_length(data: DatasetRow, block_tokens: int) -> None:

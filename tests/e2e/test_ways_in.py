@@ -145,6 +145,8 @@ def test_compress_as_a_command_refuses_plans_and_is_interrupted(service, tiny_fo
     common += ("--skill", f"quiz={out.strip()}:watch")
     refused = narrow(*common, "--answer", "quizz=reply", url=service.url)
     assert "no --skill 'quizz'" in refused.communicate(timeout=60)[1]
+    refused = narrow(*common, "--answer", "quiz=answer", url=service.url)
+    assert "line 1 of quiz has no column 'answer' (it has 'question', 'reply')" in refused.communicate(timeout=60)[1]
     common += ("--answer", r"quiz=reply:#### (\d+)")
 
     running = narrow(*common, "--budget", "0.85", "--recover-tokens", "50000000", "--out", tmp_path / "o", url=service.url)
