@@ -101,7 +101,7 @@ def cut(base, training, seed, keep, criterion, refit=False, lasso_tokens=0):
         settings = train.Settings(lasso_tokens, 2048, "next_token", learning_rate=GroupLassoOptions().learning_rate)
         trained = corpus.Blocks(training.tokens, LENGTH, seed + 2)
         steps = train.shape(settings, trained)[1]
-        groups = GroupLasso(source, scores["neuron"].sqrt(), 1 - keep / scores["neuron"].shape[1], steps)
+        groups = GroupLasso(models.along(source, "width"), scores["neuron"].sqrt(), 1 - keep / scores["neuron"].shape[1], steps)
         recover(source, trained, settings, after_step=groups)
         scores = {"neuron": groups.norms()}
     plan = make_plan(models.config_dict(base), scores, {"neuron": keep})

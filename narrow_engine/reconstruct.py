@@ -135,7 +135,7 @@ def _predictor(wanted: Iterable[Tensor], given: Iterable[Tensor], kept: list[int
         cross = cross + (y.T @ x).double()
     start = torch.zeros_like(cross)
     start[kept, range(len(kept))] = 1.0
-    return _ridge_solution(gram, cross, start).float()
+    return ridge_solution(gram, cross, start).float()
 
 
 class _Wanted(NamedTuple):
@@ -186,7 +186,7 @@ def _solve(module: nn.Module, weight: Tensor, pairs: Any) -> None:
         h, y = inputs.flatten(0, 1), (wanted - bias).flatten(0, 1)
         gram += (h.T @ h).double()
         cross += (y.T @ h).double()
-    weight.copy_(_ridge_solution(gram, cross, weight))
+    weight.copy_(ridge_solution(gram, cross, weight))
 
 
 def _solve_experts(experts: nn.Module, batches: list[tuple[Any, Tensor]]) -> None:
@@ -197,11 +197,11 @@ def _solve_experts(experts: nn.Module, batches: list[tuple[Any, Tensor]]) -> Non
     for expert, rows, h in routed(experts, tokens, chosen, gates):
         weight = experts.get_parameter("down_proj")[expert]
         wanted = lacking[rows] + h @ weight.T
-        weight.copy_(_ridge_solution((h.T @ h).double(), (wanted.T @ h).double(), weight))
+        weight.copy_(ridge_solution((h.T @ h).double(), (wanted.T @ h).double(), weight))
         lacking[rows] = wanted - h @ weight.T
 
 
-def _ridge_solution(gram: Tensor, cross: Tensor, weight: Tensor) -> Tensor:
+def ridge_solution(gram: Tensor, cross: Tensor, weight: Tensor) -> Tensor:
     """The weight nearest to Y hᵀ = W h hᵀ, from Σ h hᵀ and Σ Y hᵀ, that stays near `weight`."""
     ridge = RIDGE * gram.diagonal().mean().clamp(min=1e-12)
     system = gram + ridge * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)

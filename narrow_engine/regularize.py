@@ -15,9 +15,6 @@ move it. Each layer, and each expert of it, has the same target: stock models ha
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-
-from narrow_engine.models import along
 
 WARM, REACHED = 0.1, 0.8
 """Groups die between these shares of the steps; before, the optimizer settles, and after, what is left heals."""
@@ -28,15 +25,16 @@ class GroupLasso:
     """An `AfterStep` for `train`: call it after each optimizer step.
 
     `scores` is [layers × experts, width], larger for neurons that the penalty should spare; `target` is the share of neurons
-    that must be exactly zero in every layer, and every expert of it, once REACHED of `steps` are done.
+    that must be exactly zero in every layer, and every expert of it, once REACHED of `steps` are done. `groups` has for each row
+    of the scores views of the weights that belong to its neurons, neurons first (`models.along`).
     """
 
-    def __init__(self, model: PreTrainedModel, scores: Tensor, target: float, steps: int) -> None:
-        self.groups = along(model, "width")
+    def __init__(self, groups: list[list[Tensor]], scores: Tensor, target: float, steps: int) -> None:
+        self.groups = groups
         self.steps, self.taken = steps, 0
         self.final = round(target * scores.shape[1])
         self.weight = (scores / self.norms().clamp(min=1e-12)).to(torch.float64)
-        self.dead = torch.zeros(scores.shape, dtype=torch.bool, device=model.device)
+        self.dead = torch.zeros(scores.shape, dtype=torch.bool, device=groups[0][0].device)
 
     @property
     def sparsity(self) -> float:

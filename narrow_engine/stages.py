@@ -30,7 +30,7 @@ from narrow_engine.export import onnx as onnx_export
 from narrow_engine.export import safetensors as safetensors_export
 from narrow_engine.families import dimensions
 from narrow_engine.model_files import DTYPES, ModelInfo, check_teacher, inspect_model
-from narrow_engine.models import config_dict, device, family, layers, load_model
+from narrow_engine.models import along, config_dict, device, family, layers, load_model
 from narrow_engine.plan import cuts, make_plan, unscored, whole_plan
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.report.card import render_card
@@ -261,7 +261,7 @@ def sparsify(run: Run, out: Path) -> None:
     blocks = earlier.training_blocks(run, 1)
     width = dimensions(config_dict(model)).width
     scores = earlier.scores(run)["neuron"].reshape(-1, width).sqrt().to(model.device)
-    groups = GroupLasso(model, scores, 1 - keep["neuron"] / width, train.shape(settings, blocks)[1])
+    groups = GroupLasso(along(model, "width"), scores, 1 - keep["neuron"] / width, train.shape(settings, blocks)[1])
     curve = train.train(
         model,
         blocks,

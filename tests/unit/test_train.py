@@ -12,7 +12,7 @@ from narrow_engine import memory
 from narrow_engine.corpus import Blocks
 from narrow_engine.errors import Cancelled
 from narrow_engine.families import dimensions
-from narrow_engine.models import config_dict
+from narrow_engine.models import along, config_dict
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.spec import Divergence
 from narrow_engine.teacher import Live
@@ -102,7 +102,9 @@ def test_group_lasso_reaches_its_target_with_exact_zeros_in_every_layer(tmp_path
     model = tiny_model(family)
     settings = Settings(32 * 4 * 40, 128, "next_token", 1.0, "adamw", 1e-3)
     rows = 3 * dimensions(config_dict(model)).experts
-    groups = GroupLasso(model, torch.rand(rows, 48, dtype=torch.float64) + 0.1, target, shape(settings, blocks())[1])
+    groups = GroupLasso(
+        along(model, "width"), torch.rand(rows, 48, dtype=torch.float64) + 0.1, target, shape(settings, blocks())[1]
+    )
     curve = run(model, settings, tmp_path / "a", after_step=groups)
     zero = groups.norms() == 0
     assert (zero.sum(1) == round(48 * target)).all()
@@ -121,9 +123,9 @@ def test_group_lasso_resumes_with_its_dead(tmp_path):
         folder = tmp_path / str(stop)
         if stop:
             with pytest.raises(Cancelled):
-                run(model, settings, folder, stop_at=stop, after_step=GroupLasso(model, scores, 0.5, 20))
+                run(model, settings, folder, stop_at=stop, after_step=GroupLasso(along(model, "width"), scores, 0.5, 20))
             model = tiny_model("llama", seed=3)
-        groups = GroupLasso(model, scores, 0.5, 20)
+        groups = GroupLasso(along(model, "width"), scores, 0.5, 20)
         run(model, settings, folder, after_step=groups)
         results.append((model.state_dict(), groups.dead))
     assert torch.equal(results[0][1], results[1][1])
@@ -135,7 +137,7 @@ def test_group_lasso_spares_what_the_scores_value(tmp_path):
     scores = torch.full((3, 48), 0.01, dtype=torch.float64)
     scores[:, 10:20] = 100.0
     settings = Settings(32 * 4 * 20, 128, "next_token", 1.0, "adamw", 1e-4)
-    groups = GroupLasso(model, scores, 0.75, 20)
+    groups = GroupLasso(along(model, "width"), scores, 0.75, 20)
     run(model, settings, tmp_path / "a", after_step=groups)
     assert not groups.dead[:, 10:20].any()
 
