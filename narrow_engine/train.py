@@ -26,7 +26,6 @@ from narrow_engine.corpus import Blocks, Mixture
 from narrow_engine.errors import Cancelled
 from narrow_engine.events import Sink
 from narrow_engine.losses import objective
-from narrow_engine.matching import Matching
 from narrow_engine.models import family, head, hidden_states, sampled
 from narrow_engine.muon import Muon, training_dtype
 from narrow_engine.report.model import CurvePoint
@@ -75,6 +74,14 @@ def peak_rate(optimizer: str, fresh: bool) -> float:
     return (FRESH_RATE if fresh else LEARNING_RATE)[optimizer]
 
 
+class Beside(Protocol):
+    """A term that is added to the loss: `begin` before a step's forward pass, `loss` after it, with the gradient."""
+
+    def begin(self) -> None: ...
+
+    def loss(self) -> Tensor: ...
+
+
 class AfterStep(Protocol):
     """Runs after every optimizer step, with the learning rate that it used; its state is part of checkpoints."""
 
@@ -99,7 +106,7 @@ def train(
     check: Callable[[], None],
     validate: Callable[[PreTrainedModel], float],
     teacher: Teacher | None = None,
-    beside: Matching | None = None,
+    beside: Beside | None = None,
     after_step: AfterStep | None = None,
     enough: float = -math.inf,
 ) -> list[CurvePoint]:
@@ -215,7 +222,7 @@ def _step(
     batch: Tensor,
     settings: Settings,
     teacher: Teacher | None = None,
-    beside: Matching | None = None,
+    beside: Beside | None = None,
 ) -> float:
     """Forward and backward of one batch [rows, length + 1], the blocks from number `first` on; returns the loss."""
     share = SHARE[settings.objective]
