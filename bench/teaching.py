@@ -1,6 +1,6 @@
 """Ways of being taught in recovery, each against a live base, the mean of KL and next token, and temperature 1.
 
-    python bench/teaching.py [--domains python medical] [--seeds 0] [--arms ...]
+    python -m bench.teaching [--domains python medical] [--seeds 0] [--arms ...]
 
 Cuts base-s to a quarter of its neurons and recovers on 163,840 tokens. Losses are nats a token on the target's held-out text,
 minus the base's; `recover` and `teach` are seconds of wall on one thread. Each finished arm is a row of
@@ -10,17 +10,18 @@ bench/results/teaching.json and is not run again; the table is made of them. Tem
 import argparse
 import itertools
 import json
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from comparison import DEMO, HERE, MEASURED, OUT, TEXT, TOKENS
 
+from experiments.frontier.run import DEMO, MEASURED, OUT, TEXT, TOKENS
 from narrow_engine import pipeline
 from narrow_engine.report.model import Report
 from narrow_engine.spec import CompressionSpec
 
-RESULTS = HERE / "results" / "teaching.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "teaching.json"
 ARMS: dict[str, dict[str, Any]] = {
     "temperature 1": {},
     "next token alone": {"objective": "next_token"},

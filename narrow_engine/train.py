@@ -37,7 +37,7 @@ SHARE: dict[Objective, float] = {"next_token": 0.0, "mixed": 0.5, "distill": 1.0
 
 LEARNING_RATE = {"muon": 2e-3, "adamw": 1e-3}
 FRESH_RATE = {"muon": 1.6e-2, "adamw": 1e-3}
-"""Of weights that have learned nothing yet. Muon's was the best of six, to distill or not: bench/comparison.py --tune."""
+"""Of weights that have learned nothing yet. Muon's was the best of six, to distill or not: experiments/frontier/run.py --tune."""
 WARM_UP = 0.02
 ROOM = 0.8
 """Share of the memory that a step may fill."""

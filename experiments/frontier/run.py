@@ -1,14 +1,14 @@
 """Is pruning really better? The paper's central comparison (arXiv 2505.15811, sections 4 and 5), redone: every way to a small
 model, at the same shapes, on the same tokens, each with its own best learning rate.
 
-    python bench/comparison.py [--domains python medical math] [--seeds 0 1 2] [--keep 0.75 ...] [--methods ...]
-    python bench/comparison.py --long [--domains python]     how many tokens the others need to come to where pruning is
-    python bench/comparison.py --tune                        the learning rates: Python, a quarter of the neurons, seed 0
-    python bench/comparison.py --draw                        the figure and the tables, from what is in the results
+    python -m experiments.frontier.run [--domains python medical math] [--seeds 0 1 2] [--keep 0.75 ...] [--methods ...]
+    python -m experiments.frontier.run --long [--domains python]    how many tokens the others need to come to where pruning is
+    python -m experiments.frontier.run --tune                       the learning rates: Python, a quarter of the neurons, seed 0
+    python -m experiments.frontier.run --draw                       the figure and the tables, from result.json
 
 Cuts the MLP neurons of base-s to a share of 1,024, or trains a student of that shape. Losses are nats a token on the target's
-held-out text, minus the base's. One thread. Each finished point is kept in bench/results/comparison.json and not run again:
-all of them take a core about eight hours, so they were run over some days.
+held-out text, minus the base's. One thread. Each finished point is kept in result.json and not run again: all of
+them would take a core about ten hours, and those that are there were run over some days.
 """
 
 import argparse
@@ -27,18 +27,21 @@ from narrow_engine.report.model import Report
 from narrow_engine.spec import CompressionSpec
 
 HERE = Path(__file__).resolve().parent
-DEMO = HERE.parent / "demo"
+ROOT = HERE.parent.parent
+DEMO, DATA = ROOT / "demo", ROOT / "bench" / "data"
 TEXT = {
     "python": DEMO / "data" / "python.jsonl.gz",
-    "medical": HERE / "data" / "medical.train.jsonl.gz",
-    "math": HERE / "data" / "math.train.jsonl.gz",
+    "medical": DATA / "medical.train.jsonl.gz",
+    "math": DATA / "math.train.jsonl.gz",
 }
-BROAD = HERE / "data" / "broad.train.jsonl.gz"
-RESULTS, OUT = HERE / "results" / "comparison.json", HERE / "out" / "comparison"
+BROAD = DATA / "broad.train.jsonl.gz"
+RESULTS, OUT = HERE / "result.json", HERE.parent / "out" / "frontier"
 KEEP = (0.75, 0.5, 0.25, 0.125, 0.0625)
 MIDDLE = 0.25
 """Where rates were chosen and curves are drawn."""
 TOKENS, LONG = 163_840, 4_096_000
+TARGETS = (0.1, 0.3)
+"""Nats above the base, for the tokens that it takes to come there."""
 MEASURED = 32_768
 
 ADAMW = {"objective": "next_token", "optimizer": "adamw", "batch_tokens": 4096}
@@ -133,12 +136,38 @@ def tokens_to(rows: list[dict[str, Any]], domain: str, keep: float, wanted: floa
     """Tokens after which each method's held-out loss on the curve is first at or under `wanted`; infinite where it never is."""
     reached = {}
     for method in METHODS:
-        found = finished(rows, domain=domain, method=method, keep=keep)
+        found = finished(rows, domain=domain, method=method, keep=keep, seed=0)
         curves = [[(tokens, loss) for phase, tokens, loss in row["curve"] if phase == "recover"] for row in found]
         first = [min((tokens for tokens, loss in curve if loss <= wanted), default=float("inf")) for curve in curves]
         if first:
             reached[method] = min(first)
     return reached
+
+
+def frontier(rows: list[dict[str, Any]]) -> str:
+    """Python, seed 0: tokens until a loss so far above the base's, by share of neurons.
+
+    Curves are measured on a part of the held-out text, so each is moved to end where the whole text says that it ends.
+    """
+    lines = [
+        "| nats above the base | method | " + " | ".join(f"{keep:.4g}" for keep in KEEP) + " |",
+        "|---" * (2 + len(KEEP)) + "|",
+    ]
+    for above, method in itertools.product(TARGETS, METHODS):
+        cells = []
+        for keep in KEEP:
+            found = finished(rows, domain="python", method=method, keep=keep, seed=0, tokens=TOKENS)
+            cell = ""
+            for row in found:
+                moved = row["loss"] - row["curve"][-1][2]
+                before = TOKENS - row["curve"][-1][1]
+                trained = [(tokens, loss + moved) for phase, tokens, loss in row["curve"] if phase == "recover" and tokens]
+                seen = [tokens for tokens, loss in [(0, row["cut_loss"]), *trained] if loss - row["base_loss"] <= above]
+                cell = f"{before + min(seen):,}" if seen else f"> {TOKENS:,}"
+            cells.append(cell)
+        if any(cells):
+            lines.append(f"| {above} | {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -187,7 +216,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--domains", nargs="+", default=list(TEXT), choices=TEXT)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--keep", nargs="+", type=float, default=KEEP)
@@ -200,12 +229,13 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     if options.draw:
-        draw(rows, HERE.parent / "docs" / "images" / "comparison.svg")
-        print(table(rows, TOKENS))
+        draw(rows, HERE / "figure.svg")
+        print(table(rows, TOKENS), frontier(rows), sep="\n\n")
         for domain in TEXT:
-            wanted = [row["curve"][-1][2] for row in finished(rows, domain=domain, method="paper", keep=MIDDLE, tokens=TOKENS)]
-            if wanted:
-                print(domain, f"to {fmean(wanted):.3f} nats:", tokens_to(rows, domain, MIDDLE, fmean(wanted)))
+            paper = finished(rows, domain=domain, method="paper", keep=MIDDLE, seed=0, tokens=TOKENS)
+            if paper:
+                wanted = paper[0]["curve"][-1][2]
+                print(domain, f"to {wanted:.3f} nats:", tokens_to(rows, domain, MIDDLE, wanted))
         return
     if options.tune:
         for method, rates in RATES.items():
