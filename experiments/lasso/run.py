@@ -27,7 +27,7 @@ from narrow_engine.slice import slice_model
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "result.json"
 TOKENS, BATCH = 163_840, 1024
-SCORED, MEASURED = 16_384, 16_384
+SCORED, MEASURED = 16_384, 8_192
 CUTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 PENALTIES = (1e-4, 1e-3, 1e-2)
 TARGETS = (0.5, 0.8)

@@ -170,7 +170,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for column, (name, found) in enumerate(result.items()):
         cells = torch.tensor([[value for layer in task for value in layer] for task in found["map"]])
         order = cells[CODES.index(WANTED)].argsort(descending=True)
-        image = grid[0][column].imshow(cells[:, order].clamp(min=1e-4).log10(), aspect="auto", vmin=-3, vmax=0.7, cmap="viridis")
+        shades = cells[:, order].clamp(min=1e-4).log10().numpy()
+        image = grid[0][column].imshow(shades, aspect="auto", vmin=-3, vmax=0.7, cmap="viridis", interpolation="nearest")
         grid[0][column].set_yticks(range(len(names)), names)
         grid[0][column].set_title(name, loc="left", fontsize=10)
         grid[0][column].set_xlabel("neuron, by its effect on 1+2+3")

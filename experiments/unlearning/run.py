@@ -31,7 +31,7 @@ RESULTS = HERE / "result.json"
 CUTS = (0.3, 0.63, 0.8)
 """The paper's shares."""
 METHODS = ("random", "attribution", "lasso", "narrow")
-TOKENS, SCORED, MEASURED, RELEARNED = 81_920, 32_768, 16_384, 65_536
+TOKENS, SCORED, MEASURED, RELEARNED = 65_536, 32_768, 8_192, 49_152
 BACK = 0.1
 """Nats above the base at which German counts as back, the product's default."""
 
@@ -88,7 +88,7 @@ def measure(
 
 
 def relearn(model: PreTrainedModel, texts: Texts, tokens: int, fresh: bool = False) -> tuple[list[list[float]], dict[str, float]]:
-    """German's held-out loss by tokens of training on it, as the product's probe trains, and what all domains are at then."""
+    """German's held-out loss by tokens of training on it, at the probe's rate, and what all domains are at then."""
     rate = train.peak_rate("muon", fresh) * (1 if fresh else relearning.FASTER)
     settings = train.Settings(tokens, Recover().batch_tokens, optimizer="muon", learning_rate=rate, schedule="constant")
     curve = language.learn(
@@ -116,7 +116,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Nats above the base."""
     base = rows[0]["stages"]["cut"]
     lines = [
-        "| cut | method | Python: cut, recovered | C | German | medical | mathematics | German after 65,536 tokens of it |",
+        f"| cut | method | Python: cut, recovered | C | German | medical | mathematics | German, {RELEARNED:,} tokens later |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows[1:]:
@@ -144,8 +144,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 look = {"color": f"C{number}", "alpha": 0.3 if side == 0 else 1.0, "width": 0.18}
                 above.bar(where, values, **look)
             tokens, losses = zip(*row["german"], strict=True)
-            above_base = [loss - base["german"] for loss in losses]
-            below.plot([count / 1e3 for count in tokens], above_base, f"C{number}o-", markersize=3, label=row["method"])
+            gaps = [loss - base["german"] for loss in losses]
+            below.plot([count / 1e3 for count in tokens], gaps, f"C{number}o-", markersize=3, label=row["method"])
         above.set_xticks(range(len(base)), base)
         above.set_yscale("symlog", linthresh=0.5)
         above.axhline(0, color="black", linewidth=0.8)
