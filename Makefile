@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-all check bench openapi lock clean
+.PHONY: setup demo test test-postgres test-all check bench openapi lock clean
 
 setup: .venv/ready
 
@@ -27,9 +27,14 @@ check: setup           ## lint, format, strict types, contract
 test: check            ## the fast tests
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
+test-postgres: setup   ## what needs a database, on Postgres instead of SQLite
+	NARROW_TEST_DATABASE=postgres $(BIN)/python -m pytest -n 2 --dist worksteal tests/contract tests/integration tests/e2e \
+	    --ignore tests/integration/test_engine.py --ignore tests/integration/test_experiments.py
+
 test-all: check        ## all tests, with the extras that they need
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e client -e '.[eval]'
 	$(BIN)/python -m pytest
+	$(MAKE) test-postgres
 
 bench: setup           ## the figures of the README; more than an hour
 	$(BIN)/python bench/training.py
@@ -44,4 +49,4 @@ lock: setup            ## write down the versions that are installed
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^torch==' > requirements.lock
 
 clean:
-	rm -rf .venv demo/out bench/out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo/out bench/out experiments/out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

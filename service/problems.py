@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
 from starlette.exceptions import HTTPException
 
 from narrow_engine.errors import NarrowError
@@ -116,16 +116,32 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(OperationalError)
     def database_error(request: Request, error: OperationalError) -> Response:
         name = getattr(error.orig, "sqlite_errorname", "")
-        if name == "SQLITE_FULL":
-            return disk_error(request, OSError(errno.ENOSPC, "SQLite"))
-        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        state = getattr(error.orig, "sqlstate", None)
+        if name == "SQLITE_FULL" or state == "53100":
+            return disk_error(request, OSError(errno.ENOSPC, "database"))
+        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or state in BUSY:
             return _answer(request, 503, "database_busy", "The database is busy with another request: send it again.")
+        if error.connection_invalidated or not name:
+            log.error("%s %s %s: %s", request.state.id, request.method, request.url.path, error.orig)
+            return _answer(request, 503, "database_away", "The database cannot be reached: send the request again in a moment.")
         return unforeseen(request, error)
+
+    @app.exception_handler(DataError)
+    def unkept(request: Request, error: DataError) -> Response:
+        if "\0" in request.scope["path"]:
+            # No id has one, but only Postgres says so.
+            return _answer(request, 404, "not_found", "There is nothing at this path: it has a NUL in it.")
+        detail = "The database cannot hold a text of this request: leave out NUL and other characters that are not text."
+        return _answer(request, 422, "bad_text", detail)
 
     @app.exception_handler(Exception)
     def unforeseen(request: Request, error: Exception) -> Response:
         log.error("%s %s %s", request.state.id, request.method, request.url.path, exc_info=error)
         return _answer(request, 500, "internal_error", "Something went wrong inside the server; it was logged under this id.")
+
+
+BUSY = ("55P03", "40P01", "40001", "53300")
+"""Postgres: a lock that was waited for in vain, a deadlock, a conflict of transactions, too many connections."""
 
 
 def _wording(error: Mapping[str, Any]) -> str:

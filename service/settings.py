@@ -1,5 +1,6 @@
 """Everything that can be set, in one place: environment variables NARROW_..., each with a default that works."""
 
+import re
 from pathlib import Path
 
 from pydantic import Field
@@ -12,7 +13,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="NARROW_", extra="ignore")
 
     data: Path = Field(Path("narrow-data"), description="Folder of database, uploads, runs and artifacts.")
-    database_url: str = Field("", description="SQLAlchemy URL; by default SQLite in the data folder.")
+    database_url: str = Field("", description="postgresql://USER@HOST/NAME; by default SQLite in the data folder.")
     max_model_bytes: int = Field(64 * 2**30, gt=0, description="Largest upload of a model, all files together.")
     max_dataset_bytes: int = Field(4 * 2**30, gt=0, description="Largest upload of a dataset.")
     max_body_bytes: int = Field(2**20, gt=0, description="Largest body of every other request.")
@@ -28,7 +29,9 @@ class Settings(BaseSettings):
 
     @property
     def database(self) -> str:
-        return self.database_url or f"sqlite:///{self.data.resolve() / 'narrow.db'}"
+        """As SQLAlchemy names it: with the driver that the extra `postgres` installs."""
+        url = self.database_url or f"sqlite:///{self.data.resolve() / 'narrow.db'}"
+        return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url)
 
     @property
     def uploads(self) -> Path:

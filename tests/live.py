@@ -1,4 +1,7 @@
-"""A real service: real processes, real SQLite, on a free port."""
+"""A real service: real processes, a real database, on a free port.
+
+With NARROW_TEST_DATABASE=postgres the same tests run on Postgres instead of SQLite (`make test-postgres`).
+"""
 
 import os
 import signal
@@ -9,18 +12,29 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import postgres
 import psutil
+
+from service.settings import Settings
 
 QUICK = {"calibration_tokens": 512, "recover": {"tokens": 1024, "batch_tokens": 256}}
 SLOW = {"calibration_tokens": 512, "recover": {"tokens": 2_000_000, "batch_tokens": 256}}
 FAST_SETTINGS = {"NARROW_POLL_SECONDS": "0.1", "NARROW_LEASE_SECONDS": "3", "NARROW_MAX_DATASET_BYTES": "200000"}
+
+POSTGRES = os.environ.get("NARROW_TEST_DATABASE") == "postgres"
+
+
+def settings_of(data: Path) -> Settings:
+    """The settings of a service with this data folder, with the database that the tests run on."""
+    return Settings(data=data, database_url=postgres.database_for(data) if POSTGRES else "")
 
 
 class Service:
     """`narrow serve` as a process, and a client of it."""
 
     def __init__(self, data: Path, workers: int = 1, **settings: str) -> None:
-        environment = {**os.environ, **FAST_SETTINGS, **settings}
+        database = {"NARROW_DATABASE_URL": settings_of(data).database_url}
+        environment = {**os.environ, **FAST_SETTINGS, **database, **settings}
         self.log = (data.parent / f"{data.name}.log").open("a")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "narrow_client.cli", "serve", "--port", "0", "--data", str(data), "--workers", str(workers)],

@@ -16,17 +16,22 @@ from service.settings import Settings
 
 READERS = 16
 BUSY_MS = 10_000
-"""How long SQLite waits for another's lock: less than a lease, so that a worker can still act on its answer."""
+"""How long a statement waits for another's lock: less than a lease, so that a worker can still act on its answer."""
+IDLE_MS = 60_000
+"""After which Postgres ends a transaction whose owner says nothing, and with it the locks of a machine that is gone."""
 
 AWAY = (OperationalError, InterfaceError, TimeoutError)
 """What a database raises that is locked, full or not there: the same statement may pass later."""
 
 
 def connect(settings: Settings) -> Engine:
-    """An engine for the configured database. SQLite: write-ahead log, full durability, waits for locks."""
+    """An engine for the configured database. SQLite: write-ahead log, full durability. Both wait for locks, but not for ever."""
     url = settings.database
     if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True, pool_size=2 * READERS)
+        limits = f"-c lock_timeout={BUSY_MS} -c idle_in_transaction_session_timeout={IDLE_MS}"
+        return create_engine(
+            url, pool_pre_ping=True, pool_size=2 * READERS, connect_args={"options": limits, "connect_timeout": 10}
+        )
     engine = create_engine(url, connect_args={"check_same_thread": False}, pool_size=2 * READERS)
 
     @event.listens_for(engine, "connect")
@@ -47,7 +52,8 @@ def connect(settings: Settings) -> Engine:
 
 
 def migrate(settings: Settings) -> None:
-    """Brings the database to this version's tables. Processes that start together do it one after the other."""
+    """Brings the database to this version's tables. Processes that start together do it one after the other: on one machine by
+    a file, on several by a lock in the database, which SQLite, where there is but one machine, does not have."""
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["url"] = settings.database

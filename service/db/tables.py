@@ -5,7 +5,18 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, CheckConstraint, Column, DateTime, ForeignKey, Index, Text, TypeDecorator, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Column,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    Text,
+    TypeDecorator,
+)
 from sqlmodel import Field, SQLModel
 
 from service.api.schemas import Status
@@ -39,6 +50,10 @@ class UtcDateTime(TypeDecorator[datetime]):
         return None if value is None else value.replace(tzinfo=UTC) if value.tzinfo is None else value
 
 
+Bytes: Any = BigInteger().with_variant(Integer, "sqlite")
+"""SQLite's integers have 64 bits, Postgres' have 32."""
+
+
 def _time(nullable: bool = True) -> Any:
     return Field(default=None, sa_type=UtcDateTime, nullable=nullable)
 
@@ -61,7 +76,7 @@ class DatasetRow(SQLModel, table=True):
     file: str = Field(description="Name of the file in its folder.")
     text_column: str
     documents: int
-    bytes: int
+    bytes: int = Field(sa_type=Bytes)
     sha256: str
     preview: list[str] = Field(sa_type=JSON)
     created_at: datetime = _time(nullable=False)
@@ -128,14 +143,13 @@ class ArtifactRow(SQLModel, table=True):
 
     job_id: str = Field(sa_column=Column(ForeignKey("job.id", ondelete="CASCADE"), primary_key=True))
     path: str = Field(primary_key=True)
-    bytes: int = Field()
+    bytes: int = Field(sa_type=Bytes)
     sha256: str = Field(index=True)
     media_type: str
 
 
 class IdempotencyRow(SQLModel, table=True):
     __tablename__ = "idempotency"
-    __table_args__ = (UniqueConstraint("key", name="idempotency_key"),)
 
     key: str = Field(primary_key=True)
     body_sha256: str

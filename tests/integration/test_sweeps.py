@@ -1,25 +1,12 @@
 """Sweeps over a real service: points share their first stages, outlive a kill, and make a frontier."""
 
 import asyncio
-import sqlite3
 import time
-from contextlib import closing
 
 import narrow_client
 import pytest
-from alembic import command
-from alembic.autogenerate import compare_metadata
-from alembic.config import Config
-from alembic.migration import MigrationContext
 from live import QUICK, SLOW, running
-from sqlalchemy.exc import IntegrityError
-from sqlmodel import SQLModel
 from test_service import problem
-from tiny import ROOT
-
-from service.db.session import connect, migrate, open_session
-from service.db.tables import IdempotencyRow, JobRow, now
-from service.settings import Settings
 
 TERMINAL = ("succeeded", "failed", "cancelled")
 SHARED = {"load", "measure_base", "score"}
@@ -208,35 +195,6 @@ def test_both_clients_do_the_same(queueing, spec):
         client.sweeps.cancel(made.id)
         assert client.sweeps.wait(made.id).counts == {"cancelled": 4}
         client.sweeps.delete(made.id)
-
-
-def test_the_tables_of_a_version_before_become_those_of_today(tmp_path):
-    settings = Settings(data=tmp_path)
-    settings.prepare()
-    config = Config()
-    config.set_main_option("script_location", str(ROOT / "service" / "db" / "migrations"))
-    config.attributes["url"] = settings.database
-    command.upgrade(config, "0001")
-    with closing(sqlite3.connect(tmp_path / "narrow.db")) as old, old:
-        old.execute(
-            "INSERT INTO job (id, status, spec, phase, attempt, last_seq, engine_seq, created_at) "
-            "VALUES ('job_a', 'succeeded', '{}', '', 1, 0, 0, '2026-01-01')"
-        )
-        old.execute("INSERT INTO idempotency VALUES ('key', 'digest', 'job_a', '2026-01-01')")
-    migrate(settings)
-    engine = connect(settings)
-    with engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), SQLModel.metadata) == []
-    with open_session(engine) as session:
-        assert session.get(JobRow, "job_a").sweep is None
-        assert session.get(IdempotencyRow, "key").job_id == "job_a"
-        session.delete(session.get(JobRow, "job_a"))
-        session.commit()
-        session.expire_all()
-        assert session.get(IdempotencyRow, "key") is None
-        session.add(JobRow(id="job_b", status="baked", spec={}, created_at=now()))
-        with pytest.raises(IntegrityError):
-            session.commit()
 
 
 def test_a_running_sweep_is_cancelled_soon(service, tiny_folder, python_file):
