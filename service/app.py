@@ -2,19 +2,20 @@
 
 import asyncio
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
 
 from service import problems
-from service.api import artifacts, datasets, events, health, jobs, models, plans, sweeps
+from service.api import artifacts, datasets, events, health, jobs, keys, models, plans, sweeps
+from service.auth import caller
 from service.db.session import connect
 from service.openapi import describe
 from service.settings import Settings
 from service.storage import Storage
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The API over migrated tables in `settings.data`."""
+def create_app(settings: Settings, keys_needed: bool = False) -> FastAPI:
+    """The API over migrated tables in `settings.data`. `keys_needed`: whether a request without an API key is refused."""
     settings.prepare()
     app = FastAPI(
         title="Narrow",
@@ -22,16 +23,18 @@ def create_app(settings: Settings) -> FastAPI:
         description="Turns a general language model into a small one for one domain, and says which skills it kept.",
         generate_unique_id_function=_operation_id,
     )
-    app.state.settings = settings
+    app.state.settings, app.state.keys_needed = settings, keys_needed
     app.state.engine = connect(settings)
     app.state.storage = Storage(settings.data / "artifacts")
     app.state.drain = asyncio.Event()
     problems.install(app)
+    known = [Depends(caller)]
     # Limits belong to routes: FastAPI's limit of the whole application would answer around our error handlers.
-    for router in (jobs.router, events.router, artifacts.router, sweeps.router, plans.router, health.router):
-        app.include_router(router, max_body_size=settings.max_body_bytes)
-    app.include_router(models.router, max_body_size=settings.max_model_bytes)
-    app.include_router(datasets.router, max_body_size=settings.max_dataset_bytes)
+    for router in (jobs.router, events.router, artifacts.router, sweeps.router, plans.router, keys.router):
+        app.include_router(router, dependencies=known, max_body_size=settings.max_body_bytes)
+    app.include_router(models.router, dependencies=known, max_body_size=settings.max_model_bytes)
+    app.include_router(datasets.router, dependencies=known, max_body_size=settings.max_dataset_bytes)
+    app.include_router(health.router, max_body_size=settings.max_body_bytes)
     describe(app)
     return app
 

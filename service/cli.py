@@ -1,9 +1,12 @@
-"""`narrow serve`: the API and its workers on this machine, with nothing to configure."""
+"""`narrow serve`: the API and its workers on this machine, with nothing to configure; `narrow keys`: who may use it."""
 
 import asyncio
 import errno
+import ipaddress
+import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,18 +14,25 @@ import sys
 import tempfile
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import click
 import uvicorn
 from alembic.util import CommandError
 from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
+from sqlmodel import Session, col, select
 
 from narrow_engine.spec import wording
+from service import auth
+from service.api.keys import as_key
+from service.api.schemas import NewKey, Role
 from service.app import create_app
-from service.db.session import migrate
+from service.db.session import connect, migrate, open_session, read_session
+from service.db.tables import DEFAULT_TENANT, KeyRow, now
 from service.runners.local import die_with_parent
 from service.settings import Settings
 
@@ -50,8 +60,9 @@ def serve(host: str, port: int, data: Path | None, workers: int) -> None:
     # uvicorn raises the signals that it caught once more when it is done; by then the workers still have to be ended.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    keys_needed = settings.keys == "always" or (settings.keys == "auto" and not _on_loopback(listener))
+    server = Server(settings, keys_needed)
     supervisor = Supervisor(workers)
-    server = Server(settings)
     try:
         server.run([listener])
     finally:
@@ -59,6 +70,79 @@ def serve(host: str, port: int, data: Path | None, workers: int) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: supervisor.hurry.set())
         supervisor.close(0 if server.force_exit else settings.drain_seconds + 5)
+
+
+@click.group()
+def keys() -> None:
+    """API keys, on the service's own machine: the first one, and those of other tenants. NARROW_DATA says which service."""
+
+
+@keys.command("create")
+@click.argument("name")
+@click.option("--role", type=click.Choice(auth.ROLES), default="write", show_default=True, help="read, write, or admin of keys.")
+@click.option(
+    "--tenant", default=DEFAULT_TENANT, show_default=True, help="Whose models, data and jobs it sees; made by its first key."
+)
+@click.option("--days", type=click.FloatRange(0, 3650, min_open=True), help="Until it expires; by default never.")
+def create_key(name: str, role: Role, tenant: str, days: float | None) -> None:
+    """Make an API key and print it, once."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", tenant):
+        raise click.UsageError(f"--tenant {tenant[:80]!r} should be small letters, digits and hyphens, 40 at most.")
+    with _keys() as session:
+        wanted = _checked(NewKey, name=name, role=role, expires_in_days=days)
+        expires_at = now() + timedelta(days=days) if days else None
+        row, secret = auth.create_key(session, wanted.name, role, tenant, expires_at)
+        session.commit()
+    click.echo(f"{row.id} is made, of the tenant {tenant} with the role {role}. The key, shown only now:", err=True)
+    click.echo(secret)
+
+
+@keys.command("list")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def list_keys(as_json: bool) -> None:
+    """All keys of all tenants, without themselves."""
+    with _keys() as session:
+        rows = [as_key(row) for row in session.exec(select(KeyRow).order_by(col(KeyRow.id)))]
+    if as_json:
+        click.echo(json.dumps([row.model_dump(mode="json") for row in rows], indent=2))
+        return
+    for row in rows:
+        state = "revoked" if row.revoked_at else "expired" if row.expires_at and row.expires_at <= now() else "counts"
+        used = f"used {row.used_at:%Y-%m-%d}" if row.used_at else "never used"
+        click.echo(f"{row.id}  …{row.hint}  {row.tenant:<16} {row.role:<6} {state:<8} {used:<16} {row.name}")
+    if not rows:
+        click.echo("There are no keys: narrow keys create NAME makes one.", err=True)
+
+
+@keys.command("revoke")
+@click.argument("key_id")
+def revoke_key(key_id: str) -> None:
+    """End a key at once."""
+    with _keys() as session:
+        row = session.get(KeyRow, key_id)
+        if row is None:
+            raise click.ClickException(f"There is no key {key_id[:80]!r}: narrow keys list shows all.")
+        row.revoked_at = row.revoked_at or now()
+        session.commit()
+    click.echo(f"{key_id} does not count any more.", err=True)
+
+
+def _keys() -> Session:
+    settings = _settings()
+    _prepare(settings)
+    return open_session(connect(settings))
+
+
+def _checked(model: type[NewKey], **values: Any) -> NewKey:
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise click.UsageError(f"{first['loc'][0]} {wording(first)}.") from error
+
+
+def _on_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def _settings() -> Settings:
@@ -107,8 +191,8 @@ def _listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """Says its URL when it is ready, and ends event streams as soon as it is asked to stop."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.app, self.drain_seconds = create_app(settings), settings.drain_seconds
+    def __init__(self, settings: Settings, keys_needed: bool) -> None:
+        self.app, self.drain_seconds = create_app(settings, keys_needed), settings.drain_seconds
         config = uvicorn.Config(self.app, log_level="warning", timeout_graceful_shutdown=REQUEST_SECONDS, server_header=False)
         super().__init__(config)
 
@@ -120,6 +204,16 @@ class Server(uvicorn.Server):
             shown = f"[{host}]" if ":" in host else host
             click.echo(f"Narrow is ready at http://{shown}:{port}")
             sys.stdout.flush()
+            self._say_who_may_come()
+
+    def _say_who_may_come(self) -> None:
+        if not self.app.state.keys_needed:
+            log.info("no API key is needed: everybody who reaches this address may do everything")
+            return
+        log.info("every request needs an API key")
+        with read_session(self.app.state.engine) as session:
+            if not auth.any_key(session):
+                log.warning("there is no API key yet: `narrow keys create NAME --role admin` on this machine makes the first")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         log.info(

@@ -20,7 +20,8 @@ STALE_SECONDS = 6 * 3600.0
 
 def tidy(engine: Engine, settings: Settings, stale_seconds: float = STALE_SECONDS) -> None:
     """One round. Several at once, also of several processes, do no harm."""
-    shelf.tidy(settings.stages, settings.stage_seconds)
+    for folder in settings.stages.iterdir():
+        shelf.tidy(folder, settings.stage_seconds)
     with read_session(engine) as session:
         tidy_runs(session, settings)
         tidy_uploads(session, settings.data / "models", ModelRow, stale_seconds)

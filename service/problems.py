@@ -25,6 +25,8 @@ log = logging.getLogger("narrow.api")
 
 TITLES = {
     400: "Bad request",
+    401: "Unauthorized",
+    403: "Forbidden",
     404: "Not found",
     405: "Method not allowed",
     406: "Not acceptable",
@@ -40,12 +42,23 @@ TITLES = {
 }
 
 
+ALWAYS = (401, 403, 422, 500, 503)
+"""What any route can answer."""
+
+
 class ApiError(Exception):
     """An answer other than the one that was asked for."""
 
-    def __init__(self, status: int, code: str, detail: str, errors: list[FieldError] | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        detail: str,
+        errors: list[FieldError] | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(detail)
-        self.status, self.code, self.detail, self.errors = status, code, detail, errors or []
+        self.status, self.code, self.detail, self.errors, self.headers = status, code, detail, errors or [], headers or {}
 
 
 def not_found(kind: str, identifier: str) -> ApiError:
@@ -54,7 +67,7 @@ def not_found(kind: str, identifier: str) -> ApiError:
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that can answer with these problems, for the OpenAPI document."""
-    return {status: {"description": TITLES[status], "model": Problem} for status in (*statuses, 422, 500, 503)}
+    return {status: {"description": TITLES[status], "model": Problem} for status in (*statuses, *ALWAYS)}
 
 
 def install(app: FastAPI) -> None:
@@ -79,7 +92,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     def api_error(request: Request, error: ApiError) -> Response:
-        return _answer(request, error.status, error.code, error.detail, error.errors)
+        answer = _answer(request, error.status, error.code, error.detail, error.errors)
+        answer.headers.update(error.headers)
+        return answer
 
     @app.exception_handler(NarrowError)
     def narrow_error(request: Request, error: NarrowError) -> Response:

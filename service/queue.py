@@ -20,7 +20,7 @@ from sqlmodel import Session, col
 from narrow_engine.events import Event
 from narrow_engine.spec import JobSpec, SweepSpec, points
 from service.api.schemas import Status
-from service.db.tables import TERMINAL, EventRow, JobRow, SweepRow, new_id, now
+from service.db.tables import TERMINAL, EventRow, JobRow, ModelRow, SweepRow, new_id, now
 from service.problems import ApiError, not_found
 
 
@@ -133,9 +133,10 @@ def finish(session: Session, job_id: str, token: str, status: Status, error: dic
     job = _held(session, job_id, token)
     for row in rows:
         # A copy: the caller comes with the same rows again when the database has failed.
-        session.add(type(row)(**row.model_dump()))
-        if row.__tablename__ == "model":
-            job.result_model = row.id
+        kept = type(row)(**row.model_dump())
+        if isinstance(kept, ModelRow):
+            job.result_model, kept.tenant = kept.id, job.tenant
+        session.add(kept)
     _finish(session, job, status, error)
     session.commit()
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -14,6 +15,9 @@ class Settings(BaseSettings):
 
     data: Path = Field(Path("narrow-data"), description="Folder of database, uploads, runs and artifacts.")
     database_url: str = Field("", description="postgresql://USER@HOST/NAME; by default SQLite in the data folder.")
+    keys: Literal["auto", "always", "never"] = Field(
+        "auto", description="Whether requests need an API key; `auto`: everywhere but on loopback."
+    )
     max_model_bytes: int = Field(64 * 2**30, gt=0, description="Largest upload of a model, all files together.")
     max_dataset_bytes: int = Field(4 * 2**30, gt=0, description="Largest upload of a dataset.")
     max_body_bytes: int = Field(2**20, gt=0, description="Largest body of every other request.")
@@ -40,7 +44,7 @@ class Settings(BaseSettings):
 
     @property
     def stages(self) -> Path:
-        """Where jobs leave each other their first stages: on the data disk, so that they are linked and not copied."""
+        """Where jobs leave each other their first stages, a folder a tenant: on the data disk, to be linked and not copied."""
         return self.data / "stages"
 
     def prepare(self) -> None:

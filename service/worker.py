@@ -98,7 +98,9 @@ class _Execution:
     def run(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            process = local.start(self._patiently(self._write_spec), self.folder.resolve(), self.settings.stages.resolve())
+            # A shelf for each tenant: that a stage is there already would tell who else has the same data.
+            shelf = self.settings.stages.resolve() / self.job.tenant
+            process = local.start(self._patiently(self._write_spec), self.folder.resolve(), shelf)
         except OSError as error:
             self._failed(
                 "disk_full" if error.errno == errno.ENOSPC else "not_started",

@@ -32,12 +32,15 @@ def settings_of(data: Path) -> Settings:
 class Service:
     """`narrow serve` as a process, and a client of it."""
 
-    def __init__(self, data: Path, workers: int = 1, **settings: str) -> None:
+    def __init__(self, data: Path, workers: int = 1, host: str = "127.0.0.1", **settings: str) -> None:
         database = {"NARROW_DATABASE_URL": settings_of(data).database_url}
         environment = {**os.environ, **FAST_SETTINGS, **database, **settings}
         self.log = (data.parent / f"{data.name}.log").open("a")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "narrow_client.cli", "serve", "--port", "0", "--data", str(data), "--workers", str(workers)],
+            [
+                *(sys.executable, "-m", "narrow_client.cli", "serve", "--host", host, "--port", "0"),
+                *("--data", str(data), "--workers", str(workers)),
+            ],
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
@@ -46,7 +49,7 @@ class Service:
         )
         line = self.process.stdout.readline()
         assert line.startswith("Narrow is ready at http"), (line, Path(self.log.name).read_text())
-        self.url = line.split()[-1]
+        self.url = line.split()[-1].replace("0.0.0.0", "127.0.0.1")
         self.http = httpx.Client(base_url=self.url, timeout=60)
 
     def children(self, needle: str) -> list[psutil.Process]:

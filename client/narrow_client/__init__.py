@@ -17,6 +17,7 @@ from narrow_client._errors import (
     JobFailed,
     JobTimeout,
     NarrowClientError,
+    NotAllowed,
     NotFound,
     ServerError,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "JobTimeout",
     "Narrow",
     "NarrowClientError",
+    "NotAllowed",
     "NotFound",
     "Result",
     "ServerError",

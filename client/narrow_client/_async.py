@@ -10,7 +10,21 @@ from narrow_client import _calls
 from narrow_client._errors import JobTimeout
 from narrow_client._files import is_terminal, no_files, targets
 from narrow_client._transport import AsyncTransport
-from narrow_client.models import Artifact, Dataset, Event, Frontier, Health, Job, Model, Plan, Report, Sweep, SweepPoints
+from narrow_client.models import (
+    Artifact,
+    Dataset,
+    Event,
+    Frontier,
+    Health,
+    Job,
+    Key,
+    Model,
+    Plan,
+    Report,
+    SecretKey,
+    Sweep,
+    SweepPoints,
+)
 
 
 class AsyncNarrow:
@@ -25,6 +39,7 @@ class AsyncNarrow:
         self.sweeps = AsyncSweeps(self._transport)
         self.models = AsyncModels(self._transport)
         self.datasets = AsyncDatasets(self._transport)
+        self.keys = AsyncKeys(self._transport)
 
     @property
     def url(self) -> str:
@@ -173,3 +188,26 @@ class AsyncDatasets:
 
     async def delete(self, dataset_id: str) -> None:
         await self._transport.send(_calls.delete_dataset(dataset_id))
+
+
+class AsyncKeys:
+    """API keys of one's own tenant; they take a key of an admin."""
+
+    def __init__(self, transport: AsyncTransport) -> None:
+        self._transport = transport
+
+    async def create(self, name: str, role: str = "write", expires_in_days: float | None = None) -> SecretKey:
+        """A new key. `role` is read, write or admin; its `key` is in this answer and nowhere else."""
+        return await self._transport.send(_calls.create_key(name, role, expires_in_days))
+
+    def list(self) -> AsyncIterator[Key]:
+        """All keys, without themselves, newest first."""
+        return self._transport.all(_calls.list_keys)
+
+    async def renew(self, key_id: str, overlap_hours: float = 24.0) -> SecretKey:
+        """A new key in the place of an old one, which still counts for `overlap_hours`."""
+        return await self._transport.send(_calls.renew_key(key_id, overlap_hours))
+
+    async def revoke(self, key_id: str) -> None:
+        """Ends a key at once."""
+        await self._transport.send(_calls.revoke_key(key_id))

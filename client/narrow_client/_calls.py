@@ -22,17 +22,19 @@ from narrow_client.models import (
     PageArtifact,
     PageDataset,
     PageJob,
+    PageKey,
     PageModel,
     PageSweep,
     Plan,
     Report,
+    SecretKey,
     SweepPoints,
 )
 
 T = TypeVar("T")
 Result = TypeVar("Result", covariant=True)
 
-PREFIXES = {"job": "job_", "sweep": "swp_", "model": "mdl_", "dataset": "ds_"}
+PREFIXES = {"job": "job_", "sweep": "swp_", "model": "mdl_", "dataset": "ds_", "key": "key_"}
 
 MODEL_FILES: tuple[str, ...] = (
     "config.json",
@@ -121,6 +123,23 @@ def cancel_sweep(sweep_id: str) -> Call[SweepPoints]:
 
 def delete_sweep(sweep_id: str) -> Call[None]:
     return Call("DELETE", path_of("sweep", sweep_id), _nothing, safe=False)
+
+
+def create_key(name: str, role: str, expires_in_days: float | None) -> Call[SecretKey]:
+    body = _given(name=name, role=role, expires_in_days=expires_in_days)
+    return Call("POST", "/keys", _as(SecretKey), json=body, safe=False)
+
+
+def list_keys(cursor: str | None) -> Call[PageKey]:
+    return Call("GET", "/keys", _as(PageKey), params=_given(cursor=cursor, limit=100))
+
+
+def renew_key(key_id: str, overlap_hours: float) -> Call[SecretKey]:
+    return Call("POST", path_of("key", key_id, "renew"), _as(SecretKey), json={"overlap_hours": overlap_hours}, safe=False)
+
+
+def revoke_key(key_id: str) -> Call[None]:
+    return Call("DELETE", path_of("key", key_id), _nothing)
 
 
 def get_frontier(sweep_id: str) -> Call[Frontier]:

@@ -4,6 +4,7 @@ NarrowClientError
 ├── ConnectionFailed      the service was not reached, or fell silent, after all retries
 ├── ApiError              the service said no; has the problem's fields
 │   ├── InvalidRequest    400, 413, 415, 422: something in what was sent
+│   ├── NotAllowed        401, 403: no API key that counts, or one whose role is not enough
 │   ├── NotFound          404
 │   ├── Conflict          409: not in this state
 │   └── ServerError       5xx, after all retries
@@ -37,6 +38,10 @@ class ApiError(NarrowClientError):
 
 class InvalidRequest(ApiError):
     """Something in the request is wrong; `errors` says where."""
+
+
+class NotAllowed(ApiError):
+    """No API key that counts, or one that may not do this."""
 
 
 class NotFound(ApiError):
@@ -84,7 +89,8 @@ def not_narrow(url: httpx.URL) -> NarrowClientError:
 def from_response(response: httpx.Response) -> ApiError:
     """The error of an answer of status 400 or more, whose body has been read."""
     status = response.status_code
-    kind = {404: NotFound, 409: Conflict}.get(status, ServerError if status >= 500 else InvalidRequest)
+    other = ServerError if status >= 500 else InvalidRequest
+    kind = {401: NotAllowed, 403: NotAllowed, 404: NotFound, 409: Conflict}.get(status, other)
     try:
         problem = Problem.model_validate_json(response.content)
         return kind(status, problem.code, problem.detail, problem.errors or [], problem.request_id)

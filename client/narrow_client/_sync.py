@@ -9,7 +9,21 @@ from narrow_client import _calls
 from narrow_client._errors import JobTimeout
 from narrow_client._files import is_terminal, no_files, targets
 from narrow_client._transport import Transport
-from narrow_client.models import Artifact, Dataset, Event, Frontier, Health, Job, Model, Plan, Report, Sweep, SweepPoints
+from narrow_client.models import (
+    Artifact,
+    Dataset,
+    Event,
+    Frontier,
+    Health,
+    Job,
+    Key,
+    Model,
+    Plan,
+    Report,
+    SecretKey,
+    Sweep,
+    SweepPoints,
+)
 
 
 class Narrow:
@@ -24,6 +38,7 @@ class Narrow:
         self.sweeps = Sweeps(self._transport)
         self.models = Models(self._transport)
         self.datasets = Datasets(self._transport)
+        self.keys = Keys(self._transport)
 
     @property
     def url(self) -> str:
@@ -172,3 +187,26 @@ class Datasets:
 
     def delete(self, dataset_id: str) -> None:
         self._transport.send(_calls.delete_dataset(dataset_id))
+
+
+class Keys:
+    """API keys of one's own tenant; they take a key of an admin."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    def create(self, name: str, role: str = "write", expires_in_days: float | None = None) -> SecretKey:
+        """A new key. `role` is read, write or admin; its `key` is in this answer and nowhere else."""
+        return self._transport.send(_calls.create_key(name, role, expires_in_days))
+
+    def list(self) -> Iterator[Key]:
+        """All keys, without themselves, newest first."""
+        return self._transport.all(_calls.list_keys)
+
+    def renew(self, key_id: str, overlap_hours: float = 24.0) -> SecretKey:
+        """A new key in the place of an old one, which still counts for `overlap_hours`."""
+        return self._transport.send(_calls.renew_key(key_id, overlap_hours))
+
+    def revoke(self, key_id: str) -> None:
+        """Ends a key at once."""
+        self._transport.send(_calls.revoke_key(key_id))

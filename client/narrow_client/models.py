@@ -85,6 +85,18 @@ class Artifact(BaseModel):
     media_type: Annotated[str, Field(title="Media Type")]
 
 
+class BodyRenewKey(BaseModel):
+    overlap_hours: Annotated[
+        float | None,
+        Field(
+            description="How long the old one still counts.",
+            ge=0.0,
+            le=720.0,
+            title="Overlap Hours",
+        ),
+    ] = 24.0
+
+
 class Name(RootModel[str]):
     root: Annotated[str, Field(max_length=100, title="Name")]
 
@@ -531,6 +543,25 @@ class JobError(BaseModel):
     ]
 
 
+class Key(BaseModel):
+    """
+    An API key, without itself.
+    """
+
+    id: Annotated[str, Field(title="Id")]
+    name: Annotated[str, Field(title="Name")]
+    role: Annotated[Literal["read", "write", "admin"], Field(title="Role")]
+    tenant: Annotated[str, Field(title="Tenant")]
+    hint: Annotated[str, Field(description="Its last characters.", title="Hint")]
+    created_at: Annotated[AwareDatetime, Field(title="Created At")]
+    expires_at: Annotated[AwareDatetime | None, Field(title="Expires At")]
+    revoked_at: Annotated[AwareDatetime | None, Field(title="Revoked At")]
+    used_at: Annotated[
+        AwareDatetime | None,
+        Field(description="Its last use, to the hour.", title="Used At"),
+    ]
+
+
 class Learner(BaseModel):
     """
     A model that is trained on a skill.
@@ -644,6 +675,52 @@ class ModelId(BaseModel):
     ]
 
 
+class ExpiresInDays(RootModel[float]):
+    root: Annotated[
+        float,
+        Field(
+            description="By default it counts until it is revoked.",
+            gt=0.0,
+            le=3650.0,
+            title="Expires In Days",
+        ),
+    ]
+
+
+class NewKey(BaseModel):
+    """
+    What a new key is asked for with.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    name: Annotated[
+        str,
+        Field(
+            description="For people: who or what uses it.",
+            max_length=100,
+            min_length=1,
+            pattern="^[^\\x00-\\x1f\\x7f]+$",
+            title="Name",
+        ),
+    ]
+    role: Annotated[
+        Literal["read", "write", "admin"] | None,
+        Field(
+            description="`read` looks, `write` makes and ends things too, `admin` makes and revokes keys too.",
+            title="Role",
+        ),
+    ] = "write"
+    expires_in_days: Annotated[
+        ExpiresInDays | None,
+        Field(
+            description="By default it counts until it is revoked.",
+            title="Expires In Days",
+        ),
+    ] = None
+
+
 class Notice(BaseModel):
     """
     Something that was truncated, skipped, rounded or fell back.
@@ -692,6 +769,11 @@ class PageDataset(BaseModel):
 
 class PageEvent(BaseModel):
     data: Annotated[list[Event], Field(title="Data")]
+    next_cursor: Annotated[str | None, Field(title="Next Cursor")] = None
+
+
+class PageKey(BaseModel):
+    data: Annotated[list[Key], Field(title="Data")]
     next_cursor: Annotated[str | None, Field(title="Next Cursor")] = None
 
 
@@ -998,6 +1080,32 @@ class Sample(BaseModel):
     prompt: Annotated[str, Field(title="Prompt")]
     base: Annotated[str, Field(title="Base")]
     narrow: Annotated[str, Field(title="Narrow")]
+
+
+class SecretKey(BaseModel):
+    """
+    A new API key.
+    """
+
+    id: Annotated[str, Field(title="Id")]
+    name: Annotated[str, Field(title="Name")]
+    role: Annotated[Literal["read", "write", "admin"], Field(title="Role")]
+    tenant: Annotated[str, Field(title="Tenant")]
+    hint: Annotated[str, Field(description="Its last characters.", title="Hint")]
+    created_at: Annotated[AwareDatetime, Field(title="Created At")]
+    expires_at: Annotated[AwareDatetime | None, Field(title="Expires At")]
+    revoked_at: Annotated[AwareDatetime | None, Field(title="Revoked At")]
+    used_at: Annotated[
+        AwareDatetime | None,
+        Field(description="Its last use, to the hour.", title="Used At"),
+    ]
+    key: Annotated[
+        str,
+        Field(
+            description="To be sent as `Authorization: Bearer ...`. It is shown only here.",
+            title="Key",
+        ),
+    ]
 
 
 class Size(BaseModel):

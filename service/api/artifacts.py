@@ -11,7 +11,7 @@ from sqlmodel import Session, col, select
 from narrow_engine.report.model import Report
 from service import queue
 from service.api.schemas import Artifact, Page
-from service.db.session import ReadDb
+from service.api.sessions import ReadDb
 from service.db.tables import ArtifactRow
 from service.problems import ApiError, responses
 

@@ -7,7 +7,7 @@ from sqlmodel import col, select
 
 from service.api.paging import Cursor, Limit, page
 from service.api.schemas import Dataset, Page
-from service.db.session import Db, ReadDb
+from service.api.sessions import Db, ReadDb
 from service.db.tables import TERMINAL, DatasetRow, JobRow
 from service.problems import ApiError, not_found, responses
 from service.uploads import as_dataset, forget, require_space, store_dataset

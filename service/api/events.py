@@ -12,7 +12,8 @@ from sqlmodel import Session, col, select
 
 from service import queue
 from service.api.schemas import Event, Page
-from service.db.session import ReadDb, read_session
+from service.api.sessions import ReadDb
+from service.db.session import read_session
 from service.db.tables import TERMINAL, EventRow, JobRow
 from service.problems import responses
 

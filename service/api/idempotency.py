@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import Header
 from pydantic import BaseModel
 from sqlalchemy.exc import IntegrityError
-from sqlmodel import Session
+from sqlmodel import Session, select
 
 from service.db.tables import IdempotencyRow, now
 from service.problems import ApiError
@@ -17,7 +17,7 @@ Key = Annotated[str | None, Header(min_length=1, max_length=200, description="Ma
 
 def made_before(session: Session, key: str | None, body: BaseModel) -> IdempotencyRow | None:
     """What an earlier request with this key has made. Raises ApiError if that was another request."""
-    known = session.get(IdempotencyRow, key) if key else None
+    known = session.exec(select(IdempotencyRow).where(IdempotencyRow.key == key)).first() if key else None
     if known and known.body_sha256 != _sha256(body):
         raise ApiError(422, "idempotency_key_reused", "This Idempotency-Key came with another request before: use a new one.")
     return known

@@ -17,7 +17,7 @@ from service import janitor, queue
 from service.api import idempotency
 from service.api.paging import Cursor, Limit, page
 from service.api.schemas import Job, JobError, Page, Progress, Status
-from service.db.session import Db, ReadDb
+from service.api.sessions import Db, ReadDb
 from service.db.tables import TERMINAL, ArtifactRow, DatasetRow, JobRow, ModelRow
 from service.problems import ApiError, not_found, responses
 from service.settings import Settings

@@ -7,7 +7,7 @@ from sqlmodel import col, select
 
 from service.api.paging import Cursor, Limit, page
 from service.api.schemas import Model, Page
-from service.db.session import Db, ReadDb
+from service.api.sessions import Db, ReadDb
 from service.db.tables import TERMINAL, JobRow, ModelRow
 from service.problems import ApiError, not_found, responses
 from service.uploads import as_model, forget, require_space, store_model

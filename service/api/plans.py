@@ -7,7 +7,7 @@ from narrow_engine.sizing import plan_sizes
 from narrow_engine.spec import JobSpec
 from service.api.jobs import check_spec
 from service.api.schemas import Plan
-from service.db.session import ReadDb
+from service.api.sessions import ReadDb
 from service.db.tables import ModelRow
 from service.problems import responses
 

@@ -3,13 +3,14 @@
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from narrow_engine.events import Event
 from narrow_engine.report.frontier import Figures
 from narrow_engine.report.model import Size
 from narrow_engine.spec import Budget, JobSpec, SweepSpec, Unit
 
+Role = Literal["read", "write", "admin"]
 Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
 Phase = Literal[
     "",
@@ -158,6 +159,40 @@ class Plan(BaseModel):
     notices: list[str]
 
 
+class NewKey(BaseModel):
+    """What a new key is asked for with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(
+        min_length=1, max_length=100, pattern=r"^[^\x00-\x1f\x7f]+$", description="For people: who or what uses it."
+    )
+    role: Role = Field(
+        "write", description="`read` looks, `write` makes and ends things too, `admin` makes and revokes keys too."
+    )
+    expires_in_days: float | None = Field(None, gt=0, le=3650, description="By default it counts until it is revoked.")
+
+
+class Key(BaseModel):
+    """An API key, without itself."""
+
+    id: str
+    name: str
+    role: Role
+    tenant: str
+    hint: str = Field(description="Its last characters.")
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    used_at: datetime | None = Field(description="Its last use, to the hour.")
+
+
+class SecretKey(Key):
+    """A new API key."""
+
+    key: str = Field(description="To be sent as `Authorization: Bearer ...`. It is shown only here.")
+
+
 class Health(BaseModel):
     status: Literal["ok", "unavailable"]
     checks: dict[str, str] = {}
@@ -170,10 +205,14 @@ __all__ = [
     "Health",
     "Job",
     "JobError",
+    "Key",
     "Model",
+    "NewKey",
     "Page",
     "Plan",
     "Problem",
     "Progress",
+    "Role",
+    "SecretKey",
     "Status",
 ]

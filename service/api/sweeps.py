@@ -14,7 +14,7 @@ from service.api import idempotency
 from service.api.jobs import check_spec, forget
 from service.api.paging import Cursor, Limit, page
 from service.api.schemas import JobError, Page, Point, Status, Sweep, SweepPoints
-from service.db.session import Db, ReadDb
+from service.api.sessions import Db, ReadDb
 from service.db.tables import TERMINAL, JobRow, OutcomeRow, SweepRow
 from service.problems import ApiError, responses
 from service.settings import Settings

@@ -1,17 +1,16 @@
 """The database: an engine for SQLite or Postgres, and migrations at start."""
 
 import fcntl
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
 from alembic import command
 from alembic.config import Config
-from fastapi import Depends, Request
 from sqlalchemy import Engine, event
 from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
+from sqlalchemy.orm import ORMExecuteState, with_loader_criteria
 from sqlmodel import Session, create_engine
 
+from service.db.tables import Owned
 from service.settings import Settings
 
 READERS = 16
@@ -72,18 +71,24 @@ def read_session(engine: Engine) -> Session:
     return open_session(engine.execution_options(reads=True))
 
 
-def _session(request: Request) -> Iterator[Session]:
-    with open_session(request.app.state.engine) as session:
-        yield session
+def tenant_session(engine: Engine, tenant: str, reads: bool = False) -> Session:
+    """A session that sees what belongs to a tenant and nothing else, whatever it asks for, and gives what it adds to it."""
+    session = read_session(engine) if reads else open_session(engine)
+    session.info["tenant"] = tenant
+    return session
 
 
-def _read_session(request: Request) -> Iterator[Session]:
-    with read_session(request.app.state.engine) as session:
-        yield session
+@event.listens_for(Session, "do_orm_execute")
+def _see_own(state: ORMExecuteState) -> None:
+    tenant = state.session.info.get("tenant")
+    if tenant is not None and not state.is_column_load:
+        own = [with_loader_criteria(table, table.tenant == tenant, include_aliases=True) for table in Owned.__subclasses__()]
+        state.statement = state.statement.options(*own)
 
 
-# Both end before the response is sent: a client that reads slowly holds neither lock nor connection. A handler with `Db`
-# commits itself. Readers are counted: each keeps its connection until a thread is free to write its answer, and without a
-# limit all threads could be waiting for a connection meanwhile.
-Db = Annotated[Session, Depends(_session, scope="function")]
-ReadDb = Annotated[Session, Depends(_read_session, scope="function", max_concurrency=READERS)]
+@event.listens_for(Session, "before_flush")
+def _give_own(session: Session, *_: object) -> None:
+    if "tenant" in session.info:
+        for row in session.new:
+            if isinstance(row, Owned):
+                row.tenant = session.info["tenant"]

@@ -14,12 +14,13 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    String,
     Text,
     TypeDecorator,
 )
 from sqlmodel import Field, SQLModel
 
-from service.api.schemas import Status
+from service.api.schemas import Role, Status
 
 STATUSES: tuple[Status, ...] = ("queued", "running", "cancelling", "succeeded", "failed", "cancelled")
 TERMINAL: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
@@ -58,8 +59,37 @@ def _time(nullable: bool = True) -> Any:
     return Field(default=None, sa_type=UtcDateTime, nullable=nullable)
 
 
-class ModelRow(SQLModel, table=True):
+DEFAULT_TENANT = "default"
+"""Whose everything is where no keys are used."""
+
+
+class Owned(SQLModel):
+    """Rows that belong to a tenant. A session of one sees no others, and what it adds is its own (`db.session`)."""
+
+    tenant: str = Field(default=DEFAULT_TENANT, sa_column_kwargs={"server_default": DEFAULT_TENANT})
+
+
+class KeyRow(Owned, table=True):
+    __tablename__ = "api_key"
+    __table_args__ = (
+        CheckConstraint("role IN ('read', 'write', 'admin')", name="role_known"),
+        Index("api_key_tenant", "tenant", "id"),
+    )
+
+    id: str = Field(primary_key=True)
+    name: str
+    role: Role = Field(sa_type=String)
+    hint: str = Field(description="The key's last characters.")
+    sha256: str = Field(unique=True, index=True)
+    created_at: datetime = _time(nullable=False)
+    expires_at: datetime | None = _time()
+    revoked_at: datetime | None = _time()
+    used_at: datetime | None = _time()
+
+
+class ModelRow(Owned, table=True):
     __tablename__ = "model"
+    __table_args__ = (Index("model_tenant", "tenant", "id"),)
 
     id: str = Field(primary_key=True)
     name: str
@@ -68,8 +98,9 @@ class ModelRow(SQLModel, table=True):
     created_at: datetime = _time(nullable=False)
 
 
-class DatasetRow(SQLModel, table=True):
+class DatasetRow(Owned, table=True):
     __tablename__ = "dataset"
+    __table_args__ = (Index("dataset_tenant", "tenant", "id"),)
 
     id: str = Field(primary_key=True)
     name: str
@@ -82,20 +113,22 @@ class DatasetRow(SQLModel, table=True):
     created_at: datetime = _time(nullable=False)
 
 
-class SweepRow(SQLModel, table=True):
+class SweepRow(Owned, table=True):
     __tablename__ = "sweep"
+    __table_args__ = (Index("sweep_tenant", "tenant", "id"),)
 
     id: str = Field(primary_key=True)
     spec: dict[str, Any] = Field(sa_type=JSON)
     created_at: datetime = _time(nullable=False)
 
 
-class JobRow(SQLModel, table=True):
+class JobRow(Owned, table=True):
     __tablename__ = "job"
     __table_args__ = (
         CheckConstraint(f"status IN {STATUSES}", name="status_known"),
         Index("job_claim", "status", "id"),
         Index("job_sweep", "sweep"),
+        Index("job_tenant", "tenant", "id"),
     )
 
     id: str = Field(primary_key=True)
@@ -148,9 +181,10 @@ class ArtifactRow(SQLModel, table=True):
     media_type: str
 
 
-class IdempotencyRow(SQLModel, table=True):
+class IdempotencyRow(Owned, table=True):
     __tablename__ = "idempotency"
 
+    tenant: str = Field(default=DEFAULT_TENANT, primary_key=True, sa_column_kwargs={"server_default": DEFAULT_TENANT})
     key: str = Field(primary_key=True)
     body_sha256: str
     job_id: str | None = Field(sa_column=Column(ForeignKey("job.id", ondelete="CASCADE")))

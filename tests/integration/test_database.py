@@ -57,12 +57,12 @@ def test_the_tables_of_the_first_version_become_those_of_today(settings):
         assert compare_metadata(MigrationContext.configure(connection), SQLModel.metadata) == []
     with open_session(engine) as session:
         assert session.get(JobRow, "job_a").sweep is None
-        assert session.get(IdempotencyRow, "key").job_id == "job_a"
+        assert session.get(IdempotencyRow, ("default", "key")).job_id == "job_a"
         assert session.get(ArtifactRow, ("job_a", "model.safetensors")).bytes == 17
         session.delete(session.get(JobRow, "job_a"))
         session.commit()
         session.expire_all()
-        assert session.get(IdempotencyRow, "key") is None
+        assert session.get(IdempotencyRow, ("default", "key")) is None
         session.add(job(status="baked"))
         with pytest.raises(IntegrityError):
             session.commit()

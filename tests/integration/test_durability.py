@@ -366,4 +366,11 @@ def test_two_workers_share_a_queue_and_no_job_runs_twice(tmp_path, tiny_folder, 
             assert job["attempt"] == 1
             started = [e["phase"] for e in numbered(service, job_id) if e["kind"] == "started"]
             assert len(started) == len(set(started))
-            assert set(started) == {stage.name for stage in LINE} - {"sparsify", "correct", "teach", "answer", "locality", "relearn"}
+            assert set(started) == {stage.name for stage in LINE} - {
+                "sparsify",
+                "correct",
+                "teach",
+                "answer",
+                "locality",
+                "relearn",
+            }

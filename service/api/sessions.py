@@ -1,0 +1,29 @@
+"""A handler's session: of the caller's tenant."""
+
+from collections.abc import Iterator
+from typing import Annotated
+
+from fastapi import Depends, Request
+from sqlmodel import Session
+
+from service.auth import Caller, caller
+from service.db.session import READERS, tenant_session
+
+Who = Annotated[Caller, Depends(caller)]
+
+
+def _session(request: Request, who: Who) -> Iterator[Session]:
+    with tenant_session(request.app.state.engine, who.tenant) as session:
+        yield session
+
+
+def _read_session(request: Request, who: Who) -> Iterator[Session]:
+    with tenant_session(request.app.state.engine, who.tenant, reads=True) as session:
+        yield session
+
+
+# Both end before the response is sent: a client that reads slowly holds neither lock nor connection. A handler with `Db`
+# commits itself. Readers are counted: each keeps its connection until a thread is free to write its answer, and without a
+# limit all threads could be waiting for a connection meanwhile.
+Db = Annotated[Session, Depends(_session, scope="function")]
+ReadDb = Annotated[Session, Depends(_read_session, scope="function", max_concurrency=READERS)]
