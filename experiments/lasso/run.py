@@ -114,13 +114,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "narrow"})
     figure, grid = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
     for axes, order in zip(grid, ("attribution", "size"), strict=True):
         for number, row in enumerate(rows):
             axes.plot(CUTS, [loss - row["base"] for loss in row["loss"][order]], f"C{number}o-", markersize=3, label=row["arm"])
-        axes.set_yscale("symlog", linthresh=0.5)
+        axes.set_yscale("symlog", linthresh=0.1)
+        axes.set_yticks([0, 0.1, 0.3, 1, 3], ["0", "0.1", "0.3", "1", "3"])
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.axhline(0, color="black", linewidth=0.8, linestyle="--")
         axes.set_title(
             {"attribution": "least attribution first", "size": "smallest groups first"}[order], loc="left", fontsize=10

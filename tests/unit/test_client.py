@@ -39,8 +39,8 @@ def event(seq):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """A client that loses its patience in a quarter of a second, after many tries."""
-    monkeypatch.setattr(_transport, "PATIENCE", 0.25)
+    """A client that loses its patience in a second, after many tries."""
+    monkeypatch.setattr(_transport, "PATIENCE", 1.0)
     monkeypatch.setattr(_transport, "pause", lambda *_: 0.01)
 
 
