@@ -35,13 +35,18 @@ def documents(path: Path) -> corpus.Documents:
     return corpus.tokenize(path, "text", tokenizer, 0, lambda: None, lambda *_: None)
 
 
+def python(seed: int) -> corpus.Blocks:
+    """Blocks of the text that is trained on."""
+    return corpus.Blocks(documents(TRAINING).tokens, LENGTH, seed)
+
+
 def copy(model: PreTrainedModel) -> PreTrainedModel:
     return slice_model(model, whole_plan(models.config_dict(model)))
 
 
 def scores(model: PreTrainedModel, criterion: Criterion, tokens: int, seed: int) -> Scores:
     """Of the neurons and all other units, on Python text."""
-    blocks = corpus.Blocks(documents(TRAINING).tokens, LENGTH, seed)
+    blocks = python(seed)
     gradients, grams = criterion in importance.NEEDS_GRADIENTS, criterion in importance.NEEDS_GRAMS
     found = importance.collect(model, blocks, tokens, gradients, lambda *_: None, grams=grams)
     return importance.CRITERIA[criterion](model, found, seed)

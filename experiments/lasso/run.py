@@ -59,18 +59,23 @@ class Penalty:
 
 def trained(arm: str, tokens: int, scored: int) -> tuple[PreTrainedModel, Tensor]:
     """The base after its training, and the norms of its neurons' groups, [layers, width]."""
-    model = language.copy(language.base())
-    blocks = corpus.Blocks(language.documents(language.TRAINING).tokens, language.LENGTH, 1)
-    groups = models.along(model, "width")
     if arm.startswith("proximal"):
-        settings = train.Settings(tokens, BATCH, "next_token", learning_rate=PROXIMAL_RATE)
-        scores = language.scores(model, "fisher", scored, 0)["neuron"].sqrt()
-        lasso = GroupLasso(groups, scores, ARMS[arm], train.shape(settings, blocks)[1])
-        language.learn(model, blocks, settings, after_step=lasso)
-        return model, lasso.norms()
+        return proximal(ARMS[arm], tokens, scored)
+    model = language.copy(language.base())
     settings = train.Settings(tokens, BATCH, "next_token", learning_rate=PENALTY_RATE)
-    language.learn(model, blocks, settings, beside=Penalty(model, ARMS[arm]) if ARMS[arm] else None)
+    language.learn(model, language.python(1), settings, beside=Penalty(model, ARMS[arm]) if ARMS[arm] else None)
+    groups = models.along(model, "width")
     return model, GroupLasso(groups, torch.ones(len(groups), len(groups[0][0])), 0.0, 1).norms()
+
+
+def proximal(share: float, tokens: int, scored: int) -> tuple[PreTrainedModel, Tensor]:
+    """The same by the engine's group lasso, until `share` of the neurons are zero."""
+    model, blocks = language.copy(language.base()), language.python(1)
+    settings = train.Settings(tokens, BATCH, "next_token", learning_rate=PROXIMAL_RATE)
+    scores = language.scores(model, "fisher", scored, 0)["neuron"].sqrt()
+    lasso = GroupLasso(models.along(model, "width"), scores, share, train.shape(settings, blocks)[1])
+    language.learn(model, blocks, settings, after_step=lasso)
+    return model, lasso.norms()
 
 
 def measure(arm: str, tokens: int = TOKENS, scored: int = SCORED, measured: int = MEASURED) -> dict[str, Any]:

@@ -18,10 +18,10 @@ import torch
 from transformers import PreTrainedModel
 
 from experiments import language
+from experiments.lasso import run as lasso
 from narrow_engine import corpus, models, reconstruct, relearning, train
 from narrow_engine.families import dimensions
 from narrow_engine.plan import unscored
-from narrow_engine.regularize import GroupLasso
 from narrow_engine.slice import renew, slice_model
 from narrow_engine.spec import Criterion, Method, Recover
 from narrow_engine.teacher import Live
@@ -31,6 +31,8 @@ RESULTS = HERE / "result.json"
 CUTS = (0.3, 0.63, 0.8)
 """The paper's shares."""
 METHODS = ("random", "attribution", "lasso", "narrow")
+LASSO = 163_840
+"""Tokens under the lasso, before those of the recovery that all have."""
 TOKENS, SCORED, MEASURED, RELEARNED = 49_152, 32_768, 8_192, 32_768
 BACK = 0.1
 """Nats above the base at which German counts as back, the product's default."""
@@ -50,38 +52,30 @@ class Texts:
         return {name: round(language.loss(model, text), 4) for name, text in self.judged.items()}
 
 
-def python(seed: int) -> corpus.Blocks:
-    return corpus.Blocks(language.documents(language.TRAINING).tokens, language.LENGTH, seed)
-
-
-def smaller(method: str, share: float, tokens: int, scored: int) -> tuple[PreTrainedModel, int]:
-    """The cut model, and how many of `tokens` the lasso took: what is left is for recovery."""
+def smaller(method: str, share: float, scored: int) -> PreTrainedModel:
+    """The cut model, before its recovery."""
     base = language.base()
     width = dimensions(models.config_dict(base)).width
     keep = round((1 - share) * width)
     if method == "lasso":
-        model, spent = language.copy(base), tokens // 2
-        blocks, settings = python(2), train.Settings(spent, 1024, "next_token", learning_rate=1e-3)
-        scores = language.scores(base, "attribution", scored, 0)["neuron"].sqrt()
-        lasso = GroupLasso(models.along(model, "width"), scores, share, train.shape(settings, blocks)[1])
-        language.learn(model, blocks, settings, after_step=lasso)
-        return slice_model(model, language.plan(model, {"neuron": lasso.norms()}, keep)), spent
+        model, norms = lasso.proximal(share, LASSO, scored)
+        return slice_model(model, language.plan(model, {"neuron": norms}, keep))
     criteria: dict[str, Criterion] = {"narrow": "reconstruction", "random": "random", "attribution": "attribution"}
     found = language.plan(base, language.scores(base, criteria[method], scored, 0), keep)
     model = slice_model(base, found)
     if method == "narrow":
-        reconstruct.refit(base, model, found, python(0), scored, lambda *_: None)
-    return model, 0
+        reconstruct.refit(base, model, found, language.python(0), scored, lambda *_: None)
+    return model
 
 
 def measure(
     method: str, share: float, texts: Texts, tokens: int = TOKENS, scored: int = SCORED, relearned: int = RELEARNED
 ) -> dict[str, Any]:
     """Losses by domain at each stage, and German's on the way back. Recovery is the product's default, whatever the cut."""
-    model, spent = smaller(method, share, tokens, scored)
+    model = smaller(method, share, scored)
     stages = {"cut": texts.losses(model)}
-    settings = train.settings_of(Method(recover=Recover(tokens=tokens - spent)))
-    language.learn(model, python(1), settings, teacher=Live(language.base()))
+    settings = train.settings_of(Method(recover=Recover(tokens=tokens)))
+    language.learn(model, language.python(1), settings, teacher=Live(language.base()))
     stages["recovered"] = texts.losses(model)
     curve, stages["relearned"] = relearn(model, texts, relearned, False)
     return {"method": method, "cut": share, "stages": stages, "german": curve}
