@@ -14,7 +14,7 @@ import secrets
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import or_, select, update
+from sqlalchemy import func, or_, select, update
 from sqlmodel import Session, col
 
 from narrow_engine.events import Event
@@ -68,15 +68,25 @@ def find(session: Session, identifier: str) -> JobRow:
 
 
 def claim(session: Session, lease_seconds: float, max_attempts: int) -> JobRow | None:
-    """The oldest job that waits or whose worker is gone, now leased to the caller; None if there is none.
+    """A job that waits or whose worker is gone, now leased to the caller; None if there is none.
 
-    A job that has been started `max_attempts` times without an end is failed instead of claimed.
+    Of the tenant that has fewest running, the oldest: one who queues a thousand jobs keeps nobody else waiting. A job that has
+    been started `max_attempts` times without an end is failed instead of claimed.
     """
     wanted = or_(
         col(JobRow.status) == "queued",
         col(JobRow.status).in_(["running", "cancelling"]) & (col(JobRow.lease_until) < now()),
     )
-    statement = select(JobRow).where(wanted).order_by(col(JobRow.id)).limit(1).with_for_update(skip_locked=True)
+    held = col(JobRow.status).in_(["running", "cancelling"]) & (col(JobRow.lease_until) >= now())
+    running = select(col(JobRow.tenant), func.count().label("jobs")).where(held).group_by(col(JobRow.tenant)).subquery()
+    statement = (
+        select(JobRow)
+        .outerjoin(running, running.c.tenant == JobRow.tenant)
+        .where(wanted)
+        .order_by(func.coalesce(running.c.jobs, 0), col(JobRow.id))
+        .limit(1)
+        .with_for_update(skip_locked=True, of=JobRow)
+    )
     job = session.scalars(statement).first()
     if job is None:
         session.rollback()

@@ -1,6 +1,7 @@
 """The database: an engine for SQLite or Postgres, and migrations at start."""
 
 import fcntl
+from functools import lru_cache
 from pathlib import Path
 
 from alembic import command
@@ -8,7 +9,8 @@ from alembic.config import Config
 from sqlalchemy import Engine, event
 from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
 from sqlalchemy.orm import ORMExecuteState, with_loader_criteria
-from sqlmodel import Session, create_engine
+from sqlalchemy.sql.base import ExecutableOption
+from sqlmodel import Session, col, create_engine
 
 from service.db.tables import Owned
 from service.settings import Settings
@@ -82,8 +84,13 @@ def tenant_session(engine: Engine, tenant: str, reads: bool = False) -> Session:
 def _see_own(state: ORMExecuteState) -> None:
     tenant = state.session.info.get("tenant")
     if tenant is not None and not state.is_column_load:
-        own = [with_loader_criteria(table, table.tenant == tenant, include_aliases=True) for table in Owned.__subclasses__()]
-        state.statement = state.statement.options(*own)
+        state.statement = state.statement.options(*_own(tenant))
+
+
+@lru_cache(maxsize=1000)
+def _own(tenant: str) -> list[ExecutableOption]:
+    # For every table: which of them a statement touches is more than SQLAlchemy says of a `select_from`.
+    return [with_loader_criteria(table, col(table.tenant) == tenant, include_aliases=True) for table in Owned.__subclasses__()]
 
 
 @event.listens_for(Session, "before_flush")

@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import postgres
@@ -126,6 +127,22 @@ def test_many_workers_claim_each_job_once_and_oldest_first(settings):
     assert sorted(identifier for mine in claimed for identifier in mine) == wanted
     for mine in claimed:
         assert mine == sorted(mine)
+
+
+def test_a_tenant_with_many_jobs_keeps_no_other_waiting(settings):
+    """Those that have least running come first, and within a tenant the oldest."""
+    migrate(settings)
+    engine = connect(settings)
+    order = ["many"] * 5 + ["few"] * 2 + ["one"]
+    with open_session(engine) as session:
+        session.add_all(job(id=f"job_{number}", tenant=tenant) for number, tenant in enumerate(order))
+        session.add(job(id="job_x", tenant="gone", status="running", lease_token="x", lease_until=now() - timedelta(seconds=9)))
+        session.commit()
+        claimed = []
+        while (found := queue.claim(session, 60, 3)) is not None:
+            claimed.append(found.id)
+    # One of each, those whose worker is gone among them; then the second ones, then what is left.
+    assert claimed == ["job_0", "job_5", "job_7", "job_x", "job_1", "job_6", "job_2", "job_3", "job_4"]
 
 
 def test_events_that_come_from_two_sides_are_numbered_without_gaps(settings):
