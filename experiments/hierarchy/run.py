@@ -26,7 +26,6 @@ from experiments.parity import Code, Parity
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "result.json"
-BITS, EACH = 64, 3
 SAMPLES, SEEDS = 200, 10
 RATE, EPSILON = 1e-3, 1e-5
 LEARNED = 0.1
@@ -41,6 +40,9 @@ class Setting(NamedTuple):
     """Linear layers, one more than hidden ones, as the paper counts them."""
     most: int
     """Samples after which those that learn broadly are given up."""
+    bits: int = 64
+    each: int = 3
+    """Task bits, and those of an atomic subtask."""
 
 
 SETTINGS = (
@@ -51,41 +53,40 @@ SETTINGS = (
     Setting(3, 64, 3, 6_000_000),
     Setting(3, 128, 2, 6_000_000),
     Setting(3, 128, 4, 6_000_000),
+    Setting(3, 64, 3, 3_000_000, bits=12, each=2),
 )
 ALONE = 3_000_000
 """Samples after which those that learn the composite alone are given up: all of these are of the composite."""
 
 
-def learn(setting: Setting, broad: bool, most: int, seeds: int, each: int = SAMPLES) -> dict[str, Any]:
+def learn(setting: Setting, broad: bool, most: int, seeds: int, samples: int = SAMPLES) -> dict[str, Any]:
     """Samples until each network has learned the composite, None where it has not after `most`; and the mean loss on the way."""
-    task = Parity(BITS, setting.subtasks, EACH)
+    task = Parity(setting.bits, setting.subtasks, setting.each)
     whole: Code = tuple(range(setting.subtasks))
     codes: list[Code] = [*((n,) for n in whole), whole] if broad else [whole]
     # As many samples a step either way.
-    rows = each if broad else each * (setting.subtasks + 1)
+    rows = samples if broad else samples * (setting.subtasks + 1)
     networks = Networks(seeds, (task.inputs, *[setting.width] * (setting.depth - 1), 2), 0)
     draw = torch.Generator().manual_seed(1)
     judged = task.batch([whole], 2000, 1, torch.Generator().manual_seed(2))
-    samples = rows * len(codes)
+    step_samples = rows * len(codes)
     reached, curve = torch.full((seeds,), math.inf), []
 
     def stop(step: int) -> bool:
         if step % CHECK == 0:
             with torch.no_grad():
                 losses = cross_entropy(networks(judged[0]), judged[1])
-            reached[(losses < LEARNED) & reached.isinf()] = step * samples
-            curve.append([step * samples, round(float(losses.median()), 4)])
+            reached[(losses < LEARNED) & reached.isinf()] = step * step_samples
+            curve.append([step * step_samples, round(float(losses.median()), 4)])
         return not bool(reached.isinf().any())
 
     def loss(step: int) -> Tensor:
         inputs, answers = task.batch(codes, rows, 1, draw)
         return cross_entropy(networks(inputs), answers)
 
-    train(networks, RATE, most // samples, loss, stop=stop, epsilon=EPSILON)
+    train(networks, RATE, most // step_samples, loss, stop=stop, epsilon=EPSILON)
     return {
-        "subtasks": setting.subtasks,
-        "width": setting.width,
-        "depth": setting.depth,
+        **setting._asdict(),
         "broad": broad,
         "most": most,
         "samples": [None if math.isinf(count) else int(count) for count in reached.tolist()],
@@ -102,11 +103,15 @@ def summary(row: dict[str, Any]) -> str:
     return f"{learned} of {len(counts)}, {after}"
 
 
+def same(row: dict[str, Any], setting: Setting) -> bool:
+    return all(row[name] == value for name, value in setting._asdict().items() if name != "most")
+
+
 def pairs(rows: list[dict[str, Any]]) -> list[tuple[Setting, dict[str, Any], dict[str, Any]]]:
     """The settings that are done, with what was learned broadly and alone."""
     found = []
     for setting in SETTINGS:
-        mine = [row for row in rows if (row["subtasks"], row["width"], row["depth"]) == setting[:3]]
+        mine = [row for row in rows if same(row, setting)]
         if len(mine) == 2:
             found.append((setting, next(r for r in mine if r["broad"]), next(r for r in mine if not r["broad"])))
     return found
@@ -118,8 +123,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for setting, broad, alone in pairs(rows):
-        bits = setting.subtasks * EACH
-        cells = (f"{setting.subtasks} ({bits} bits)", str(setting.width), str(setting.depth), summary(broad), summary(alone))
+        bits = f"{setting.subtasks * setting.each} of {setting.bits} bits"
+        cells = (f"{setting.subtasks} ({bits})", str(setting.width), str(setting.depth), summary(broad), summary(alone))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -128,13 +133,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "narrow"})
-    shown = [pair for pair in pairs(rows) if pair[0].width == 128 and pair[0].depth == 3]
+    shown = [pair for pair in pairs(rows) if (pair[0].width, pair[0].depth) == (128, 3)]
     figure, grid = plt.subplots(1, len(shown), figsize=(10, 3), layout="constrained", sharey=True, squeeze=False)
     for axes, (setting, broad, alone) in zip(grid[0], shown, strict=True):
         for row, label in ((broad, "beside its subtasks"), (alone, "alone")):
             samples, losses = zip(*row["curve"], strict=True)
             axes.plot([count / 1e6 for count in samples], losses, label=label)
-        axes.set_title(f"{setting.subtasks} subtasks of {EACH} bits", loc="left", fontsize=10)
+        axes.set_title(f"{setting.subtasks} subtasks of {setting.each} bits", loc="left", fontsize=10)
         axes.set_xlabel("million samples")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -151,11 +156,10 @@ def main() -> None:
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     for setting in () if options.draw else SETTINGS:
         for broad in (True, False):
-            done = [(row["subtasks"], row["width"], row["depth"], row["broad"]) for row in rows]
-            if (*setting[:3], broad) not in done:
+            if not any(same(row, setting) and row["broad"] == broad for row in rows):
                 rows.append(learn(setting, broad, setting.most if broad else ALONE, SEEDS))
                 RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-                print(*setting[:3], "beside its subtasks:" if broad else "alone:", summary(rows[-1]), flush=True)
+                print(setting, "beside its subtasks:" if broad else "alone:", summary(rows[-1]), flush=True)
     draw(rows, HERE / "figure.svg")
     print(table(rows))
 

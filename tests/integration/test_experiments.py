@@ -17,16 +17,15 @@ from experiments import language
 from experiments.parity import Parity
 
 
-def test_hierarchy(monkeypatch):
+def test_hierarchy(tmp_path):
     """A composite of eight of 24 bits is learned beside its subtasks, and not alone."""
-    monkeypatch.setattr(hierarchy, "BITS", 24)
-    monkeypatch.setattr(hierarchy, "EACH", 2)
-    setting = hierarchy.Setting(4, 64, 3, 1_200_000)
+    setting = hierarchy.Setting(4, 64, 3, 1_200_000, bits=24, each=2)
     broad = hierarchy.learn(setting, True, setting.most, 2, 50)
     alone = hierarchy.learn(setting, False, 600_000, 2, 50)
     assert all(count is not None for count in broad["samples"])
     assert alone["samples"] == [None, None]
     assert hierarchy.summary(alone) == "0 of 2, > 1 M"
+    assert hierarchy.same(broad, setting)
 
 
 def test_nonlocality(monkeypatch, tmp_path):
