@@ -138,7 +138,7 @@ def test_frontier_points_are_kept_and_told(monkeypatch, tmp_path):
 
 def test_what_is_reported_is_what_is_drawn(tmp_path):
     """The results that are committed make their tables and figures."""
-    for module in (frontier, mnist):
+    for module in (frontier, hierarchy, mnist, lasso):
         rows = json.loads(module.RESULTS.read_text())
         module.draw(rows, tmp_path / "figure.svg")
         assert (tmp_path / "figure.svg").stat().st_size > 5000
