@@ -33,9 +33,8 @@ CUTS = (0.3, 0.63, 0.8)
 METHODS = ("random", "attribution", "lasso", "narrow")
 LASSO = 163_840
 """Tokens under the lasso, before those of the recovery that all have."""
+COLORS = {"base": "black", "fresh": "C0", "random": "C7", "attribution": "C2", "lasso": "C3", "narrow": "C4"}
 TOKENS, SCORED, MEASURED, RELEARNED = 49_152, 32_768, 8_192, 32_768
-BACK = 0.1
-"""Nats above the base at which German counts as back, the product's default."""
 
 
 class Texts:
@@ -125,32 +124,35 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     base = rows[0]["stages"]["cut"]
     plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "narrow"})
     figure, grid = plt.subplots(2, len(CUTS), figsize=(10, 6), layout="constrained", sharey="row")
     for column, share in enumerate(CUTS):
         above, below = grid[0][column], grid[1][column]
-        for number, row in enumerate(row for row in rows if row["cut"] == share):
-            for side, stage in enumerate(("cut", "recovered") if row["method"] != "fresh" else ()):
-                values = [row["stages"][stage][name] - base[name] for name in base]
-                where = [at + (number - 1.5) * 0.2 for at in range(len(base))]
-                look = {"color": f"C{number}", "alpha": 0.3 if side == 0 else 1.0, "width": 0.18}
-                above.bar(where, values, **look)
+        for row in (row for row in rows if row["cut"] in (0.0, share)):
+            name = row["method"]
             tokens, losses = zip(*row["german"], strict=True)
             gaps = [loss - base["german"] for loss in losses]
-            below.plot([count / 1e3 for count in tokens], gaps, f"C{number}o-", markersize=3, label=row["method"])
+            below.plot([count / 1e3 for count in tokens], gaps, color=COLORS[name], marker="o", markersize=3, label=name)
+            for stage, alpha in (("cut", 0.3), ("recovered", 1.0)) if name in METHODS else ():
+                where = [at + (METHODS.index(name) - 1.5) * 0.2 for at in range(len(base))]
+                heights = [row["stages"][stage][domain] - base[domain] for domain in base]
+                above.bar(where, heights, width=0.18, color=COLORS[name], alpha=alpha)
         above.set_xticks(range(len(base)), base)
-        above.set_yscale("symlog", linthresh=0.5)
-        above.axhline(0, color="black", linewidth=0.8)
         above.set_title(f"{share:.0%} of the neurons cut", loc="left", fontsize=10)
         below.set_xlabel("thousand tokens of German")
         for axes in (above, below):
+            axes.set_yscale("symlog", linthresh=0.3)
+            axes.set_yticks([0, 0.1, 0.3, 1, 3], ["0", "0.1", "0.3", "1", "3"])
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.grid(alpha=0.3, axis="y")
             axes.spines[["top", "right"]].set_visible(False)
     grid[0][0].set_ylabel("nats above the base:\npale after the cut, full after recovery")
     grid[1][0].set_ylabel("German, nats above the base")
-    grid[1][0].legend(frameon=False)
+    handles, labels = grid[1][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.savefig(path, metadata={"Date": None})
 
 
