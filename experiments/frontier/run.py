@@ -13,7 +13,6 @@ them would take a core about ten hours, and those that are there were run over s
 
 import argparse
 import itertools
-import json
 import shutil
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from experiments import results
 from narrow_engine import pipeline
 from narrow_engine.report.frontier import outcome
 from narrow_engine.report.model import Report
@@ -96,7 +96,7 @@ def run(rows: list[dict[str, Any]], key: dict[str, Any]) -> None:
     found = outcome(Report.model_validate_json((folder / "result" / "report.json").read_bytes()))
     curve = [[p.phase, p.tokens, round(p.validation, 4)] for p in found.curve if p.validation is not None]
     rows.append({**key, **found.model_dump(exclude={"curve", "target"}), "curve": curve})
-    RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    results.write(RESULTS, rows)
     shutil.rmtree(folder)
     print(key, f"{found.loss - found.base_loss:+.3f} in {found.seconds:.0f} s", flush=True)
 
@@ -227,7 +227,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = results.read(RESULTS)
     if options.draw:
         draw(rows, HERE / "figure.svg")
         print(table(rows, TOKENS), frontier(rows), sep="\n\n")

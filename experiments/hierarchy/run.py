@@ -11,8 +11,6 @@ The paper has subtasks of four bits, 2,000 samples of each task a step, and up t
 k of 64 bits takes in the order of 64^(k-1) samples, so with three bits and 200 samples all of it is about a hundredth.
 """
 
-import argparse
-import json
 import math
 from pathlib import Path
 from statistics import median
@@ -21,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from experiments import results
 from experiments.networks import Networks, cross_entropy, train
 from experiments.parity import Code, Parity
 
@@ -149,16 +148,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--draw", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    for setting in () if options.draw else SETTINGS:
+    only_draw = results.begin(__doc__)
+    rows = results.read(RESULTS)
+    for setting in () if only_draw else SETTINGS:
         for broad in (True, False):
             if not any(same(row, setting) and row["broad"] == broad for row in rows):
                 rows.append(learn(setting, broad, setting.most if broad else ALONE, SEEDS))
-                RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+                results.write(RESULTS, rows)
                 print(setting, "beside its subtasks:" if broad else "alone:", summary(rows[-1]), flush=True)
     draw(rows, HERE / "figure.svg")
     print(table(rows))

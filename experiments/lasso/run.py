@@ -8,8 +8,6 @@ subgradient, or with the engine's proximal steps towards a share of zeros. Then 
 the least attribution first, and the loss on held-out Python is measured, with no refit and no training after the cut.
 """
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiments import language
+from experiments import language, results
 from narrow_engine import corpus, models, train
 from narrow_engine.families import dimensions
 from narrow_engine.plan import Scores
@@ -142,15 +140,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--draw", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    for arm in () if options.draw else ARMS:
+    only_draw = results.begin(__doc__)
+    rows = results.read(RESULTS)
+    for arm in () if only_draw else ARMS:
         if arm not in [row["arm"] for row in rows]:
             rows.append(measure(arm))
-            RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+            results.write(RESULTS, rows)
             print(table(rows[-1:]), flush=True)
     draw(rows, HERE / "figure.svg")
     print(table(rows))

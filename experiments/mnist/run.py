@@ -9,9 +9,7 @@ every 5 %. Rates, and how many images are scored on, are chosen on 5,000 trainin
 the test images, with other seeds.
 """
 
-import argparse
 import copy
-import json
 import math
 from functools import cache
 from pathlib import Path
@@ -24,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from experiments import results
 from experiments.networks import (
     Elimination,
     Networks,
@@ -276,12 +275,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--draw", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    if not options.draw:
+    only_draw = results.begin(__doc__)
+    rows = results.read(RESULTS)
+    if not only_draw:
         base, found = teacher(), data()
         with torch.no_grad():
             right = accuracy(base(found.test.pixels[None]), found.test.digits[None]).item()
@@ -292,7 +288,7 @@ def main() -> None:
                     continue
                 few = method == "lasso"
                 rows.append(measure(method, neurons, base, found, range(100, 102 if few else 103), range(3 if few else 10)))
-                RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+                results.write(RESULTS, rows)
                 print(rows[-1], flush=True)
     draw(rows, HERE / "figure.svg")
     print(table(rows))

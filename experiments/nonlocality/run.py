@@ -11,7 +11,6 @@ with the paper's penalty, λ Σ ‖group‖, and with the engine's group lasso.
 The paper draws 2,000 samples a task and step; here 250, in as many steps.
 """
 
-import argparse
 import copy
 import json
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments import results
 from experiments.networks import Networks, ablation, accuracy, cross_entropy, train
 from experiments.parity import Code, Parity
 from narrow_engine.regularize import GroupLasso
@@ -197,11 +197,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--draw", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    if not options.draw:
+    if not results.begin(__doc__):
         result = measure(Study(10, 64, 250, 20_000, 10_000, 1000))
         RESULTS.write_text(json.dumps(result) + "\n")
     result = json.loads(RESULTS.read_text())

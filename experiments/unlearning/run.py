@@ -8,16 +8,13 @@ after a group lasso, or by this engine's elimination with its refit. Losses on P
 after the cut, after recovery on Python, and after training on German, of which half of the documents are for that.
 """
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
-from experiments import language
+from experiments import language, results
 from experiments.lasso import run as lasso
 from narrow_engine import corpus, models, reconstruct, relearning, train
 from narrow_engine.families import dimensions
@@ -157,18 +154,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--draw", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    if not options.draw:
+    only_draw = results.begin(__doc__)
+    rows = results.read(RESULTS)
+    if not only_draw:
         texts = Texts(MEASURED)
         wanted = [("base", 0.0), ("fresh", CUTS[-1]), *((method, share) for share in reversed(CUTS) for method in METHODS)]
         for method, share in wanted:
             if (method, share) not in [(row["method"], row["cut"]) for row in rows]:
                 rows.append(measure(method, share, texts) if method in METHODS else control(share, texts))
-                RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+                results.write(RESULTS, rows)
                 print(table(rows), flush=True)
     draw(rows, HERE / "figure.svg")
     print(table(rows))
