@@ -8,7 +8,6 @@ is what `families`, `slice`, `reconstruct` and `train` are for language models.
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -103,10 +102,6 @@ def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
 # Training
 
 
-class AfterStep(Protocol):
-    def __call__(self, learning_rate: float, /) -> None: ...
-
-
 def train(
     networks: Networks,
     rate: float,
@@ -114,7 +109,7 @@ def train(
     loss: Callable[[int], Tensor],
     *,
     stop: Callable[[int], bool] = lambda step: False,
-    after_step: AfterStep | None = None,
+    after_step: Callable[[float], None] | None = None,
     epsilon: float = 1e-8,
     clip: float | None = None,
 ) -> int:
@@ -152,18 +147,10 @@ def _clip(networks: Networks, most: float) -> None:
 
 def attribution(networks: Networks, inputs: Tensor, targets: Tensor) -> list[Tensor]:
     """Mean |h · ∂loss/∂h| over the inputs, as in the paper's code for MNIST."""
-    h, taps = inputs, []
-    for number in range(len(networks.weights) - 1):
-        h = networks.layer(number, h).relu()
-        h.retain_grad()
-        taps.append(h)
-    (cross_entropy(networks.layer(len(networks.weights) - 1, h), targets).sum() * inputs.shape[1]).backward()  # type: ignore[no-untyped-call]
-    found = []
-    for tap in taps:
-        assert tap.grad is not None
-        found.append((tap * tap.grad).detach().abs().mean(1))
-    networks.zero_grad()
-    return found
+    hidden = networks.hidden(inputs)
+    losses = cross_entropy(networks.layer(len(hidden), hidden[-1]), targets) * inputs.shape[1]
+    slopes = torch.autograd.grad(losses.sum(), hidden)
+    return [(h * slope).detach().abs().mean(1) for h, slope in zip(hidden, slopes, strict=True)]
 
 
 @torch.no_grad()

@@ -16,6 +16,14 @@ def begin(doc: str | None) -> bool:
     return bool(parser.parse_args().draw)
 
 
+def pyplot() -> Any:
+    """Matplotlib, for figures that are the same bytes from the same numbers. Only who draws waits for it to come."""
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "narrow"})
+    return pyplot
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The points that are done."""
     found: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []

@@ -58,7 +58,7 @@ def overlaps(found: list[tuple[Scores, Scores]]) -> list[Overlap]:
     for unit, example in found[0][0].items():
         if example.shape[-1] < FEW:
             continue
-        sides = [[_top(half[unit]) for half in skill] for skill in found]
+        sides = [[top(half[unit]) for half in skill] for skill in found]
         # Each pair is compared as a skill is with itself: by halves of different text.
         shared = [[(_shared(a[0], b[1]) + _shared(b[0], a[1])) / 2 for b in sides] for a in sides]
         made.append(Overlap(unit=unit, top=_count(example.shape[-1]), of=example.shape[-1], shared=shared))
@@ -69,7 +69,7 @@ def _count(units: int) -> int:
     return max(1, round(TOP * units))
 
 
-def _top(scores: Tensor) -> Tensor:
+def top(scores: Tensor) -> Tensor:
     """Whether a unit is among the most important: those of a layer where layers have them, else of the model."""
     best = scores.argsort(dim=-1, descending=True, stable=True)[..., : _count(scores.shape[-1])]
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)

@@ -41,9 +41,8 @@ class GroupLasso:
         return self.dead.double().mean().item()
 
     def norms(self) -> Tensor:
-        """Norm of each group, [layers × experts, width]: zero for the dead, so that a plan made from it keeps the living."""
-        rows = [torch.stack([_squares(part) for part in parts]).sum(0).sqrt() for parts in self.groups]
-        return torch.stack(rows).detach().double()
+        """Of each group: zero for the dead, so that a plan made from it keeps the living."""
+        return norms(self.groups)
 
     @torch.no_grad()
     def __call__(self, learning_rate: float) -> None:
@@ -71,6 +70,12 @@ class GroupLasso:
         self.dead.copy_(state["dead"].bool())
         self.weight.copy_(state["weight"])
         self.taken = int(state["taken"])
+
+
+def norms(groups: list[list[Tensor]]) -> Tensor:
+    """Norm of each group, [layers × experts, width]."""
+    rows = [torch.stack([_squares(part) for part in parts]).sum(0).sqrt() for parts in groups]
+    return torch.stack(rows).detach().double()
 
 
 def _squares(part: Tensor) -> Tensor:

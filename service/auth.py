@@ -16,7 +16,7 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlmodel import Session, col, select
 
-from service.api.schemas import Role
+from service.api.schemas import NewKey, Role
 from service.db.session import open_session, read_session
 from service.db.tables import DEFAULT_TENANT, KeyRow, new_id, now
 from service.problems import ApiError
@@ -56,6 +56,10 @@ def needs(method: str, path: str) -> Role:
     if path == "/keys" or path.startswith("/keys/"):
         return "admin"
     return "read" if method in ("GET", "HEAD") or path == "/plans" else "write"
+
+
+def expiry(wanted: NewKey) -> datetime | None:
+    return now() + timedelta(days=wanted.expires_in_days) if wanted.expires_in_days else None
 
 
 def create_key(
@@ -114,5 +118,5 @@ def _same_origin(request: Request) -> None:
 
 
 def any_key(session: Session) -> bool:
-    """Whether there is a key that counts."""
+    """Whether there is a key that was not revoked."""
     return session.exec(select(KeyRow.id).where(col(KeyRow.revoked_at).is_(None)).limit(1)).first() is not None

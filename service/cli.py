@@ -14,10 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import click
 import uvicorn
@@ -88,10 +86,13 @@ def create_key(name: str, role: Role, tenant: str, days: float | None) -> None:
     """Make an API key and print it, once."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", tenant):
         raise click.UsageError(f"--tenant {tenant[:80]!r} should be small letters, digits and hyphens, 40 at most.")
+    try:
+        wanted = NewKey(name=name, role=role, expires_in_days=days)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise click.UsageError(f"{first['loc'][0]} {wording(first)}.") from error
     with _keys() as session:
-        wanted = _checked(NewKey, name=name, role=role, expires_in_days=days)
-        expires_at = now() + timedelta(days=days) if days else None
-        row, secret = auth.create_key(session, wanted.name, role, tenant, expires_at)
+        row, secret = auth.create_key(session, wanted.name, wanted.role, tenant, auth.expiry(wanted))
         session.commit()
     click.echo(f"{row.id} is made, of the tenant {tenant} with the role {role}. The key, shown only now:", err=True)
     click.echo(secret)
@@ -131,14 +132,6 @@ def _keys() -> Session:
     settings = _settings()
     _prepare(settings)
     return open_session(connect(settings))
-
-
-def _checked(model: type[NewKey], **values: Any) -> NewKey:
-    try:
-        return model(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise click.UsageError(f"{first['loc'][0]} {wording(first)}.") from error
 
 
 def _on_loopback(listener: socket.socket) -> bool:

@@ -36,9 +36,9 @@ class Cluster:
         options = f"-p {self.port} -k {self.folder} -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=200"
         self._run("pg_ctl", "-D", str(self.folder / "data"), "-l", str(self.folder / "log"), "-o", options, "-w", "start")
 
-    def stop(self, how: str = "immediate") -> None:
-        """`immediate` is what kill -9 of all its processes would be: no checkpoint, and a recovery at the next start."""
-        self._run("pg_ctl", "-D", str(self.folder / "data"), "-m", how, "-w", "stop")
+    def stop(self) -> None:
+        """As kill -9 of all its processes would: no checkpoint, and a recovery at the next start."""
+        self._run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "-w", "stop")
 
     def remove(self) -> None:
         with suppress(subprocess.CalledProcessError):

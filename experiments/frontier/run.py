@@ -172,12 +172,11 @@ def frontier(rows: list[dict[str, Any]]) -> str:
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Loss against tokens at a quarter of the neurons, and below it against size, where a domain has enough sizes."""
-    from matplotlib import pyplot as plt
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
+    plt = results.pyplot()
     domains = [domain for domain in TEXT if finished(rows, domain=domain, keep=MIDDLE, tokens=TOKENS)]
     sized = [len({row["keep"] for row in finished(rows, domain=domain, tokens=TOKENS)}) > 2 for domain in domains]
-    plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "narrow"})
     lines = 2 if any(sized) else 1
     figure, grid = plt.subplots(lines, len(domains), figsize=(10, 3.4 * lines), layout="constrained", sharey=True, squeeze=False)
     for column, domain in enumerate(domains):

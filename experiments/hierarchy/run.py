@@ -1,7 +1,7 @@
 """A skill made of others is learned far sooner beside them: arXiv 2505.15811, section 3, on compositional sparse parity.
 
-    python experiments/hierarchy/run.py            about an hour on one core; finished points are not run again
-    python experiments/hierarchy/run.py --draw     the figure and the table, from result.json
+    python -m experiments.hierarchy.run            about an hour on one core; finished points are not run again
+    python -m experiments.hierarchy.run --draw     the figure and the table, from result.json
 
 Inputs have 64 task bits. Networks learn a composite of two, three or four atomic subtasks of three bits each, either beside
 those subtasks (broad) or alone (narrow). Counted: samples, of all tasks together, until the loss on the composite is under 0.1
@@ -59,7 +59,7 @@ ALONE = 3_000_000
 
 
 def learn(setting: Setting, broad: bool, most: int, seeds: int, samples: int = SAMPLES) -> dict[str, Any]:
-    """Samples until each network has learned the composite, None where it has not after `most`; and the mean loss on the way."""
+    """Samples until each network has learned the composite, None if not after `most`; and the median loss on the way."""
     task = Parity(setting.bits, setting.subtasks, setting.each)
     whole: Code = tuple(range(setting.subtasks))
     codes: list[Code] = [*((n,) for n in whole), whole] if broad else [whole]
@@ -129,9 +129,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "narrow"})
+    plt = results.pyplot()
     shown = [pair for pair in pairs(rows) if (pair[0].width, pair[0].depth) == (128, 3)]
     figure, grid = plt.subplots(1, len(shown), figsize=(10, 3), layout="constrained", sharey=True, squeeze=False)
     for axes, (setting, broad, alone) in zip(grid[0], shown, strict=True):

@@ -1,7 +1,7 @@
 """After a group lasso most neurons can go for nothing: arXiv 2505.15811, section 5, on the embedded language model.
 
-    python experiments/lasso/run.py            about forty minutes on one core; finished arms are not run again
-    python experiments/lasso/run.py --draw     the figure and the table, from result.json
+    python -m experiments.lasso.run            about forty minutes on one core; finished arms are not run again
+    python -m experiments.lasso.run --draw     the figure and the table, from result.json
 
 The base is trained on Python, plainly, with the paper's penalty λ Σ ‖group‖ in the loss, for which an optimizer takes a
 subgradient, or with the engine's proximal steps towards a share of zeros. Then neurons go, those with the smallest groups or
@@ -19,7 +19,7 @@ from experiments import language, results
 from narrow_engine import corpus, models, train
 from narrow_engine.families import dimensions
 from narrow_engine.plan import Scores
-from narrow_engine.regularize import GroupLasso
+from narrow_engine.regularize import GroupLasso, norms
 from narrow_engine.slice import slice_model
 
 HERE = Path(__file__).resolve().parent
@@ -34,7 +34,7 @@ ARMS: dict[str, float] = {
     **{f"penalty, λ = {value:g}": value for value in PENALTIES},
     **{f"proximal, to {value:.0%}": value for value in TARGETS},
 }
-PENALTY_RATE, PROXIMAL_RATE = 1e-3, 1e-3
+RATE = 1e-3
 FLAT = 0.02
 """Nats that the loss may rise by on the flat part."""
 
@@ -60,16 +60,15 @@ def trained(arm: str, tokens: int, scored: int) -> tuple[PreTrainedModel, Tensor
     if arm.startswith("proximal"):
         return proximal(ARMS[arm], tokens, scored)
     model = language.copy(language.base())
-    settings = train.Settings(tokens, BATCH, "next_token", learning_rate=PENALTY_RATE)
+    settings = train.Settings(tokens, BATCH, "next_token", learning_rate=RATE)
     language.learn(model, language.python(1), settings, beside=Penalty(model, ARMS[arm]) if ARMS[arm] else None)
-    groups = models.along(model, "width")
-    return model, GroupLasso(groups, torch.ones(len(groups), len(groups[0][0])), 0.0, 1).norms()
+    return model, norms(models.along(model, "width"))
 
 
 def proximal(share: float, tokens: int, scored: int) -> tuple[PreTrainedModel, Tensor]:
     """The same by the engine's group lasso, until `share` of the neurons are zero."""
     model, blocks = language.copy(language.base()), language.python(1)
-    settings = train.Settings(tokens, BATCH, "next_token", learning_rate=PROXIMAL_RATE)
+    settings = train.Settings(tokens, BATCH, "next_token", learning_rate=RATE)
     scores = language.scores(model, "fisher", scored, 0)["neuron"].sqrt()
     lasso = GroupLasso(models.along(model, "width"), scores, share, train.shape(settings, blocks)[1])
     language.learn(model, blocks, settings, after_step=lasso)
@@ -79,9 +78,9 @@ def proximal(share: float, tokens: int, scored: int) -> tuple[PreTrainedModel, T
 def measure(arm: str, tokens: int = TOKENS, scored: int = SCORED, measured: int = MEASURED) -> dict[str, Any]:
     """Losses by share of neurons cut, for either order."""
     text = corpus.sample(language.documents(language.HELD_OUT["python"]), measured, language.LENGTH, 0)
-    model, norms = trained(arm, tokens, scored)
+    model, sizes = trained(arm, tokens, scored)
     width = dimensions(models.config_dict(model)).width
-    orders: dict[str, Scores] = {"size": {"neuron": norms}, "attribution": language.scores(model, "attribution", scored, 0)}
+    orders: dict[str, Scores] = {"size": {"neuron": sizes}, "attribution": language.scores(model, "attribution", scored, 0)}
     losses: dict[str, list[float]] = {name: [] for name in orders}
     for name, found in orders.items():
         for share in CUTS:
@@ -91,8 +90,7 @@ def measure(arm: str, tokens: int = TOKENS, scored: int = SCORED, measured: int 
         "arm": arm,
         "tokens": tokens,
         "base": round(language.loss(language.base(), text), 4),
-        "zero": float((norms == 0).double().mean()),
-        "small": float((norms < 0.01 * norms.max()).double().mean()),
+        "zero": float((sizes == 0).double().mean()),
         "loss": losses,
     }
 
@@ -116,10 +114,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib import pyplot as plt
     from matplotlib.ticker import NullLocator
 
-    plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "narrow"})
+    plt = results.pyplot()
     figure, grid = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
     for axes, order in zip(grid, ("attribution", "size"), strict=True):
         for number, row in enumerate(rows):

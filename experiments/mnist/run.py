@@ -1,7 +1,7 @@
 """How much data a small network for the even digits needs: arXiv 2505.15811, the MNIST figure, with the paper's ways and ours.
 
-    python experiments/mnist/run.py            everything, about an hour on one core; finished points are not run again
-    python experiments/mnist/run.py --draw     the figure and the table, from result.json
+    python -m experiments.mnist.run            everything, about an hour on one core; finished points are not run again
+    python -m experiments.mnist.run --draw     the figure and the table, from result.json
 
 A network 784–1200–1200–10 knows all ten digits. Wanted: one with few hidden neurons that has the even ones right in 97 of 100
 test images. Counted: images processed until it does, every pass over an image anew, scoring and refitting included, looked at
@@ -251,10 +251,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib import pyplot as plt
     from matplotlib.ticker import FuncFormatter
 
-    plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "narrow"})
+    plt = results.pyplot()
     hollow: dict[str, Any] = {"linestyle": "--", "marker": "o", "markerfacecolor": "white", "markersize": 4}
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for number, method in enumerate(RATES):

@@ -1,7 +1,7 @@
 """Skills share neurons, and a group lasso moves them apart: arXiv 2505.15811, section 4, on compositional sparse parity.
 
-    python experiments/nonlocality/run.py            about half an hour on one core
-    python experiments/nonlocality/run.py --draw     the figure and the table, from result.json
+    python -m experiments.nonlocality.run            about half an hour on one core
+    python -m experiments.nonlocality.run --draw     the figure and the table, from result.json
 
 Ten networks 24–64–64–2 learn six atomic subtasks of three bits and two composites of three subtasks each. Then all but one
 composite is unwanted: neurons are ranked by what the loss on the wanted one rises by without them, the least go, and both
@@ -23,6 +23,7 @@ from torch import Tensor
 from experiments import results
 from experiments.networks import Networks, ablation, accuracy, cross_entropy, train
 from experiments.parity import Code, Parity
+from narrow_engine import locality
 from narrow_engine.regularize import GroupLasso
 
 HERE = Path(__file__).resolve().parent
@@ -107,12 +108,8 @@ def rounded(values: Tensor) -> list[float]:
 
 def overlap(one: list[Tensor], other: list[Tensor]) -> Tensor:
     """Of the quarter of the neurons that matter most to one task, the share that is in the other's quarter too, [count]."""
-    tops = []
-    for scores in (one, other):
-        together = torch.cat(scores, 1)
-        top = together.argsort(dim=1, descending=True, stable=True)[:, : together.shape[1] // 4]
-        tops.append(torch.zeros_like(together).scatter(1, top, 1.0))
-    return (tops[0] * tops[1]).sum(1) / tops[0].sum(1)
+    mine, others = (locality.top(torch.cat(scores, 1)) for scores in (one, other))
+    return (mine & others).sum(1) / mine.sum(1)
 
 
 def measure(study: Study, tell: Callable[..., None] = print) -> dict[str, Any]:
@@ -162,9 +159,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    from matplotlib import pyplot as plt
-
-    plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "narrow"})
+    plt = results.pyplot()
     figure, grid = plt.subplots(2, len(result), figsize=(10, 5.6), layout="constrained", height_ratios=[1, 1.4])
     names = [*(str(n + 1) for n in range(6)), "1+2+3", "4+5+6"]
     for column, (name, found) in enumerate(result.items()):

@@ -1,7 +1,7 @@
 """What a narrow model forgets, and how soon it is back: arXiv 2505.15811, section 6, on the embedded language model.
 
-    python experiments/unlearning/run.py            about an hour on one core; finished cuts are not run again
-    python experiments/unlearning/run.py --draw     the figure and the table, from result.json
+    python -m experiments.unlearning.run            about an hour on one core; finished cuts are not run again
+    python -m experiments.unlearning.run --draw     the figure and the table, from result.json
 
 The base loses 30, 63 or 80 % of its neurons, those that matter least to Python: drawn at random, by the paper's attribution,
 after a group lasso, or by this engine's elimination with its refit. Losses on Python and on four domains that nobody asked for,
@@ -120,11 +120,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    from matplotlib import pyplot as plt
     from matplotlib.ticker import NullLocator
 
+    plt = results.pyplot()
     base = rows[0]["stages"]["cut"]
-    plt.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "narrow"})
     figure, grid = plt.subplots(2, len(CUTS), figsize=(10, 6), layout="constrained", sharey="row")
     for column, share in enumerate(CUTS):
         above, below = grid[0][column], grid[1][column]

@@ -4,7 +4,7 @@ from datetime import timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Body
-from sqlmodel import Session, col, select
+from sqlmodel import Session, select
 
 from service import auth
 from service.api.paging import Cursor, Limit, page
@@ -23,8 +23,7 @@ def as_key(row: KeyRow) -> Key:
 @router.post("", status_code=201, responses=responses(413))
 def create_key(wanted: NewKey, session: Db) -> SecretKey:
     """Make a key. The answer is the only place where it is ever shown."""
-    expires_at = now() + timedelta(days=wanted.expires_in_days) if wanted.expires_in_days else None
-    row, secret = auth.create_key(session, wanted.name, wanted.role, expires_at=expires_at)
+    row, secret = auth.create_key(session, wanted.name, wanted.role, expires_at=auth.expiry(wanted))
     session.commit()
     return SecretKey(**as_key(row).model_dump(), key=secret)
 
@@ -61,7 +60,7 @@ def revoke_key(key_id: str, session: Db) -> None:
 
 
 def _find(session: Session, key_id: str) -> KeyRow:
-    row = session.exec(select(KeyRow).where(col(KeyRow.id) == key_id)).first()
+    row = session.get(KeyRow, key_id)
     if row is None:
         raise not_found("key", key_id)
     return row
