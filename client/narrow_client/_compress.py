@@ -1,5 +1,6 @@
 """`compress`: the whole job in one call. Uploads what is local, follows the job, downloads what came out."""
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,11 @@ def compress(
     try:
         check_out(out)
         spec = upload_spec(client, base, target, budget, skills, method, export, column, answer, seed, options, broad, teacher)
-        job = client.jobs.create(spec)
+        key = secrets.token_hex(16)
+        try:
+            job = client.jobs.create(spec, key)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(cancel_unseen(lambda: _cancel(client, client.jobs.create(spec, key)))) from None
         fetch = f"'narrow download {job.id} --out {out}' fetches what came out"
         try:
             _follow(client, job, progress)
@@ -110,6 +115,14 @@ def _follow(client: Narrow, job: Job, progress: bool | Callable[[Event], None]) 
             display.say(f"job {job.id}: 'narrow watch {job.id}' follows it from anywhere", job.created_at)
             for event in client.jobs.events(job.id):
                 display(event)
+
+
+def cancel_unseen(cancel: Callable[[], str]) -> str:
+    """For a Ctrl-C that came before the id did: sent again with its key, what was made answers with it, and is cancelled."""
+    try:
+        return cancel()
+    except NarrowClientError as error:
+        return f"it may have been queued, and 'narrow jobs' shows whether it was. {error}"
 
 
 def _cancel(client: Narrow, job: Job) -> str:

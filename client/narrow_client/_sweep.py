@@ -1,6 +1,7 @@
 """`narrow sweep`: uploads what a spec file names, follows the sweep, and brings its frontier."""
 
 import json
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from narrow_client._calls import is_id
+from narrow_client._compress import cancel_unseen
 from narrow_client._errors import Conflict, ConnectionFailed, NarrowClientError, ServerError
 from narrow_client._render import SweepDisplay
 from narrow_client._sync import Narrow
@@ -64,6 +66,15 @@ def upload_sweep(client: Narrow, spec: dict[str, Any]) -> dict[str, Any]:
         return known[kind, path, column]
 
     return _with_ids(spec, upload)
+
+
+def create_sweep(client: Narrow, spec: dict[str, Any]) -> SweepPoints:
+    """Queues the sweep. Ctrl-C while it is being made cancels it."""
+    key = secrets.token_hex(16)
+    try:
+        return client.sweeps.create(spec, key)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(cancel_unseen(lambda: _cancel(client, client.sweeps.create(spec, key)))) from None
 
 
 def _with_ids(spec: dict[str, Any], identify: Callable[[str, dict[str, Any]], str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from narrow_client._compress import compress as run_compress
 from narrow_client._errors import InvalidRequest, NarrowClientError
 from narrow_client._files import check_out
 from narrow_client._render import ProgressDisplay, frontier_view, jobs_table, plain, plan_view, report_view
-from narrow_client._sweep import follow, is_sweep, keep_frontier, read_sweep, shortfall, upload_sweep
+from narrow_client._sweep import create_sweep, follow, is_sweep, keep_frontier, read_sweep, shortfall, upload_sweep
 from narrow_client._sync import Narrow
 from narrow_client.models import Budget, Event, Job, JobSpec, Method, SkillId
 
@@ -298,7 +298,7 @@ def sweep(spec: str, out: Path, as_json: bool) -> None:
             raise click.UsageError(str(error)) from error
     check_out(out)
     with Narrow() as client:
-        found = client.sweeps.create(upload_sweep(client, wanted)) if wanted else client.sweeps.get(spec)
+        found = create_sweep(client, upload_sweep(client, wanted)) if wanted else client.sweeps.get(spec)
         found = follow(client, found, show=not as_json, cancel=bool(wanted))
         frontier = keep_frontier(client, found, out)
     if as_json:

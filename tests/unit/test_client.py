@@ -530,6 +530,31 @@ def test_an_interrupt_says_what_becomes_of_the_job(uploads, local, impatient, mo
     assert "POST" not in {method for method, _, _ in uploads.asked}
 
 
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [(answer(JOB, 201), f"the job {JOB['id']} was cancelled"), (hang_up, "it may have been queued, and 'narrow jobs' shows")],
+)
+def test_an_interrupt_that_comes_before_the_id_leaves_nothing_running(uploads, local, impatient, monkeypatch, second, said):
+    """What was sent may have been queued: its key finds it again."""
+    send = _transport.Transport.send
+
+    def interrupted(self, call):
+        made = send(self, call)
+        if call.path == "/jobs" and [path for _, path, _ in uploads.asked].count("/jobs") == 1:
+            raise KeyboardInterrupt
+        return made
+
+    monkeypatch.setattr(_transport.Transport, "send", interrupted)
+    uploads.script |= {
+        "/jobs": [answer(JOB, 201), second],
+        f"/jobs/{JOB['id']}/cancel": [answer({**JOB, "status": "cancelling"})],
+    }
+    result = run_cli("compress", *local)
+    assert (result.exit_code, f"interrupted: {said}" in result.stderr) == (130, True), result.stderr
+    keys = {headers["Idempotency-Key"] for _, path, headers in uploads.asked if path == "/jobs"}
+    assert len(keys) == 1
+
+
 def state(seq, status, message):
     return models.Event(
         seq=seq, time=NOON + timedelta(seconds=9), kind="state", phase="", message=message, data={"status": status}
