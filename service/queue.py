@@ -1,8 +1,12 @@
 """The life of a job, as transitions of its row. Nothing else changes a job's status.
 
-    queued ──claim──▶ running ──▶ succeeded | failed | cancelled
-      │  ◀──release / lease ran out──┘  │
-      └──cancel──▶ cancelled            └──cancel──▶ cancelling ──▶ cancelled (or succeeded, if it was faster)
+    queued ──claim──▶ running ──▶ succeeded | failed
+     ▲ │ ◀──release / lease ran out──┘ │ │
+     │ │                               │ └──pause──▶ pausing ──▶ paused (or succeeded, if it was faster)
+     │ └──pause──▶ paused              └──cancel──▶ cancelling ──▶ cancelled (or succeeded, if it was faster)
+     └──resume───────┘
+
+What no worker has is cancelled at once, whether it waits or is paused.
 
 A worker holds a job by a lease: a random token and a time until which it counts. Every write of the worker is guarded
 by the token, so a worker that was thought dead and comes back finds that it writes nothing (fencing). Each change of
@@ -20,7 +24,7 @@ from sqlmodel import Session, col
 from narrow_engine.events import Event
 from narrow_engine.spec import JobSpec, SweepSpec, points
 from service.api.schemas import Status
-from service.db.tables import TERMINAL, EventRow, JobRow, ModelRow, SweepRow, new_id, now
+from service.db.tables import HELD, TERMINAL, EventRow, JobRow, ModelRow, SweepRow, new_id, now
 from service.problems import ApiError, not_found
 
 
@@ -75,9 +79,9 @@ def claim(session: Session, lease_seconds: float, max_attempts: int) -> JobRow |
     """
     wanted = or_(
         col(JobRow.status) == "queued",
-        col(JobRow.status).in_(["running", "cancelling"]) & (col(JobRow.lease_until) < now()),
+        col(JobRow.status).in_(HELD) & (col(JobRow.lease_until) < now()),
     )
-    held = col(JobRow.status).in_(["running", "cancelling"]) & (col(JobRow.lease_until) >= now())
+    held = col(JobRow.status).in_(HELD) & (col(JobRow.lease_until) >= now())
     running = select(col(JobRow.tenant), func.count().label("jobs")).where(held).group_by(col(JobRow.tenant)).subquery()
     statement = (
         select(JobRow)
@@ -91,8 +95,8 @@ def claim(session: Session, lease_seconds: float, max_attempts: int) -> JobRow |
     if job is None:
         session.rollback()
         return None
-    if job.status == "cancelling":
-        _finish(session, job, "cancelled", None)
+    if job.status in ("cancelling", "pausing"):
+        _let_go(session, job)
         session.commit()
         return None
     if job.attempt >= max_attempts:
@@ -109,7 +113,7 @@ def claim(session: Session, lease_seconds: float, max_attempts: int) -> JobRow |
 
 
 def heartbeat(session: Session, job_id: str, token: str, lease_seconds: float) -> Status:
-    """Extends the lease and returns the status, which may have become `cancelling`. Raises LeaseLost."""
+    """Extends the lease and returns the status, which may have become `cancelling` or `pausing`. Raises LeaseLost."""
     statement = (
         update(JobRow)
         .where(col(JobRow.id) == job_id, col(JobRow.lease_token) == token)
@@ -152,14 +156,11 @@ def finish(session: Session, job_id: str, token: str, status: Status, error: dic
 
 
 def release(session: Session, job_id: str, token: str, counts: bool) -> None:
-    """Puts a held job back into the queue. `counts`: whether this start was an attempt that failed. Raises LeaseLost."""
+    """Puts a held job back: into the queue, or where else somebody wanted it meanwhile. `counts`: whether this start was an
+    attempt that failed. Raises LeaseLost."""
     job = _held(session, job_id, token)
-    if job.status == "cancelling":
-        _finish(session, job, "cancelled", None)
-    else:
-        job.status, job.lease_token, job.lease_until = "queued", None, None
-        job.attempt -= 0 if counts else 1
-        _append(session, job, now(), "state", "", "queued again", {"status": "queued"})
+    job.attempt -= 0 if counts else 1
+    _let_go(session, job)
     session.commit()
 
 
@@ -171,6 +172,27 @@ def cancel(session: Session, job_id: str) -> JobRow:
     if job.status in ("succeeded", "failed"):
         raise ApiError(409, "job_finished", f"The job has already {job.status}: there is nothing to cancel.")
     _cancel(session, job)
+    return job
+
+
+def pause(session: Session, job_id: str) -> JobRow:
+    """Asks that a job stops where it is, until `resume`. The caller commits."""
+    job = _unfinished(session, job_id, "pause")
+    if job.status == "queued":
+        _set(session, job, "paused")
+    elif job.status == "running":
+        _set(session, job, "pausing")
+    return job
+
+
+def resume(session: Session, job_id: str) -> JobRow:
+    """Puts a paused job back into the queue, at its old place. The caller commits."""
+    job = _unfinished(session, job_id, "resume")
+    if job.status == "paused":
+        _set(session, job, "queued")
+    elif job.status == "pausing":
+        # Its worker may be ending the process by now; it will find that the job goes on, and puts it into the queue.
+        _set(session, job, "running")
     return job
 
 
@@ -187,11 +209,36 @@ def cancel_sweep(session: Session, sweep_id: str) -> list[JobRow]:
 
 
 def _cancel(session: Session, job: JobRow) -> None:
-    if job.status == "queued":
+    if job.status in ("queued", "paused"):
         _finish(session, job, "cancelled", None)
-    elif job.status == "running":
-        job.status = "cancelling"
-        _append(session, job, now(), "state", "", "cancelling", {"status": "cancelling"})
+    elif job.status in ("running", "pausing"):
+        _set(session, job, "cancelling")
+
+
+def _unfinished(session: Session, job_id: str, verb: str) -> JobRow:
+    job = session.scalars(select(JobRow).where(col(JobRow.id) == job_id).with_for_update()).first()
+    if job is None:
+        raise not_found("job", job_id)
+    if job.status in TERMINAL:
+        ended = "was cancelled" if job.status == "cancelled" else f"has already {job.status}"
+        raise ApiError(409, "job_finished", f"The job {ended}: there is nothing to {verb}.")
+    if job.status == "cancelling":
+        raise ApiError(409, "job_cancelling", f"The job is being cancelled: there is nothing to {verb}.")
+    return job
+
+
+def _let_go(session: Session, job: JobRow) -> None:
+    """What becomes of a held job that its worker has no more."""
+    if job.status == "cancelling":
+        _finish(session, job, "cancelled", None)
+        return
+    job.lease_token, job.lease_until = None, None
+    _set(session, job, "paused" if job.status == "pausing" else "queued", "" if job.status == "pausing" else "queued again")
+
+
+def _set(session: Session, job: JobRow, status: Status, message: str = "") -> None:
+    job.status = status
+    _append(session, job, now(), "state", "", message or status, {"status": status})
 
 
 def _finish(session: Session, job: JobRow, status: Status, error: dict[str, str] | None) -> None:
@@ -232,5 +279,7 @@ __all__ = [
     "finish",
     "heartbeat",
     "ingest",
+    "pause",
     "release",
+    "resume",
 ]

@@ -119,13 +119,13 @@ class _Execution:
         self._patiently(self._ingest)
         if status == "cancelling":
             self._finish("cancelled")
-        elif process.returncode != 0 and (self.stop.is_set() or status == "away"):
+        elif process.returncode != 0 and (self.stop.is_set() or status in ("pausing", "away")):
             self._release(counts=False)
         else:
             self._conclude(process.returncode)
 
     def _follow(self, process: subprocess.Popen[bytes]) -> str:
-        """Waits for the process, with an eye on cancellation and shutdown; returns the job's last status, or "away"."""
+        """Waits for the process, with an eye on who wants it to end; returns the job's last status, or "away"."""
         status, beaten, held = "running", 0.0, time.monotonic()
         while process.poll() is None:
             try:
@@ -143,7 +143,7 @@ class _Execution:
                 time.sleep(PAUSE_SECONDS)
             if status == "cancelling":
                 local.end(process, self.settings.cancel_seconds)
-            elif self.stop.is_set():
+            elif self.stop.is_set() or status == "pausing":
                 local.end(process, self.settings.drain_seconds)
             else:
                 time.sleep(LOOK_SECONDS)

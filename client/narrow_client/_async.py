@@ -81,6 +81,14 @@ class AsyncJobs:
     async def cancel(self, job_id: str) -> Job:
         return await self._transport.send(_calls.cancel_job(job_id))
 
+    async def pause(self, job_id: str) -> Job:
+        """Asks a job to stop where it is; it keeps what it has done."""
+        return await self._transport.send(_calls.pause_job(job_id))
+
+    async def resume(self, job_id: str) -> Job:
+        """Puts a paused job back into the queue."""
+        return await self._transport.send(_calls.resume_job(job_id))
+
     async def delete(self, job_id: str) -> None:
         await self._transport.send(_calls.delete_job(job_id))
 

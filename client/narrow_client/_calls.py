@@ -92,6 +92,14 @@ def cancel_job(job_id: str) -> Call[Job]:
     return Call("POST", path_of("job", job_id, "cancel"), _as(Job))
 
 
+def pause_job(job_id: str) -> Call[Job]:
+    return Call("POST", path_of("job", job_id, "pause"), _as(Job))
+
+
+def resume_job(job_id: str) -> Call[Job]:
+    return Call("POST", path_of("job", job_id, "resume"), _as(Job))
+
+
 def delete_job(job_id: str) -> Call[None]:
     return Call("DELETE", path_of("job", job_id), _nothing, safe=False)
 

@@ -85,9 +85,9 @@ class ProgressDisplay:
             self.say(f"note: {event.message}", event.time)
         elif event.kind == "state":
             status = data.get("status")
-            if status != "cancelling":
+            if status not in ("cancelling", "pausing"):
                 self._stop_bars(event.time)
-            if not self.live or status in ("cancelling", "queued"):
+            if not self.live or status in ("cancelling", "pausing", "paused", "queued"):
                 # Why a job failed is told by whoever watches it, at the end.
                 self.say("failed" if status == "failed" else event.message, event.time)
         elif event.kind in ("started", "progress", "finished"):

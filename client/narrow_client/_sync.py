@@ -80,6 +80,14 @@ class Jobs:
     def cancel(self, job_id: str) -> Job:
         return self._transport.send(_calls.cancel_job(job_id))
 
+    def pause(self, job_id: str) -> Job:
+        """Asks a job to stop where it is; it keeps what it has done."""
+        return self._transport.send(_calls.pause_job(job_id))
+
+    def resume(self, job_id: str) -> Job:
+        """Puts a paused job back into the queue."""
+        return self._transport.send(_calls.resume_job(job_id))
+
     def delete(self, job_id: str) -> None:
         self._transport.send(_calls.delete_job(job_id))
 

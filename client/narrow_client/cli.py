@@ -377,6 +377,22 @@ def cancel(job: str) -> None:
 
 @main.command()
 @click.argument("job")
+def pause(job: str) -> None:
+    """Stop a job where it is; 'narrow resume' lets it go on from there."""
+    with Narrow() as client:
+        click.echo(client.jobs.pause(job).status)
+
+
+@main.command()
+@click.argument("job")
+def resume(job: str) -> None:
+    """Let a paused job go on."""
+    with Narrow() as client:
+        click.echo(client.jobs.resume(job).status)
+
+
+@main.command()
+@click.argument("job")
 @JSON
 def report(job: str, as_json: bool) -> None:
     """Show the report of a finished job."""

@@ -1478,7 +1478,7 @@ class Point(BaseModel):
     budget: Budget
     seed: Annotated[int, Field(title="Seed")]
     status: Annotated[
-        Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"],
+        Literal["queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"],
         Field(title="Status"),
     ]
     error: JobError | None = None
@@ -1756,7 +1756,7 @@ class Sweep(BaseModel):
     id: Annotated[str, Field(examples=["swp_01h455vb4pex5vsknk084sn02q"], title="Id")]
     spec: SweepSpec
     counts: Annotated[
-        dict[Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"], int],
+        dict[Literal["queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"], int],
         Field(description="Points by the status of their jobs.", title="Counts"),
     ]
     finished: Annotated[
@@ -1777,7 +1777,7 @@ class SweepPoints(BaseModel):
     id: Annotated[str, Field(examples=["swp_01h455vb4pex5vsknk084sn02q"], title="Id")]
     spec: SweepSpec
     counts: Annotated[
-        dict[Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"], int],
+        dict[Literal["queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"], int],
         Field(description="Points by the status of their jobs.", title="Counts"),
     ]
     finished: Annotated[
@@ -1794,7 +1794,7 @@ class SweepPoints(BaseModel):
 class Job(BaseModel):
     id: Annotated[str, Field(examples=["job_01h455vb4pex5vsknk084sn02q"], title="Id")]
     status: Annotated[
-        Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"],
+        Literal["queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"],
         Field(title="Status"),
     ]
     phase: Annotated[

@@ -93,6 +93,22 @@ def cancel_job(job_id: str, request: Request, session: Db) -> Job:
     return as_job(job)
 
 
+@router.post("/{job_id}/pause", responses=responses(404, 409, 507))
+def pause_job(job_id: str, session: Db) -> Job:
+    """Ask a job to stop where it is, and to free its machine. It goes on from there with `resume`; inputs and work are kept."""
+    job = queue.pause(session, job_id)
+    session.commit()
+    return as_job(job)
+
+
+@router.post("/{job_id}/resume", responses=responses(404, 409, 507))
+def resume_job(job_id: str, session: Db) -> Job:
+    """Put a paused job back into the queue, at its old place."""
+    job = queue.resume(session, job_id)
+    session.commit()
+    return as_job(job)
+
+
 @router.delete("/{job_id}", status_code=204, responses=responses(404, 409, 507))
 def delete_job(job_id: str, request: Request, session: Db) -> None:
     """Forget a finished job with its events and artifacts. The model that came out of it stays."""

@@ -11,7 +11,7 @@ from narrow_engine.report.model import Size
 from narrow_engine.spec import Budget, JobSpec, SweepSpec, Unit
 
 Role = Literal["read", "write", "admin"]
-Status = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
+Status = Literal["queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"]
 Phase = Literal[
     "",
     "load",

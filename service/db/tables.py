@@ -22,7 +22,9 @@ from sqlmodel import Field, SQLModel
 
 from service.api.schemas import Role, Status
 
-STATUSES: tuple[Status, ...] = ("queued", "running", "cancelling", "succeeded", "failed", "cancelled")
+STATUSES: tuple[Status, ...] = ("queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled")
+HELD: tuple[Status, ...] = ("running", "pausing", "cancelling")
+"""Of a job that a worker has."""
 TERMINAL: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"

@@ -11,10 +11,12 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
+from alembic.ddl.impl import DefaultImpl
 from alembic.migration import MigrationContext
 from live import QUICK, running, spec_of
-from sqlalchemy import text
+from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.schema import DropTable
 from sqlmodel import SQLModel
 from tiny import ROOT
 
@@ -34,6 +36,12 @@ def settings(request, tmp_path) -> Settings:
     return found
 
 
+OLD_JOB = (
+    "INSERT INTO job (id, status, spec, phase, attempt, last_seq, engine_seq, created_at) "
+    "VALUES ('job_a', 'succeeded', '{}', '', 1, 0, 0, '2026-01-01')"
+)
+
+
 def job(**changes) -> JobRow:
     return JobRow(**{"id": new_id("job"), "status": "queued", "spec": {}, "created_at": now(), **changes})
 
@@ -45,12 +53,7 @@ def test_the_tables_of_the_first_version_become_those_of_today(settings):
     command.upgrade(config, "0001")
     engine = connect(settings)
     with engine.begin() as old:
-        old.execute(
-            text(
-                "INSERT INTO job (id, status, spec, phase, attempt, last_seq, engine_seq, created_at) "
-                "VALUES ('job_a', 'succeeded', '{}', '', 1, 0, 0, '2026-01-01')"
-            )
-        )
+        old.execute(text(OLD_JOB))
         old.execute(text("INSERT INTO idempotency VALUES ('key', 'digest', 'job_a', '2026-01-01')"))
         old.execute(text("INSERT INTO artifact VALUES ('job_a', 'model.safetensors', 17, 'digest', 'text/plain')"))
     migrate(settings)
@@ -67,6 +70,38 @@ def test_the_tables_of_the_first_version_become_those_of_today(settings):
         session.add(job(status="baked"))
         with pytest.raises(IntegrityError):
             session.commit()
+
+
+def test_an_update_that_is_cut_off_leaves_the_tables_as_they_were(settings, monkeypatch):
+    """All its steps are one transaction, in both databases."""
+    config = Config()
+    config.set_main_option("script_location", str(ROOT / "service" / "db" / "migrations"))
+    config.attributes["url"] = settings.database
+    command.upgrade(config, "0001")
+    engine = connect(settings)
+    with engine.begin() as old:
+        old.execute(text(OLD_JOB))
+        old.execute(text("INSERT INTO idempotency VALUES ('key', 'digest', 'job_a', '2026-01-01')"))
+    steps, run = [], DefaultImpl._exec
+
+    def cut(self, *arguments, **options):
+        steps.append(arguments)
+        if isinstance(arguments[0], DropTable) and arguments[0].element.name == "idempotency_before":
+            raise KeyboardInterrupt
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(DefaultImpl, "_exec", cut)
+    with pytest.raises(KeyboardInterrupt):
+        migrate(settings)
+    assert len(steps) > 10
+    monkeypatch.undo()
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar() == "0001"
+        tables = set(inspect(connection).get_table_names())
+    assert not {"sweep", "api_key", "idempotency_before"} & tables
+    migrate(settings)
+    with open_session(engine) as session:
+        assert session.get(IdempotencyRow, ("default", "key")) is not None
 
 
 def test_processes_that_start_together_make_the_tables_once(settings, tmp_path):

@@ -89,6 +89,35 @@ def test_sigterm_drains_a_stream_ends_and_the_job_goes_on_later(tmp_path, tiny_f
         assert (job["status"], job["attempt"]) == ("queued", 0), "a drain is no failed attempt"
 
 
+def test_a_paused_job_frees_its_worker_and_goes_on_where_it_was(tmp_path, tiny_folder, python_file):
+    with running(tmp_path / "data") as service:
+        spec = spec_of(service, tiny_folder, python_file, SLOW)
+        first, second = (service.http.post("/jobs", json={**spec, "seed": seed}).json()["id"] for seed in (0, 1))
+        assert service.http.post(f"/jobs/{second}/pause").json()["status"] == "paused"
+        assert service.http.post(f"/jobs/{second}/pause").json()["status"] == "paused"
+        service.wait(first, lambda j: j["phase"] == "recover" and j["progress"] and j["progress"]["done"])
+        assert service.http.post(f"/jobs/{first}/pause").json()["status"] == "pausing"
+        service.wait(first, lambda j: j["status"] == "paused")
+        assert not service.children(JOBS)
+        done = service.job(first)["progress"]["done"]
+        assert service.http.post(f"/jobs/{second}/resume").json()["status"] == "queued"
+        service.wait(second, lambda j: j["status"] == "running")
+        assert service.http.post(f"/jobs/{first}/resume").json()["status"] == "queued"
+        assert service.http.post(f"/jobs/{second}/pause").json()["status"] == "pausing"
+        job = service.wait(first, lambda j: j["progress"] and j["progress"]["done"] > done)
+        assert job["attempt"] == 1, "a pause is no failed attempt"
+        again = [e["data"]["done"] for e in numbered(service, first) if e["kind"] == "progress" and e["phase"] == "recover"]
+        assert again == sorted(again), "and costs no work"
+        reused = [e["phase"] for e in numbered(service, first) if e["kind"] == "finished" and e["data"]["reused"]]
+        assert {"load", "score", "reconstruct"} <= set(reused)
+        for job_id in (first, second):
+            service.http.post(f"/jobs/{job_id}/cancel")
+            service.wait(job_id, lambda j: j["status"] == "cancelled")
+            for verb, words in (("pause", "nothing to pause"), ("resume", "nothing to resume")):
+                answer = service.http.post(f"/jobs/{job_id}/{verb}")
+                assert (answer.status_code, words in answer.json()["detail"]) == (409, True)
+
+
 def test_a_job_whose_process_always_dies_is_failed_with_a_sentence(tmp_path, tiny_folder, python_file):
     with running(tmp_path / "data", NARROW_MAX_ATTEMPTS="2") as service:
         job_id = service.http.post("/jobs", json=spec_of(service, tiny_folder, python_file, SLOW)).json()["id"]
@@ -282,10 +311,12 @@ def test_the_janitor_removes_what_was_left_and_nothing_else(idle):
             ended_job(session, "running", **expired),
             ended_job(session, "cancelling", **expired),
         ]
+        paused = ended_job(session, "pausing", **expired)
         session.add(ModelRow(id="mdl_known", name="x", info={}, created_at=now()))
         session.commit()
-        queue.claim(session, 1, 3), queue.claim(session, 1, 3), queue.claim(session, 1, 3)
-    for name in (kept, *gone):
+        for _ in range(4):
+            queue.claim(session, 1, 3)
+    for name in (kept, paused, *gone):
         (settings.data / "runs" / name).mkdir()
     models = settings.data / "models"
     for name in ("mdl_known", "mdl_lost", "mdl_unmarked", ".mdl_upload"):
@@ -298,7 +329,7 @@ def test_the_janitor_removes_what_was_left_and_nothing_else(idle):
     with storage.publishing():
         janitor.tidy(engine, settings)
         assert storage.path(sha256).exists(), "somebody publishes"
-    assert [f.name for f in (settings.data / "runs").iterdir()] == [kept]
+    assert sorted(f.name for f in (settings.data / "runs").iterdir()) == sorted([kept, paused])
     assert (models / ".mdl_upload").exists(), "an upload that may be running"
     assert (models / "mdl_lost").exists(), "an upload that may be running"
     janitor.tidy(engine, settings, stale_seconds=0)
