@@ -11,7 +11,7 @@ from service.auth import caller
 from service.db.session import connect
 from service.openapi import describe
 from service.settings import Settings
-from service.storage import Storage
+from service.storage import open_storage
 
 
 def create_app(settings: Settings, keys_needed: bool = False) -> FastAPI:
@@ -25,7 +25,7 @@ def create_app(settings: Settings, keys_needed: bool = False) -> FastAPI:
     )
     app.state.settings, app.state.keys_needed = settings, keys_needed
     app.state.engine = connect(settings)
-    app.state.storage = Storage(settings.data / "artifacts")
+    app.state.storage = open_storage(settings)
     app.state.drain = asyncio.Event()
     problems.install(app)
     known = [Depends(caller)]

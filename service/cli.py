@@ -33,6 +33,7 @@ from service.db.session import connect, migrate, open_session, read_session
 from service.db.tables import DEFAULT_TENANT, KeyRow, now
 from service.runners.local import die_with_parent
 from service.settings import Settings
+from service.storage import open_storage
 
 REQUEST_SECONDS = 10
 """What open requests have to end when the service is asked to stop."""
@@ -149,6 +150,10 @@ def _settings() -> Settings:
 
 def _prepare(settings: Settings) -> None:
     """Folders and tables."""
+    try:
+        open_storage(settings)
+    except ImportError as error:
+        raise click.ClickException("NARROW_STORAGE_URL takes the extra s3: pip install 'narrow[s3]'.") from error
     try:
         settings.prepare()
         with tempfile.TemporaryFile(dir=settings.uploads):

@@ -9,25 +9,29 @@ from sqlalchemy import Engine
 from sqlmodel import Session, col, select
 
 from narrow_engine import shelf
-from service.db.session import open_session, read_session
+from service.db.session import open_session, read_session, removing
 from service.db.tables import TERMINAL, ArtifactRow, DatasetRow, JobRow, ModelRow
 from service.settings import Settings
-from service.storage import Storage, doubt
+from service.storage import Storage, artifact_key
 
 STALE_SECONDS = 6 * 3600.0
 """An upload that began so long ago has ended, one way or the other."""
+MARK_SECONDS = 60.0
+"""So has the transaction of a deletion that has marked files: no statement of it waits for so long."""
 
 
-def tidy(engine: Engine, settings: Settings, stale_seconds: float = STALE_SECONDS) -> None:
+def tidy(engine: Engine, settings: Settings, storage: Storage, stale_seconds: float = STALE_SECONDS) -> None:
     """One round. Several at once, also of several processes, do no harm."""
     for folder in settings.stages.iterdir():
         shelf.tidy(folder, settings.stage_seconds)
     with read_session(engine) as session:
         tidy_runs(session, settings)
-        tidy_uploads(session, settings.data / "models", ModelRow, stale_seconds)
-        tidy_uploads(session, settings.data / "datasets", DatasetRow, stale_seconds)
+        for table in (ModelRow, DatasetRow):
+            tidy_uploads(session, storage, table, stale_seconds)
+            if settings.storage_url:
+                tidy_fetched(session, settings, table)
     with open_session(engine) as session:
-        tidy_artifacts(session, Storage(settings.data / "artifacts"))
+        tidy_artifacts(session, settings, storage, marked_seconds=min(MARK_SECONDS, stale_seconds))
 
 
 def tidy_runs(session: Session, settings: Settings) -> None:
@@ -44,45 +48,58 @@ def remove_run(settings: Settings, job_id: str) -> None:
     shutil.rmtree(settings.data / "runs" / job_id, ignore_errors=True)
 
 
-def tidy_uploads(session: Session, folder: Path, table: type[ModelRow] | type[DatasetRow], stale_seconds: float) -> None:
-    """Uploads that were interrupted: temporary folders, and marked ones without a row."""
-    for entry in folder.glob(".*"):
-        try:
-            # Not the modification time, which a copied folder brings along.
-            age = time.time() - entry.stat().st_ctime
-        except FileNotFoundError:
-            continue
-        if age < stale_seconds:
-            continue
-        if entry.is_dir():
+def tidy_uploads(session: Session, storage: Storage, table: type[ModelRow] | type[DatasetRow], stale_seconds: float) -> None:
+    """Uploads that were interrupted: temporary folders, and what is marked and has no row."""
+    kind = f"{table.__tablename__}s"
+    for entry in (storage.root / kind).glob(".*"):
+        # Not the modification time, which a copied folder brings along.
+        if _age(entry, changed=False) >= stale_seconds:
             shutil.rmtree(entry, ignore_errors=True)
-            continue
-        marked = folder / entry.name.removeprefix(".").removesuffix(".doubt")
-        if doubt(marked) == entry:
-            if session.get(table, marked.name) is None:
-                shutil.rmtree(marked, ignore_errors=True)
-            entry.unlink(missing_ok=True)
+    for key in storage.doubted(f"{kind}/", stale_seconds):
+        if session.get(table, key.removeprefix(f"{kind}/")) is None:
+            storage.forget(key)
+        storage.sure(key)
 
 
-def tidy_artifacts(session: Session, storage: Storage, suspects: Iterable[str] = ()) -> None:
-    """Files without a row, of those that are marked or suspected, and torn copies. Nothing while a result is being
-    published: its marks stay for the next round. Ends the transaction."""
-    with storage.removing() as free:
+def tidy_fetched(session: Session, settings: Settings, table: type[ModelRow] | type[DatasetRow]) -> None:
+    """What this machine has fetched from the bucket, and of which no row knows or that no job has needed for long."""
+    folders = {folder.name: folder for folder in (settings.data / f"{table.__tablename__}s").glob("[!.]*")}
+    known = set(session.exec(select(table.id).where(col(table.id).in_(folders))))
+    needed = str(list(session.exec(select(JobRow.spec).where(col(JobRow.status).not_in(TERMINAL)))))
+    for name, folder in folders.items():
+        if name not in known or (name not in needed and _age(folder) > settings.stage_seconds):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _age(path: Path, changed: bool = True) -> float:
+    """Seconds since a folder was made or got another name or, with `changed`, since something in it has changed."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return 0.0
+    return time.time() - (found.st_mtime if changed else found.st_ctime)
+
+
+def tidy_artifacts(
+    session: Session,
+    settings: Settings,
+    storage: Storage,
+    suspects: Iterable[str] = (),
+    marked_seconds: float = MARK_SECONDS,
+) -> None:
+    """Files without a row, of those that have been marked for a while or are suspected, and torn copies. Nothing while a result
+    is being published: its marks stay for the next round. Ends the transaction."""
+    with removing(session.get_bind(), settings.data) as free:  # type: ignore[arg-type]
         if not free:
             return
-        # Within a transaction that writes: a deletion marks and commits in one of those, so it is seen whole or not at all.
-        session.connection()
-        names = sorted({*suspects, *(m.name[1:].removesuffix(".doubt") for m in storage.root.glob("*/.*.doubt"))})
+        marked = {key.rpartition("/")[2] for key in storage.doubted("artifacts/", marked_seconds)}
+        names = sorted({*suspects, *marked})
         used: set[str] = set()
         for first in range(0, len(names), 500):
             wanted = col(ArtifactRow.sha256).in_(names[first : first + 500])
             used.update(session.exec(select(ArtifactRow.sha256).where(wanted)))
-        for sha256 in used:
-            doubt(storage.path(sha256)).unlink(missing_ok=True)
         session.rollback()
-        for sha256 in names:
-            if sha256 not in used:
-                storage.path(sha256).unlink(missing_ok=True)
-                doubt(storage.path(sha256)).unlink(missing_ok=True)
-        for torn in storage.root.glob("*/.tmp-*"):
+        storage.delete(artifact_key(sha256) for sha256 in names if sha256 not in used)
+        storage.sure(*(artifact_key(sha256) for sha256 in names if sha256 in marked or sha256 not in used))
+        for torn in (storage.root / "artifacts").glob("*/.tmp-*"):
             torn.unlink(missing_ok=True)

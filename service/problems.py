@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from narrow_engine.errors import NarrowError
 from narrow_engine.spec import clear, sentence, wording
 from service.api.schemas import FieldError, Problem
+from service.storage import StorageAway
 
 MEDIA_TYPE = "application/problem+json"
 log = logging.getLogger("narrow.api")
@@ -140,6 +141,11 @@ def install(app: FastAPI) -> None:
             log.error("%s %s %s: %s", request.state.id, request.method, request.url.path, error.orig)
             return _answer(request, 503, "database_away", "The database cannot be reached: send the request again in a moment.")
         return unforeseen(request, error)
+
+    @app.exception_handler(StorageAway)
+    def storage_error(request: Request, error: StorageAway) -> Response:
+        log.error("%s %s %s: %s", request.state.id, request.method, request.url.path, error)
+        return _answer(request, 503, "storage_away", "The storage cannot be reached: send the request again in a moment.")
 
     @app.exception_handler(DataError)
     def unkept(request: Request, error: DataError) -> Response:

@@ -15,6 +15,14 @@ class Settings(BaseSettings):
 
     data: Path = Field(Path("narrow-data"), description="Folder of database, uploads, runs and artifacts.")
     database_url: str = Field("", description="postgresql://USER@HOST/NAME; by default SQLite in the data folder.")
+    storage_url: str = Field(
+        "",
+        pattern=r"^(s3://[^/]+(/.*)?)?$",
+        description="s3://BUCKET/PREFIX, with AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...; by default the data folder.",
+    )
+    storage_links: bool = Field(
+        False, description="Downloads are redirected to the bucket by presigned URLs: where clients reach it too."
+    )
     keys: Literal["auto", "always", "never"] = Field(
         "auto", description="Whether requests need an API key; `auto`: everywhere but on loopback."
     )
@@ -49,5 +57,5 @@ class Settings(BaseSettings):
 
     def prepare(self) -> None:
         """Makes the folders."""
-        for folder in (*(self.data / name for name in ("models", "datasets", "runs")), self.uploads, self.stages):
+        for folder in (*(self.data / name for name in ("models", "datasets", "runs", "artifacts")), self.uploads, self.stages):
             folder.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from service.api.schemas import Dataset, Model, Page
 from service.db.tables import DatasetRow, ModelRow, new_id, now
 from service.problems import ApiError
 from service.settings import Settings
-from service.storage import doubt
+from service.storage import Storage
 
 PREVIEW_DOCUMENTS, PREVIEW_CHARACTERS = 3, 300
 NAME_BYTES = 200
@@ -40,7 +40,7 @@ def as_dataset(row: DatasetRow) -> Dataset:
     return Dataset.model_validate({**row.model_dump(), "column": row.text_column})
 
 
-def store_model(session: Session, settings: Settings, files: list[UploadFile], name: str | None) -> Model:
+def store_model(session: Session, storage: Storage, files: list[UploadFile], name: str | None) -> Model:
     """Keeps a model that was uploaded as its files. Raises NarrowError for what is wrong with it."""
     names = [_basename(file) for file in files]
     for given in names:
@@ -48,7 +48,7 @@ def store_model(session: Session, settings: Settings, files: list[UploadFile], n
             raise refuse_name(given)
     if len(set(names)) != len(names):
         raise NarrowError("unexpected_file", "Two of the files have the same name: send each once.")
-    with _folder(session, settings, "models", "mdl") as (identifier, folder):
+    with _folder(session, storage, "models", "mdl") as (identifier, folder):
         for file, given in zip(files, names, strict=True):
             _write(file, folder / given)
         info = inspect_model(folder)
@@ -69,14 +69,14 @@ def store_model(session: Session, settings: Settings, files: list[UploadFile], n
     return answer
 
 
-def store_dataset(session: Session, settings: Settings, file: UploadFile, name: str | None, column: str) -> Dataset:
+def store_dataset(session: Session, storage: Storage, file: UploadFile, name: str | None, column: str) -> Dataset:
     """Keeps a dataset, read through once: every row is checked before a job can meet it."""
     given = _basename(file)
     plain = given.lower().removesuffix(".gz")
     ending = next((e for e in _ENDINGS if plain.endswith(e)), "")
     # Without an ending that is known the name stays, for the sentence that says so.
     stored = "data" + ending + (".gz" if given.lower().endswith(".gz") else "") if ending else given
-    with _folder(session, settings, "datasets", "ds") as (identifier, folder):
+    with _folder(session, storage, "datasets", "ds") as (identifier, folder):
         path = folder / stored
         sha256 = _write(file, path)
         documents, size = 0, 0
@@ -108,15 +108,15 @@ def store_dataset(session: Session, settings: Settings, file: UploadFile, name: 
     return answer
 
 
-def forget(session: Session, settings: Settings, kind: str, row: ModelRow | DatasetRow) -> None:
-    """Removes a model or dataset: first its row, then its folder."""
-    folder = settings.data / kind / row.id
+def forget(session: Session, storage: Storage, row: ModelRow | DatasetRow) -> None:
+    """Removes a model or dataset: first its row, then its files."""
+    key = f"{row.__tablename__}s/{row.id}"
     with suppress(OSError):  # a full disk must not keep anybody from making room
-        doubt(folder).touch()
+        storage.doubt(key)
     session.delete(row)
     session.commit()
-    shutil.rmtree(folder, ignore_errors=True)
-    doubt(folder).unlink(missing_ok=True)
+    storage.forget(key)
+    storage.sure(key)
 
 
 def require_space(settings: Settings) -> None:
@@ -126,23 +126,21 @@ def require_space(settings: Settings) -> None:
 
 
 @contextmanager
-def _folder(session: Session, settings: Settings, kind: str, prefix: str) -> Iterator[tuple[str, Path]]:
-    """A temporary folder that gets its final name when the block ends well, and vanishes when it does not. Commits."""
+def _folder(session: Session, storage: Storage, kind: str, prefix: str) -> Iterator[tuple[str, Path]]:
+    """A temporary folder that is kept when the block ends well, and vanishes when it does not. Commits."""
     identifier = new_id(prefix)
-    final = settings.data / kind / identifier
-    temporary = final.with_name(f".{identifier}")
+    key, temporary = f"{kind}/{identifier}", storage.root / kind / f".{identifier}"
     temporary.mkdir()
     try:
         yield identifier, temporary
-        doubt(final).touch()
-        temporary.rename(final)
+        storage.doubt(key)
+        storage.keep(temporary, key)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        doubt(final).unlink(missing_ok=True)
         raise
-    # If this fails the mark stays: nobody knows whether the row is there, and the janitor will look.
+    # If one of these fails the mark stays: nobody knows whether the row is there, and the janitor will look.
     session.commit()
-    doubt(final).unlink(missing_ok=True)
+    storage.sure(key)
 
 
 def _write(file: UploadFile, path: Path) -> str:

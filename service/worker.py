@@ -31,11 +31,12 @@ from narrow_engine.report.frontier import outcome
 from narrow_engine.report.model import Report
 from narrow_engine.spec import INPUTS, CompressionSpec, DatasetId, JobSpec, ModelId, sentence, wording
 from service import janitor, queue
-from service.db.session import AWAY, connect, open_session, read_session
+from service.db import session as db
+from service.db.session import connect, open_session, publishing, read_session
 from service.db.tables import ArtifactRow, DatasetRow, JobRow, ModelRow, OutcomeRow, now
 from service.runners import local
 from service.settings import Settings
-from service.storage import Storage, doubt
+from service.storage import Storage, StorageAway, artifact_key, open_storage
 
 LOOK_SECONDS = 0.25
 PAUSE_SECONDS = 1.0
@@ -47,6 +48,9 @@ FULL_BYTES = 2**20
 PATIENCE = 5
 """Tries that are left to a worker that is to stop."""
 
+AWAY = (*db.AWAY, StorageAway)
+"""What is not there for a while: the database, or the bucket."""
+
 T = TypeVar("T")
 log = logging.getLogger("narrow.worker")
 
@@ -54,13 +58,13 @@ log = logging.getLogger("narrow.worker")
 def work(settings: Settings, stop: threading.Event) -> None:
     """Runs jobs one after the other until `stop` is set."""
     settings.prepare()
-    engine = connect(settings)
+    engine, storage = connect(settings), open_storage(settings)
     tidied = -math.inf
     while not stop.is_set():
         try:
             if time.monotonic() - tidied > settings.janitor_seconds:
                 tidied = time.monotonic()
-                janitor.tidy(engine, settings)
+                janitor.tidy(engine, settings, storage)
             with open_session(engine) as session:
                 job = queue.claim(session, settings.lease_seconds, settings.max_attempts)
         except (*AWAY, OSError) as error:
@@ -71,7 +75,7 @@ def work(settings: Settings, stop: threading.Event) -> None:
             stop.wait(settings.poll_seconds)
             continue
         try:
-            _Execution(settings, engine, job, stop).run()
+            _Execution(settings, engine, storage, job, stop).run()
         except queue.LeaseLost:
             log.warning("%s was taken over by another worker", job.id)
         except Exception:
@@ -88,9 +92,9 @@ def _complain(error: Exception) -> None:
 class _Execution:
     """One start of one job."""
 
-    def __init__(self, settings: Settings, engine: Engine, job: JobRow, stop: threading.Event) -> None:
+    def __init__(self, settings: Settings, engine: Engine, storage: Storage, job: JobRow, stop: threading.Event) -> None:
         assert job.lease_token is not None
-        self.settings, self.engine, self.stop = settings, engine, stop
+        self.settings, self.engine, self.storage, self.stop = settings, engine, storage, stop
         self.job, self.id, self.token = job, job.id, job.lease_token
         self.folder = settings.data / "runs" / job.id
         self.read = 0
@@ -100,7 +104,9 @@ class _Execution:
             self.folder.mkdir(parents=True, exist_ok=True)
             # A shelf for each tenant: that a stage is there already would tell who else has the same data.
             shelf = self.settings.stages.resolve() / self.job.tenant
-            process = local.start(self._patiently(self._write_spec), self.folder.resolve(), shelf)
+            with self._beating():
+                spec = self._patiently(self._write_spec)
+            process = local.start(spec, self.folder.resolve(), shelf)
         except OSError as error:
             self._failed(
                 "disk_full" if error.errno == errno.ENOSPC else "not_started",
@@ -182,7 +188,7 @@ class _Execution:
         failure = self.folder / "failure.json"
         if code == 0:
             try:
-                self._publish()
+                self._patiently(self._publish)
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
@@ -214,9 +220,8 @@ class _Execution:
 
     def _publish(self) -> None:
         """Stores the results, then ends the job in one transaction: a reader sees all of them or none."""
-        storage = Storage(self.settings.data / "artifacts")
         result = self.folder / "result"
-        with storage.publishing(), self._beating():
+        with publishing(self.engine, self.settings.data) as held, self._beating():
             files: list[ArtifactRow] = []
             for path in sorted(p for p in result.rglob("*") if p.is_file()):
                 name = path.relative_to(result).as_posix()
@@ -226,7 +231,7 @@ class _Execution:
                         job_id=self.id,
                         path=name,
                         bytes=path.stat().st_size,
-                        sha256=storage.put(path),
+                        sha256=self.storage.put_artifact(path),
                         media_type=media_type,
                     )
                 )
@@ -235,9 +240,10 @@ class _Execution:
             if self.job.sweep:
                 report = Report.model_validate_json((result / "report.json").read_bytes())
                 rows.append(OutcomeRow(job_id=self.id, outcome=outcome(report).model_dump(mode="json")))
+            held()
             self._finish("succeeded", rows=rows)
-        for kept in (*(storage.path(f.sha256) for f in files), self.settings.data / "models" / model.id):
-            doubt(kept).unlink(missing_ok=True)
+        with suppress(StorageAway):  # a mark that stays costs the janitor a look
+            self.storage.sure(*(artifact_key(f.sha256) for f in files), f"models/{model.id}")
 
     @contextmanager
     def _beating(self) -> Iterator[None]:
@@ -260,15 +266,13 @@ class _Execution:
     def _keep_model(self, source: Path) -> ModelRow:
         # The id follows from the job's, so a publication that was interrupted is repeated in the same place.
         identifier = "mdl_" + self.id.removeprefix("job_")
-        target = self.settings.data / "models" / identifier
-        temporary = target.with_name(f".{identifier}")
-        for stale in (temporary, target):
-            shutil.rmtree(stale, ignore_errors=True)
-        doubt(target).touch()
+        temporary = self.settings.data / "models" / f".{identifier}"
+        shutil.rmtree(temporary, ignore_errors=True)
         shutil.copytree(source, temporary)
-        temporary.rename(target)
+        self.storage.doubt(f"models/{identifier}")
+        self.storage.keep(temporary, f"models/{identifier}")
         name = self._patiently(self._model_name)
-        info = inspect_model(target).model_dump(mode="json")
+        info = inspect_model(source).model_dump(mode="json")
         return ModelRow(id=identifier, name=name[:100], info=info, job_id=self.id, created_at=now())
 
     def _model_name(self) -> str:
@@ -278,16 +282,15 @@ class _Execution:
     def _write_spec(self) -> Path:
         """The engine's spec: the job's, with ids replaced by paths."""
         spec = JobSpec.model_validate(self.job.spec)
-        data = self.settings.data.resolve()
         with read_session(self.engine) as session:
 
             def dataset(given: DatasetId) -> dict[str, Any]:
                 row = session.get_one(DatasetRow, given.dataset)
-                path = data / "datasets" / row.id / row.file
+                path = self.storage.folder(f"datasets/{row.id}").resolve() / row.file
                 return {"path": str(path), "column": row.text_column, "answer": given.answer and given.answer.model_dump()}
 
             def model(reference: ModelId) -> dict[str, str]:
-                return {"path": str(data / "models" / reference.model)}
+                return {"path": str(self.storage.folder(f"models/{reference.model}").resolve())}
 
             options = spec.model_dump(exclude=INPUTS)
             made = CompressionSpec.model_validate(

@@ -40,6 +40,17 @@ class Cluster:
         """As kill -9 of all its processes would: no checkpoint, and a recovery at the next start."""
         self._run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "-w", "stop")
 
+    def kill(self) -> None:
+        """kill -9 of all its processes."""
+        import psutil
+
+        server = psutil.Process(int((self.folder / "data" / "postmaster.pid").read_text().splitlines()[0]))
+        family = [server, *server.children(recursive=True)]
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family, 30)
+
     def remove(self) -> None:
         with suppress(subprocess.CalledProcessError):
             self.stop()

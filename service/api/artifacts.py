@@ -3,9 +3,10 @@
 import base64
 import re
 from typing import Annotated
+from urllib.parse import quote
 
 from fastapi import APIRouter, Header, Request, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, RedirectResponse, StreamingResponse
 from sqlmodel import Session, col, select
 
 from narrow_engine.report.model import Report
@@ -14,6 +15,7 @@ from service.api.schemas import Artifact, Page
 from service.api.sessions import ReadDb
 from service.db.tables import ArtifactRow
 from service.problems import ApiError, responses
+from service.storage import Storage, StorageAway, artifact_key
 
 router = APIRouter(prefix="/jobs/{job_id}", tags=["artifacts"])
 
@@ -97,11 +99,42 @@ def _artifact(session: Session, job_id: str, path: str) -> ArtifactRow:
 
 
 def _file(request: Request, row: ArtifactRow, media_type: str, headers: dict[str, str], filename: str | None = None) -> Response:
+    storage: Storage = request.app.state.storage
+    path = storage.file(artifact_key(row.sha256))
+    if path is None:
+        return _from_bucket(request, row, media_type, headers, filename)
     if not _understood(request.headers.get("range", "")):
         # RFC 9110, 14.2: a range that cannot be read is as good as none. Starlette would answer 400.
         request.scope["headers"] = [header for header in request.scope["headers"] if header[0] != b"range"]
-    path = request.app.state.storage.path(row.sha256)
     return FileResponse(path, media_type=media_type, headers=headers, filename=filename)
+
+
+def _from_bucket(request: Request, row: ArtifactRow, media_type: str, headers: dict[str, str], filename: str | None) -> Response:
+    """The same answer for a file that is not on this machine; of several ranges it gives the whole, as RFC 9110 allows."""
+    storage: Storage = request.app.state.storage
+    if filename and request.app.state.settings.storage_links and (link := storage.link(artifact_key(row.sha256))):
+        return RedirectResponse(link, 307, {**headers, "Cache-Control": "no-store"})
+    start, end, status = 0, row.bytes, 200
+    wanted = request.headers.get("range", "")
+    same = request.headers.get("if-range", headers.get("ETag", "")) == headers.get("ETag", "")
+    if _understood(wanted) and "," not in wanted and same:
+        first, last = _RANGE.fullmatch(wanted.partition("=")[2].strip()).groups()  # type: ignore[union-attr]
+        start, end = (int(first), int(last or row.bytes) + 1) if first else (max(0, row.bytes - int(last)), row.bytes)
+        end, status = min(end, row.bytes), 206
+        if start >= end:
+            detail = f"The range begins behind the end of the file: it has {row.bytes} bytes."
+            raise ApiError(416, "range_not_satisfiable", detail, headers={"Content-Range": f"bytes */{row.bytes}"})
+        headers = {**headers, "Content-Range": f"bytes {start}-{end - 1}/{row.bytes}"}
+    headers = {**headers, "Accept-Ranges": "bytes", "Content-Length": str(end - start)}
+    if filename:
+        headers["Content-Disposition"] = f"attachment; filename*=utf-8''{quote(filename)}"
+    if request.method == "HEAD":
+        return Response(status_code=status, headers=headers, media_type=media_type)
+    try:
+        chunks = storage.read(artifact_key(row.sha256), start, end)
+    except FileNotFoundError as error:
+        raise StorageAway(f"{row.sha256} is not in the bucket") from error
+    return StreamingResponse(chunks, status, headers, media_type)
 
 
 def _understood(header: str) -> bool:

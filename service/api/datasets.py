@@ -25,7 +25,7 @@ def upload_dataset(
 ) -> Dataset:
     """Upload a dataset. Every row is read before it is kept, and a bad one is named by its line."""
     require_space(request.app.state.settings)
-    return store_dataset(session, request.app.state.settings, file, name, column)
+    return store_dataset(session, request.app.state.storage, file, name, column)
 
 
 @router.get("", responses=responses())
@@ -51,4 +51,4 @@ def delete_dataset(dataset_id: str, request: Request, session: Db) -> None:
         parts = [job.spec["target"], job.spec.get("broad"), *job.spec["skills"]]
         if dataset_id in [part["dataset"] for part in parts if part]:
             raise ApiError(409, "dataset_in_use", f"The job {job.id} needs this dataset: cancel it or wait for it.")
-    forget(session, request.app.state.settings, "datasets", row)
+    forget(session, request.app.state.storage, row)

@@ -9,6 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.api.schemas import Health
 from service.db.session import read_session
+from service.storage import StorageAway
 
 router = APIRouter(tags=["health"])
 
@@ -21,7 +22,7 @@ def healthz() -> Health:
 
 @router.get("/readyz", responses={503: {"model": Health, "description": "Not ready; the checks say why."}})
 def readyz(request: Request, response: Response) -> Health:
-    """Database, disk and the will to work."""
+    """Database, disk, storage and the will to work."""
     state = request.app.state
     checks = {"accepting": "the service is stopping" if state.drain.is_set() else "ok"}
     try:
@@ -37,6 +38,12 @@ def readyz(request: Request, response: Response) -> Health:
         checks["disk"] = "ok" if free >= state.settings.min_free_bytes else f"only {free >> 20} MiB free"
     except OSError as error:
         checks["disk"] = error.strerror or "not writable"
+    if state.settings.storage_url:
+        try:
+            state.storage.has("ready")
+            checks["storage"] = "ok"
+        except StorageAway as error:
+            checks["storage"] = str(error)
     ready = all(value == "ok" for value in checks.values())
     response.status_code = 200 if ready else 503
     return Health(status="ok" if ready else "unavailable", checks=checks)

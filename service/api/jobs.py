@@ -20,8 +20,7 @@ from service.api.schemas import Job, JobError, Page, Progress, Status
 from service.api.sessions import Db, ReadDb
 from service.db.tables import TERMINAL, ArtifactRow, DatasetRow, JobRow, ModelRow
 from service.problems import ApiError, not_found, responses
-from service.settings import Settings
-from service.storage import Storage, doubt
+from service.storage import Storage, artifact_key
 from service.uploads import require_space
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -53,7 +52,7 @@ def create_job(spec: JobSpec, request: Request, response: Response, session: Db,
         session.commit()
     else:
         require_space(request.app.state.settings)
-        check_spec(session, spec, request.app.state.settings)
+        check_spec(session, spec, request.app.state.storage)
         job = queue.enqueue(session, spec)
         idempotency.commit(session, idempotency_key, spec, job_id=job.id)
     response.headers["Location"] = f"/jobs/{job.id}"
@@ -117,7 +116,7 @@ def delete_job(job_id: str, request: Request, session: Db) -> None:
         raise ApiError(409, "job_not_finished", f"The job is {job.status}: cancel it first.")
     digests = forget(session, request, [job])
     session.commit()
-    janitor.tidy_artifacts(session, request.app.state.storage, digests)
+    janitor.tidy_artifacts(session, request.app.state.settings, request.app.state.storage, digests)
 
 
 def forget(session: Session, request: Request, jobs: Sequence[JobRow]) -> list[str]:
@@ -129,18 +128,19 @@ def forget(session: Session, request: Request, jobs: Sequence[JobRow]) -> list[s
         session.exec(delete(ArtifactRow).where(col(ArtifactRow.job_id) == job.id))
         session.delete(job)
         janitor.remove_run(request.app.state.settings, job.id)
-    for sha256 in set(digests):
-        with suppress(OSError):  # a full disk must not keep anybody from making room
-            doubt(storage.path(sha256)).touch()
+    with suppress(OSError):  # a full disk must not keep anybody from making room
+        storage.doubt(*(artifact_key(sha256) for sha256 in set(digests)))
     return digests
 
 
-def check_spec(session: Session, spec: JobSpec, settings: Settings) -> ModelRow:
+def check_spec(session: Session, spec: JobSpec, storage: Storage) -> ModelRow:
     """Refuses a spec whose inputs are not there or whose budget cannot be met; returns the base."""
     base, *_ = (_model(session, reference) for reference in (spec.base, spec.teacher) if reference)
     if spec.teacher:
-        models, trimmed = settings.data / "models", "token" in spec.method.units
-        check_teacher(models / spec.base.model, models / spec.teacher.model, trimmed, spec.block_tokens)
+        needed = ("config.json", "tokenizer.json")
+        base_folder = storage.folder(f"models/{spec.base.model}", needed)
+        teacher_folder = storage.folder(f"models/{spec.teacher.model}", needed)
+        check_teacher(base_folder, teacher_folder, "token" in spec.method.units, spec.block_tokens)
     names = [skill.name for skill in spec.skills]
     for reference in spec.data:
         data = session.get(DatasetRow, reference.dataset)
@@ -149,7 +149,7 @@ def check_spec(session: Session, spec: JobSpec, settings: Settings) -> ModelRow:
         if reference is spec.target and data.name in names:
             raise ApiError(422, "invalid_request", f"A skill is called {data.name!r} like the target: give it another name.")
         if reference.answer:
-            _check_answers(settings.data / "datasets" / data.id / data.file, data, reference.answer.column)
+            _check_answers(storage.folder(f"datasets/{data.id}") / data.file, data, reference.answer.column)
     solve(base.info["config"], spec, DTYPES[base.info["dtype"]])
     _check_length(session.get_one(DatasetRow, spec.target.dataset), spec.block_tokens)
     return base

@@ -24,7 +24,7 @@ def upload_model(
 ) -> Model:
     """Upload a causal language model in the Hugging Face layout. It is checked against its config before it is kept."""
     require_space(request.app.state.settings)
-    return store_model(session, request.app.state.settings, files, name)
+    return store_model(session, request.app.state.storage, files, name)
 
 
 @router.get("", responses=responses())
@@ -49,4 +49,4 @@ def delete_model(model_id: str, request: Request, session: Db) -> None:
     for job in session.exec(select(JobRow).where(col(JobRow.status).not_in(TERMINAL))):
         if model_id in [part["model"] for part in (job.spec["base"], job.spec.get("teacher")) if part]:
             raise ApiError(409, "model_in_use", f"The job {job.id} needs this model: cancel it or wait for it.")
-    forget(session, request.app.state.settings, "models", row)
+    forget(session, request.app.state.storage, row)

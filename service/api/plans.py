@@ -17,7 +17,7 @@ router = APIRouter(prefix="/plans", tags=["plans"])
 @router.post("", responses=responses(404, 413))
 def create_plan(spec: JobSpec, request: Request, session: ReadDb) -> Plan:
     """The sizes before and after, what is kept, and estimates of memory and time."""
-    base = check_spec(session, spec, request.app.state.settings)
+    base = check_spec(session, spec, request.app.state.storage)
     teacher = session.get_one(ModelRow, spec.teacher.model).info["config"] if spec.teacher else None
     roles = [skill.role for skill in spec.skills]
     sizes = plan_sizes(base.info["config"], spec, DTYPES[base.info["dtype"]], roles, teacher)

@@ -17,7 +17,7 @@ from service.api.schemas import JobError, Page, Point, Status, Sweep, SweepPoint
 from service.api.sessions import Db, ReadDb
 from service.db.tables import TERMINAL, JobRow, OutcomeRow, SweepRow
 from service.problems import ApiError, responses
-from service.settings import Settings
+from service.storage import Storage
 from service.uploads import require_space
 
 router = APIRouter(prefix="/sweeps", tags=["sweeps"])
@@ -37,7 +37,7 @@ def create_sweep(
         sweep = queue.find_sweep(session, known.sweep_id)
     else:
         require_space(request.app.state.settings)
-        _check(session, spec, request.app.state.settings)
+        _check(session, spec, request.app.state.storage)
         sweep = queue.enqueue_sweep(session, spec)
         idempotency.commit(session, idempotency_key, spec, sweep_id=sweep.id)
     response.headers["Location"] = f"/sweeps/{sweep.id}"
@@ -78,7 +78,7 @@ def delete_sweep(sweep_id: str, request: Request, session: Db) -> None:
     session.flush()
     session.delete(sweep)
     session.commit()
-    janitor.tidy_artifacts(session, request.app.state.storage, digests)
+    janitor.tidy_artifacts(session, request.app.state.settings, request.app.state.storage, digests)
 
 
 @router.get("/{sweep_id}/frontier", response_model=Frontier, responses={**responses(404), **_PAGE})
@@ -105,12 +105,12 @@ def get_frontier(sweep_id: str, request: Request, session: ReadDb) -> Response:
     return HTMLResponse(render_frontier(found), headers=headers)
 
 
-def _check(session: Session, spec: SweepSpec, settings: Settings) -> None:
+def _check(session: Session, spec: SweepSpec, storage: Storage) -> None:
     """Refuses a sweep of which a point could not run, and says which."""
     for name, method in spec.methods.items():
         for budget in spec.budgets:
             try:
-                check_spec(session, spec.job(method, budget, spec.seeds[0]), settings)
+                check_spec(session, spec.job(method, budget, spec.seeds[0]), storage)
             except NarrowError as error:
                 told = budget.model_dump_json(exclude_none=True)
                 raise NarrowError(error.code, f"The method {name!r} with the budget {told}: {error}") from error

@@ -1,12 +1,14 @@
 """The database: an engine for SQLite or Postgres, and migrations at start."""
 
 import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Engine, event
+from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.exc import InterfaceError, OperationalError, TimeoutError
 from sqlalchemy.orm import ORMExecuteState, with_loader_criteria
 from sqlalchemy.sql.base import ExecutableOption
@@ -61,6 +63,53 @@ def migrate(settings: Settings) -> None:
     with (settings.data / "migrate.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         command.upgrade(config, "head")
+
+
+# A file that is kept already is not stored again, so nobody may remove it between the moment when it was found and the commit
+# of the row that names it. Who publishes therefore shares a lock from the first file to the commit, and files are removed only
+# under the whole of it. It is the database's where that is on many machines, and the kernel's where it is on this one; both
+# release it when its holder dies, and it does not matter how long a publication takes.
+
+_LOCK = "hashtext('narrow.artifacts')"
+
+
+@contextmanager
+def publishing(engine: Engine, data: Path) -> Iterator[Callable[[], object]]:
+    """While files are stored that rows will name. To be called before the commit: it fails if the lock was lost meanwhile."""
+    if engine.dialect.name == "postgresql":
+        with _apart(engine) as connection:
+            connection.execute(text(f"SELECT pg_advisory_lock_shared({_LOCK})"))
+            yield lambda: connection.execute(text("SELECT 1"))
+        return
+    with (data / "artifacts" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield lambda: None
+
+
+@contextmanager
+def removing(engine: Engine, data: Path) -> Iterator[bool]:
+    """Whether files can be removed now; if not, their marks stay for the janitor."""
+    if engine.dialect.name == "postgresql":
+        with _apart(engine) as connection:
+            yield bool(connection.execute(text(f"SELECT pg_try_advisory_lock({_LOCK})")).scalar())
+        return
+    with (data / "artifacts" / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+@contextmanager
+def _apart(engine: Engine) -> Iterator[Connection]:
+    """A connection without transactions, which would be ended for being idle. Its locks end with it."""
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        try:
+            yield connection
+        finally:
+            connection.invalidate()
 
 
 def open_session(engine: Engine) -> Session:

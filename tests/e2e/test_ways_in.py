@@ -224,6 +224,7 @@ def test_a_sweep_as_a_command_refuses_what_is_wrong_before_it_sends_anything(tin
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_recipe_makes_a_model(tmp_path):
     for domain in ("python", "c"):
         (tmp_path / "corpora" / domain).mkdir(parents=True)

@@ -15,9 +15,9 @@ from sqlalchemy import text
 
 from narrow_engine.pipeline import LINE
 from service import janitor, queue
-from service.db.session import connect, open_session
+from service.db.session import connect, open_session, publishing
 from service.db.tables import ArtifactRow, JobRow, ModelRow, new_id, now
-from service.storage import Storage, doubt
+from service.storage import artifact_key, open_storage
 
 WORKERS, JOBS = "service.worker", "-m narrow_engine"
 
@@ -205,7 +205,8 @@ def test_a_slow_download_and_a_held_lock_keep_no_reader_waiting(tmp_path, python
         with large.open("wb") as file:
             file.truncate(64 * 2**20)
         engine, settings = database(tmp_path / "data")
-        sha256 = Storage(settings.data / "artifacts").put(large)
+        storage = open_storage(settings)
+        sha256 = storage.put_artifact(large)
         with open_session(engine) as session:
             job_id = ended_job(session)
             row = ArtifactRow(job_id=job_id, path="large", bytes=64 * 2**20, sha256=sha256, media_type="text/plain")
@@ -221,7 +222,7 @@ def test_a_slow_download_and_a_held_lock_keep_no_reader_waiting(tmp_path, python
             service.upload_dataset(python_file)
             assert service.http.delete(f"/jobs/{job_id}").status_code == 204
             assert time.monotonic() - asked < 5
-        assert not Storage(settings.data / "artifacts").path(sha256).exists()
+        assert not storage.has(artifact_key(sha256))
 
 
 def test_many_readers_at_once_do_not_starve_each_other(tmp_path):
@@ -268,6 +269,7 @@ def test_a_job_that_cannot_be_told_to_the_engine_fails_and_the_worker_lives(tmp_
         assert not list((tmp_path / "data" / "runs").iterdir())
 
 
+@pytest.mark.slow
 def test_sigterm_drains_also_a_worker_that_replaced_a_killed_one(tmp_path, tiny_folder, python_file):
     data = tmp_path / "data"
     with running(data) as service:
@@ -302,7 +304,7 @@ def idle(tmp_path):
 
 def test_the_janitor_removes_what_was_left_and_nothing_else(idle):
     engine, settings = idle
-    storage = Storage(settings.data / "artifacts")
+    storage = open_storage(settings)
     with open_session(engine) as session:
         kept = ended_job(session, "queued", finished_at=None)
         expired = {"attempt": 3, "lease_token": "x", "lease_until": now(), "finished_at": None}
@@ -322,41 +324,20 @@ def test_the_janitor_removes_what_was_left_and_nothing_else(idle):
     for name in ("mdl_known", "mdl_lost", "mdl_unmarked", ".mdl_upload"):
         (models / name).mkdir()
     for name in ("mdl_known", "mdl_lost"):
-        doubt(models / name).touch()
+        storage.doubt(f"models/{name}")
     (settings.data / "any").write_text("any")
-    sha256 = storage.put(settings.data / "any")
-    (storage.path(sha256).parent / ".tmp-torn").touch()
-    with storage.publishing():
-        janitor.tidy(engine, settings)
-        assert storage.path(sha256).exists(), "somebody publishes"
+    sha256 = storage.put_artifact(settings.data / "any")
+    (storage.file(artifact_key(sha256)).parent / ".tmp-torn").touch()
+    with publishing(engine, settings.data):
+        janitor.tidy(engine, settings, storage)
+        assert storage.has(artifact_key(sha256)), "somebody publishes"
     assert sorted(f.name for f in (settings.data / "runs").iterdir()) == sorted([kept, paused])
     assert (models / ".mdl_upload").exists(), "an upload that may be running"
     assert (models / "mdl_lost").exists(), "an upload that may be running"
-    janitor.tidy(engine, settings, stale_seconds=0)
+    janitor.tidy(engine, settings, storage, stale_seconds=0)
     assert sorted(f.name for f in models.iterdir()) == ["mdl_known", "mdl_unmarked"]
-    assert [p for p in storage.root.rglob("*") if p.is_file()] == [storage.root / ".lock"]
-
-
-def test_a_file_that_two_jobs_share_outlives_one_of_them(idle, tmp_path):
-    """Also when the second is just being published: its file was found, its row is not there yet."""
-    engine, settings = idle
-    storage = Storage(settings.data / "artifacts")
-    file = tmp_path / "file"
-    file.write_text("the same")
-    sha256 = storage.put(file)
-    with open_session(engine) as session, storage.publishing():
-        assert storage.put(file) == sha256
-        janitor.tidy_artifacts(session, storage, [sha256])  # what deleting the first does
-        job_id = ended_job(session)
-        session.add(ArtifactRow(job_id=job_id, path="a", bytes=8, sha256=sha256, media_type="text/plain"))
-        session.commit()
-    with open_session(engine) as session:
-        janitor.tidy_artifacts(session, storage, [sha256])
-        assert storage.path(sha256).exists()
-        session.delete(session.get(JobRow, job_id))
-        session.commit()
-        janitor.tidy_artifacts(session, storage, [sha256])
-    assert not storage.path(sha256).exists()
+    assert [p for p in (settings.data / "artifacts").rglob("*") if p.is_file() and p.name != ".lock"] == []
+    assert storage.doubted("") == []
 
 
 @pytest.mark.parametrize(

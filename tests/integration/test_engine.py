@@ -5,11 +5,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
+from runs import Run
 from tiny import documents, tiny_model, write_jsonl
 from tokenizers import Tokenizer
 
@@ -47,8 +47,7 @@ def spec(tmp_path, tiny_folder, python_file, german_file):
 
 
 def start(spec, out):
-    command = [sys.executable, "-m", "narrow_engine", str(spec), "--out", str(out), "--quiet"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return Run("run", spec, "--out", out, "--quiet")
 
 
 def finish(process):
@@ -269,9 +268,7 @@ def test_a_report_is_made_again_from_the_same_bytes_and_from_no_other(spec, tmp_
     shutil.copy(python_file, moved / "text.jsonl")
 
     def reproduce(*inputs, out="again"):
-        command = [sys.executable, "-m", "narrow_client.cli", "reproduce", report, *inputs, "--out", tmp_path / out]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
-        return done.returncode, done.stdout + done.stderr
+        return finish(Run("reproduce", report, *inputs, "--out", tmp_path / out))
 
     status, told = reproduce(moved)
     assert (status, f"{german_file.name!r} with the SHA-256" in told, "Traceback" in told) == (1, True, False), told

@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
+from runs import Run
 
 from narrow_engine import shelf
 from narrow_engine.events import read_events
@@ -31,17 +30,9 @@ def run(tmp_path, tiny_folder, python_file):
             **changes,
         }
         (tmp_path / f"{name}.json").write_text(json.dumps(spec))
-        command = [
-            sys.executable,
-            "-m",
-            "narrow_engine",
-            str(tmp_path / f"{name}.json"),
-            "--out",
-            str(tmp_path / name),
-            "--quiet",
-        ]
-        options = ["--shared", str(tmp_path / "shelf")] if share else []
-        subprocess.run([*command, *options], check=True, timeout=240)
+        options = ["--shared", tmp_path / "shelf"] if share else []
+        told = Run("run", tmp_path / f"{name}.json", "--out", tmp_path / name, "--quiet", *options)
+        assert told.wait(240) == 0, told.communicate()
         events = read_events(tmp_path / name / "events.jsonl")
         report = Report.model_validate_json((tmp_path / name / "result" / "report.json").read_bytes())
         return events, report, (tmp_path / name / "result" / "model" / "model.safetensors").read_bytes()
@@ -67,6 +58,7 @@ def test_a_second_size_shares_what_is_the_same_and_comes_out_as_if_alone(run, tm
     assert (tmp_path / "second" / "score" / "scores.safetensors").stat().st_nlink == 3
 
 
+@pytest.mark.slow
 def test_other_methods_and_sizes_hear_what_was_said_once(run, tmp_path):
     def taught(kind):
         return {"kind": kind, "calibration_tokens": 512, "recover": {"tokens": 512, "batch_tokens": 256, "cache": "hidden"}}
@@ -93,8 +85,7 @@ def test_who_is_at_the_same_is_waited_for_and_who_dies_is_not(tmp_path, tiny_fol
     (tmp_path / "spec.json").write_text(json.dumps(spec))
 
     def start(name):
-        command = [sys.executable, "-m", "narrow_engine", tmp_path / "spec.json", "--out", tmp_path / name]
-        return subprocess.Popen([*command, "--shared", tmp_path / "shelf", "--quiet"])
+        return Run("run", tmp_path / "spec.json", "--out", tmp_path / name, "--shared", tmp_path / "shelf", "--quiet")
 
     def told(name, condition):
         deadline = time.monotonic() + 120
@@ -112,7 +103,7 @@ def test_who_is_at_the_same_is_waited_for_and_who_dies_is_not(tmp_path, tiny_fol
     time.sleep(1)
     assert not any(e.phase == "score" and e.kind == "started" for e in read_events(tmp_path / "second" / "events.jsonl"))
     first.kill()
-    first.wait()
+    first.wait(30)
     told("second", lambda e: e.phase == "score" and e.kind == "started")
     second.terminate()
     assert second.wait(30) == 130
