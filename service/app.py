@@ -6,7 +6,7 @@ from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
 
 from service import problems
-from service.api import artifacts, datasets, events, health, jobs, keys, models, plans, sweeps
+from service.api import artifacts, datasets, events, health, jobs, keys, models, plans, sweeps, uploads
 from service.auth import caller
 from service.db.session import connect
 from service.openapi import describe
@@ -32,7 +32,8 @@ def create_app(settings: Settings, keys_needed: bool = False) -> FastAPI:
     # Limits belong to routes: FastAPI's limit of the whole application would answer around our error handlers.
     for router in (jobs.router, events.router, artifacts.router, sweeps.router, plans.router, keys.router):
         app.include_router(router, dependencies=known, max_body_size=settings.max_body_bytes)
-    app.include_router(models.router, dependencies=known, max_body_size=settings.max_model_bytes)
+    for router in (models.router, uploads.router):
+        app.include_router(router, dependencies=known, max_body_size=settings.max_model_bytes)
     app.include_router(datasets.router, dependencies=known, max_body_size=settings.max_dataset_bytes)
     app.include_router(health.router, max_body_size=settings.max_body_bytes)
     describe(app)

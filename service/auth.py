@@ -55,7 +55,7 @@ def needs(method: str, path: str) -> Role:
     """The role that a request takes: to look, read; to make or end something, write; for keys, admin."""
     if path == "/keys" or path.startswith("/keys/"):
         return "admin"
-    return "read" if method in ("GET", "HEAD") or path == "/plans" else "write"
+    return "read" if method in ("GET", "HEAD", "OPTIONS") or path == "/plans" else "write"
 
 
 def expiry(wanted: NewKey) -> datetime | None:

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sqlalchemy import Engine
-from sqlmodel import Session, col, select
+from sqlmodel import Session, col, delete, select
 
 from narrow_engine import shelf
 from service.db.session import open_session, read_session, removing
-from service.db.tables import TERMINAL, ArtifactRow, DatasetRow, JobRow, ModelRow
+from service.db.tables import TERMINAL, ArtifactRow, DatasetRow, JobRow, ModelRow, UploadRow, now
 from service.settings import Settings
 from service.storage import Storage, artifact_key
 
@@ -24,6 +24,7 @@ def tidy(engine: Engine, settings: Settings, storage: Storage, stale_seconds: fl
     """One round. Several at once, also of several processes, do no harm."""
     for folder in settings.stages.iterdir():
         shelf.tidy(folder, settings.stage_seconds)
+    tidy_pieces(engine, storage)
     with read_session(engine) as session:
         tidy_runs(session, settings)
         for table in (ModelRow, DatasetRow):
@@ -59,6 +60,20 @@ def tidy_uploads(session: Session, storage: Storage, table: type[ModelRow] | typ
         if session.get(table, key.removeprefix(f"{kind}/")) is None:
             storage.forget(key)
         storage.sure(key)
+
+
+def tidy_pieces(engine: Engine, storage: Storage) -> None:
+    """Uploads of which nothing was made in time, or something was and their pieces are not needed any more."""
+    for piece in (storage.root / "uploads").glob(".piece-*"):
+        if _age(piece) > STALE_SECONDS:
+            piece.unlink(missing_ok=True)
+    with open_session(engine) as session:
+        expired = list(session.exec(select(UploadRow.id).where(col(UploadRow.expires_at) < now())))
+    for identifier in expired:
+        storage.forget(f"uploads/{identifier}")
+        with open_session(engine) as session:
+            session.exec(delete(UploadRow).where(col(UploadRow.id) == identifier))
+            session.commit()
 
 
 def tidy_fetched(session: Session, settings: Settings, table: type[ModelRow] | type[DatasetRow]) -> None:

@@ -37,6 +37,7 @@ TITLES = {
     415: "Unsupported media type",
     416: "Range not satisfiable",
     422: "Cannot be processed",
+    460: "Checksum mismatch",
     500: "Internal error",
     503: "Unavailable",
     507: "Out of space",

@@ -37,6 +37,7 @@ class Settings(BaseSettings):
     max_attempts: int = Field(3, ge=1, description="Starts of a job whose process or worker dies, before it is failed.")
     janitor_seconds: float = Field(300.0, gt=0, description="How often a worker without a job looks for what was left behind.")
 
+    upload_seconds: float = Field(259_200.0, gt=0, description="Uploads go of which nothing has been made for so long.")
     stage_seconds: float = Field(86_400.0, ge=0, description="Stages that jobs share go when none has used them for so long.")
 
     @property

@@ -60,6 +60,10 @@ class Storage(ABC):
         """Stores a copy of a file, durably."""
 
     @abstractmethod
+    def move(self, key: str, source: Path) -> None:
+        """Stores a file on the disk of `root` and takes it over."""
+
+    @abstractmethod
     def has(self, key: str) -> bool: ...
 
     @abstractmethod
@@ -144,6 +148,13 @@ class Folder(Storage):
             Path(name).unlink(missing_ok=True)
             raise
 
+    def move(self, key: str, source: Path) -> None:
+        target = self.root / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with source.open("rb") as file:
+            os.fsync(file.fileno())
+        source.rename(target)
+
     def has(self, key: str) -> bool:
         return (self.root / key).exists()
 
@@ -205,6 +216,10 @@ class Bucket(Storage):
 
         with _reaching(), source.open("rb") as file:
             obstore.put(self.store, key, file, chunk_size=PART, max_concurrency=4)
+
+    def move(self, key: str, source: Path) -> None:
+        self.put(key, source)
+        source.unlink()
 
     def has(self, key: str) -> bool:
         import obstore

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import accepted_name, inspect_model, refuse_name
 from narrow_engine.spec import Name
 from service.api.schemas import Dataset, Model, Page
-from service.db.tables import DatasetRow, ModelRow, new_id, now
-from service.problems import ApiError
+from service.db.tables import DatasetRow, ModelRow, UploadRow, new_id, now
+from service.problems import ApiError, not_found
 from service.settings import Settings
 from service.storage import Storage
 
@@ -40,17 +40,22 @@ def as_dataset(row: DatasetRow) -> Dataset:
     return Dataset.model_validate({**row.model_dump(), "column": row.text_column})
 
 
-def store_model(session: Session, storage: Storage, files: list[UploadFile], name: str | None) -> Model:
-    """Keeps a model that was uploaded as its files. Raises NarrowError for what is wrong with it."""
-    names = [_basename(file) for file in files]
+def store_model(
+    session: Session, storage: Storage, files: Sequence[UploadFile], uploads: Sequence[str], name: str | None
+) -> Model:
+    """Keeps a model that was uploaded as its files, in the form or before. Raises NarrowError for what is wrong with it."""
+    complete = [_complete(session, storage, upload) for upload in uploads]
+    names = [*(check_name(file.filename or "") for file in files), *(upload.name for upload in complete)]
     for given in names:
         if not accepted_name(given):
             raise refuse_name(given)
     if len(set(names)) != len(names):
         raise NarrowError("unexpected_file", "Two of the files have the same name: send each once.")
     with _folder(session, storage, "models", "mdl") as (identifier, folder):
-        for file, given in zip(files, names, strict=True):
-            _write(file, folder / given)
+        for file, given in zip(files, names, strict=False):
+            _write(_sent(file), folder / given)
+        for upload in complete:
+            _assemble(storage, upload, folder / upload.name)
         info = inspect_model(folder)
         try:
             row = ModelRow(
@@ -66,19 +71,26 @@ def store_model(session: Session, storage: Storage, files: list[UploadFile], nam
             detail = "config.json holds half a surrogate pair or is nested too deep: save it with another program."
             raise NarrowError("bad_config", detail) from error
         session.add(row)
+        _use_up(session, complete)
+    _tidy(session, storage, complete)
     return answer
 
 
-def store_dataset(session: Session, storage: Storage, file: UploadFile, name: str | None, column: str) -> Dataset:
-    """Keeps a dataset, read through once: every row is checked before a job can meet it."""
-    given = _basename(file)
+def store_dataset(
+    session: Session, storage: Storage, file: UploadFile | None, upload: str | None, name: str | None, column: str
+) -> Dataset:
+    """Keeps a dataset that came in the form or before, read through once: every row is checked before a job can meet it."""
+    if (file is None) == (upload is None):
+        raise ApiError(422, "invalid_request", "Send the dataset as 'file', or name with 'upload' one that is complete.")
+    complete = [_complete(session, storage, upload)] if upload else []
+    given = complete[0].name if complete else check_name((file and file.filename) or "")
     plain = given.lower().removesuffix(".gz")
     ending = next((e for e in _ENDINGS if plain.endswith(e)), "")
     # Without an ending that is known the name stays, for the sentence that says so.
     stored = "data" + ending + (".gz" if given.lower().endswith(".gz") else "") if ending else given
     with _folder(session, storage, "datasets", "ds") as (identifier, folder):
         path = folder / stored
-        sha256 = _write(file, path)
+        sha256 = _assemble(storage, complete[0], path) if complete else _write(_sent(file), path)  # type: ignore[arg-type]
         documents, size = 0, 0
         preview: list[str] = []
         try:
@@ -105,7 +117,62 @@ def store_dataset(session: Session, storage: Storage, file: UploadFile, name: st
         )
         answer = as_dataset(row)
         session.add(row)
+        _use_up(session, complete)
+    _tidy(session, storage, complete)
     return answer
+
+
+def piece_key(upload_id: str, offset: int) -> str:
+    return f"uploads/{upload_id}/{offset:015d}"
+
+
+def offset_of(storage: Storage, upload_id: str) -> int:
+    """How many bytes of an upload have come, without a gap."""
+    return sum(size for _, size in _pieces(storage, upload_id))
+
+
+def _pieces(storage: Storage, upload_id: str) -> list[tuple[str, int]]:
+    """Keys and sizes of an upload's pieces. Of two that overlap, as two clients at once may send them, the first counts."""
+    found, end = [], 0
+    for stored in storage.below(f"uploads/{upload_id}/"):
+        if int(stored.key.rpartition("/")[2]) == end:
+            found.append((stored.key, stored.bytes))
+            end += stored.bytes
+    return found
+
+
+def _complete(session: Session, storage: Storage, upload_id: str) -> UploadRow:
+    row = session.get(UploadRow, upload_id)
+    if row is None:
+        raise not_found("upload", upload_id)
+    offset = offset_of(storage, upload_id)
+    if offset != row.bytes:
+        detail = f"Of {row.name} {offset:,} bytes of {row.bytes:,} have come: send the rest to /uploads/{upload_id}."
+        raise ApiError(409, "upload_incomplete", detail)
+    return row
+
+
+def _assemble(storage: Storage, row: UploadRow, path: Path) -> str:
+    chunks = (chunk for key, size in _pieces(storage, row.id) for chunk in storage.read(key, 0, size))
+    sha256 = _write(chunks, path)
+    if row.sha256 not in (None, sha256):
+        detail = f"{row.name} has another SHA-256 than was announced with it: upload it again."
+        raise NarrowError("wrong_digest", detail)
+    return sha256
+
+
+def _use_up(session: Session, complete: Sequence[UploadRow]) -> None:
+    """With the commit of what was made of them, uploads are expired: if nobody tidies them now, the janitor does."""
+    for row in complete:
+        row.expires_at = now()
+        session.add(row)
+
+
+def _tidy(session: Session, storage: Storage, complete: Sequence[UploadRow]) -> None:
+    for row in complete:
+        storage.forget(f"uploads/{row.id}")
+        session.delete(row)
+    session.commit()
 
 
 def forget(session: Session, storage: Storage, row: ModelRow | DatasetRow) -> None:
@@ -143,10 +210,15 @@ def _folder(session: Session, storage: Storage, kind: str, prefix: str) -> Itera
     storage.sure(key)
 
 
-def _write(file: UploadFile, path: Path) -> str:
+def _sent(file: UploadFile) -> Iterator[bytes]:
+    while chunk := file.file.read(2**20):
+        yield chunk
+
+
+def _write(chunks: Iterable[bytes], path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("xb") as out:
-        while chunk := file.file.read(2**20):
+        for chunk in chunks:
             digest.update(chunk)
             out.write(chunk)
         out.flush()
@@ -154,8 +226,8 @@ def _write(file: UploadFile, path: Path) -> str:
     return digest.hexdigest()
 
 
-def _basename(file: UploadFile) -> str:
-    name = file.filename or ""
+def check_name(name: str) -> str:
+    """The name, if it is one of a plain file. Raises NarrowError."""
     if not name or name != Path(name).name or "\\" in name or "\0" in name or name.startswith("."):
         raise NarrowError("unexpected_file", f"{name[:80]!r} is not a plain file name.")
     if len(name.encode()) > NAME_BYTES:

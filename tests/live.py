@@ -33,6 +33,7 @@ class Service:
     """`narrow serve` as a process, and a client of it."""
 
     def __init__(self, data: Path, workers: int = 1, host: str = "127.0.0.1", **settings: str) -> None:
+        self.data = data
         database = {"NARROW_DATABASE_URL": settings_of(data).database_url}
         environment = {**os.environ, **FAST_SETTINGS, **database, **settings}
         self.log = (data.parent / f"{data.name}.log").open("a")

@@ -167,8 +167,10 @@ class AsyncModels:
         self._transport = transport
 
     async def upload(self, folder: Path | str, name: str | None = None) -> Model:
-        """Uploads a model folder in the Hugging Face layout."""
-        return await self._transport.send(_calls.upload_model(Path(folder), name))
+        """Uploads a model folder in the Hugging Face layout. Large files come in pieces: after a break call it again."""
+        large = [path for path in _calls.model_files(Path(folder)) if _calls.is_large(path)]
+        uploads = [await self._transport.upload(path) for path in large]
+        return await self._transport.send(_calls.upload_model(Path(folder), uploads, name))
 
     async def get(self, model_id: str) -> Model:
         return await self._transport.send(_calls.get_model(model_id))
@@ -185,8 +187,9 @@ class AsyncDatasets:
         self._transport = transport
 
     async def upload(self, path: Path | str, name: str | None = None, column: str = "text") -> Dataset:
-        """Uploads JSON Lines or plain text, also gzipped. `column` names the text in JSON Lines."""
-        return await self._transport.send(_calls.upload_dataset(Path(path), name, column))
+        """Uploads JSON Lines or plain text, also gzipped. `column` names the text in JSON Lines. As resumable as models."""
+        upload = await self._transport.upload(Path(path)) if _calls.is_large(Path(path)) else None
+        return await self._transport.send(_calls.upload_dataset(Path(path), upload, name, column))
 
     async def get(self, dataset_id: str) -> Dataset:
         return await self._transport.send(_calls.get_dataset(dataset_id))

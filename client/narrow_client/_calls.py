@@ -1,7 +1,9 @@
 """Every call of the API as data: what to send and how to read the answer. Sync and async clients send the same ones."""
 
+import hashlib
 import re
 import secrets
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,16 +27,20 @@ from narrow_client.models import (
     PageKey,
     PageModel,
     PageSweep,
+    PageUpload,
     Plan,
     Report,
     SecretKey,
     SweepPoints,
+    Upload,
 )
 
 T = TypeVar("T")
 Result = TypeVar("Result", covariant=True)
 
-PREFIXES = {"job": "job_", "sweep": "swp_", "model": "mdl_", "dataset": "ds_", "key": "key_"}
+PREFIXES = {"job": "job_", "sweep": "swp_", "model": "mdl_", "dataset": "ds_", "upload": "upl_", "key": "key_"}
+LARGE = 64 * 2**20
+"""Files of so many bytes are sent in pieces of so many: after a break no more than one is sent again."""
 
 MODEL_FILES: tuple[str, ...] = (
     "config.json",
@@ -55,9 +61,10 @@ class Call(Generic[Result]):
     read: Callable[[httpx.Response], Result]
     params: Mapping[str, Any] = field(default_factory=dict)
     json: Any = None
+    content: bytes | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     files: tuple[tuple[str, Path], ...] = ()
-    form: Mapping[str, str] = field(default_factory=dict)
+    form: Mapping[str, Any] = field(default_factory=dict)
     safe: bool = True
 
 
@@ -162,11 +169,45 @@ def create_plan(spec: Mapping[str, Any]) -> Call[Plan]:
     return Call("POST", "/plans", _as(Plan), json=dict(spec))
 
 
-def upload_model(folder: Path, name: str | None) -> Call[Model]:
-    """A folder in the Hugging Face layout; what does not belong to the model stays behind."""
-    paths = [p for p in sorted(folder.iterdir()) if p.is_file() and (p.name in MODEL_FILES or p.name.endswith(".safetensors"))]
-    files = tuple(("files", path) for path in paths)
-    return Call("POST", "/models", _as(Model), files=files, form=_given(name=name or folder.resolve().name), safe=False)
+def create_upload(name: str, size: int, sha256: str) -> Call[Upload]:
+    told = ",".join(f"{key} {b64encode(value.encode()).decode()}" for key, value in (("filename", name), ("sha256", sha256)))
+    headers = {"Upload-Length": str(size), "Upload-Metadata": told, "Tus-Resumable": "1.0.0"}
+    return Call("POST", "/uploads", _as(Upload), headers=headers, safe=False)
+
+
+def list_uploads(cursor: str | None) -> Call[PageUpload]:
+    return Call("GET", "/uploads", _as(PageUpload), params=_given(cursor=cursor, limit=100))
+
+
+def get_upload(upload_id: str) -> Call[Upload]:
+    return Call("GET", path_of("upload", upload_id), _as(Upload))
+
+
+def send_piece(upload_id: str, offset: int, piece: bytes) -> Call[None]:
+    checksum = b64encode(hashlib.sha256(piece).digest()).decode()
+    headers = {
+        "Upload-Offset": str(offset),
+        "Upload-Checksum": f"sha256 {checksum}",
+        "Content-Type": "application/offset+octet-stream",
+        "Tus-Resumable": "1.0.0",
+    }
+    return Call("PATCH", path_of("upload", upload_id), _nothing, content=piece, headers=headers, safe=False)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """What belongs to a model, of a folder in the Hugging Face layout."""
+    return [p for p in sorted(folder.iterdir()) if p.is_file() and (p.name in MODEL_FILES or p.name.endswith(".safetensors"))]
+
+
+def is_large(path: Path) -> bool:
+    return path.stat().st_size >= LARGE
+
+
+def upload_model(folder: Path, uploads: list[str], name: str | None) -> Call[Model]:
+    """With the ids of `uploads` in the place of its large files."""
+    files = tuple(("files", path) for path in model_files(folder) if not is_large(path))
+    form = _given(name=name or folder.resolve().name, uploads=uploads or None)
+    return Call("POST", "/models", _as(Model), files=files, form=form, safe=False)
 
 
 def list_models(cursor: str | None) -> Call[PageModel]:
@@ -181,8 +222,9 @@ def delete_model(model_id: str) -> Call[None]:
     return Call("DELETE", path_of("model", model_id), _nothing, safe=False)
 
 
-def upload_dataset(path: Path, name: str | None, column: str) -> Call[Dataset]:
-    return Call("POST", "/datasets", _as(Dataset), files=(("file", path),), form=_given(name=name, column=column), safe=False)
+def upload_dataset(path: Path, upload: str | None, name: str | None, column: str) -> Call[Dataset]:
+    files = () if upload else (("file", path),)
+    return Call("POST", "/datasets", _as(Dataset), files=files, form=_given(name=name, column=column, upload=upload), safe=False)
 
 
 def list_datasets(cursor: str | None) -> Call[PageDataset]:

@@ -166,8 +166,10 @@ class Models:
         self._transport = transport
 
     def upload(self, folder: Path | str, name: str | None = None) -> Model:
-        """Uploads a model folder in the Hugging Face layout."""
-        return self._transport.send(_calls.upload_model(Path(folder), name))
+        """Uploads a model folder in the Hugging Face layout. Large files come in pieces: after a break call it again."""
+        large = [path for path in _calls.model_files(Path(folder)) if _calls.is_large(path)]
+        uploads = [self._transport.upload(path) for path in large]
+        return self._transport.send(_calls.upload_model(Path(folder), uploads, name))
 
     def get(self, model_id: str) -> Model:
         return self._transport.send(_calls.get_model(model_id))
@@ -184,8 +186,9 @@ class Datasets:
         self._transport = transport
 
     def upload(self, path: Path | str, name: str | None = None, column: str = "text") -> Dataset:
-        """Uploads JSON Lines or plain text, also gzipped. `column` names the text in JSON Lines."""
-        return self._transport.send(_calls.upload_dataset(Path(path), name, column))
+        """Uploads JSON Lines or plain text, also gzipped. `column` names the text in JSON Lines. As resumable as models."""
+        upload = self._transport.upload(Path(path)) if _calls.is_large(Path(path)) else None
+        return self._transport.send(_calls.upload_dataset(Path(path), upload, name, column))
 
     def get(self, dataset_id: str) -> Dataset:
         return self._transport.send(_calls.get_dataset(dataset_id))

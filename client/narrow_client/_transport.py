@@ -63,7 +63,9 @@ def configure(url: str | None, api_key: str | None) -> dict[str, Any]:
 def arguments(call: Call[Any], stack: ExitStack) -> dict[str, Any]:
     """Arguments of httpx's `request`; files are opened on `stack`, and streamed."""
     files = [(field, (path.name, stack.enter_context(path.open("rb")))) for field, path in call.files]
-    body = {"files": files, "data": dict(call.form)} if files else {"json": call.json} if call.json is not None else {}
+    body: dict[str, Any] = {"files": files, "data": dict(call.form)} if files or call.form else {}
+    if call.json is not None or call.content is not None:
+        body = {"json": call.json} if call.content is None else {"content": call.content}
     return {"method": call.method, "url": call.path, "params": dict(call.params), "headers": dict(call.headers), **body}
 
 
@@ -174,6 +176,16 @@ class Part:
         return True
 
 
+def describe(path: Path) -> tuple[str, int, str]:
+    """Name, bytes and SHA-256 of a file that is to be uploaded."""
+    return path.name, path.stat().st_size, _sha256(path)
+
+
+def worth_resending(error: ConnectionFailed | ApiError) -> bool:
+    """Whether a piece that was not taken may be: after a break, and where another one came first."""
+    return not isinstance(error, ApiError) or error.status in (*RETRIED, 409, 460)
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -231,6 +243,26 @@ class Transport:
                 raise httpx.ReadError("the event stream broke off")
             except (httpx.TransportError, ApiError) as error:
                 time.sleep(reader.again(error, self.http.base_url))
+
+    def upload(self, path: Path) -> str:
+        """Sends a file in pieces and returns the id of the upload. What an earlier try has sent is not sent again."""
+        file_of = describe(path)
+        known = (upload for upload in self.all(_calls.list_uploads) if (upload.name, upload.bytes, upload.sha256) == file_of)
+        found = next(known, None) or self.send(_calls.create_upload(*file_of))
+        failures = 0
+        with path.open("rb") as file:
+            while found.offset < found.bytes:
+                file.seek(found.offset)
+                try:
+                    self.send(_calls.send_piece(found.id, found.offset, file.read(_calls.LARGE)))
+                    failures = 0
+                except (ConnectionFailed, ApiError) as error:
+                    failures += 1
+                    if failures > RETRIES or not worth_resending(error):
+                        raise
+                    time.sleep(pause(failures, None))
+                found = self.send(_calls.get_upload(found.id))
+        return found.id
 
     def download(self, job_id: str, artifact: Artifact, target: Path) -> None:
         part = Part(artifact, target)
@@ -313,6 +345,26 @@ class AsyncTransport:
                 raise httpx.ReadError("the event stream broke off")
             except (httpx.TransportError, ApiError) as error:
                 await asyncio.sleep(reader.again(error, self.http.base_url))
+
+    async def upload(self, path: Path) -> str:
+        file_of = describe(path)
+        uploads = self.all(_calls.list_uploads)
+        known = [upload async for upload in uploads if (upload.name, upload.bytes, upload.sha256) == file_of]
+        found = known[0] if known else await self.send(_calls.create_upload(*file_of))
+        failures = 0
+        with path.open("rb") as file:
+            while found.offset < found.bytes:
+                file.seek(found.offset)
+                try:
+                    await self.send(_calls.send_piece(found.id, found.offset, file.read(_calls.LARGE)))
+                    failures = 0
+                except (ConnectionFailed, ApiError) as error:
+                    failures += 1
+                    if failures > RETRIES or not worth_resending(error):
+                        raise
+                    await asyncio.sleep(pause(failures, None))
+                found = await self.send(_calls.get_upload(found.id))
+        return found.id
 
     async def download(self, job_id: str, artifact: Artifact, target: Path) -> None:
         part = Part(artifact, target)

@@ -103,13 +103,14 @@ class Name(RootModel[str]):
 
 class BodyUploadDataset(BaseModel):
     file: Annotated[
-        str,
+        str | None, Field(description=".jsonl or .txt, also .gz", title="File")
+    ] = None
+    upload: Annotated[
+        str | None,
         Field(
-            description=".jsonl or .txt, also .gz",
-            json_schema_extra={"contentMediaType": "application/octet-stream"},
-            title="File",
+            description="Instead, the id of an upload that is complete.", title="Upload"
         ),
-    ]
+    ] = None
     name: Annotated[Name | None, Field(title="Name")] = None
     column: Annotated[
         str | None,
@@ -124,12 +125,19 @@ class BodyUploadDataset(BaseModel):
 
 class BodyUploadModel(BaseModel):
     files: Annotated[
-        list[str],
+        list[str] | None,
         Field(
             description="config.json, model*.safetensors and the tokenizer's files.",
             title="Files",
         ),
-    ]
+    ] = []
+    uploads: Annotated[
+        list[str] | None,
+        Field(
+            description="Ids of uploads that are complete, for files that are large.",
+            title="Uploads",
+        ),
+    ] = []
     name: Annotated[Name | None, Field(title="Name")] = None
 
 
@@ -1214,6 +1222,20 @@ class Trial(BaseModel):
     ] = None
 
 
+class Upload(BaseModel):
+    """
+    A file that comes in pieces.
+    """
+
+    id: Annotated[str, Field(examples=["upl_01h455vb4pex5vsknk084sn02q"], title="Id")]
+    name: Annotated[str, Field(title="Name")]
+    bytes: Annotated[int, Field(title="Bytes")]
+    offset: Annotated[int, Field(description="Bytes that have come.", title="Offset")]
+    sha256: Annotated[str | None, Field(title="Sha256")]
+    created_at: Annotated[AwareDatetime, Field(title="Created At")]
+    expires_at: Annotated[AwareDatetime, Field(title="Expires At")]
+
+
 class Allocation(BaseModel):
     """
     How the shape was chosen.
@@ -1436,6 +1458,11 @@ class Method(BaseModel):
             description="Its objective is by default mixed to prune, distill to distill, and next_token from scratch."
         ),
     ] = None
+
+
+class PageUpload(BaseModel):
+    data: Annotated[list[Upload], Field(title="Data")]
+    next_cursor: Annotated[str | None, Field(title="Next Cursor")] = None
 
 
 class Plan(BaseModel):

@@ -15,17 +15,18 @@ from service.uploads import as_dataset, forget, require_space, store_dataset
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 
 
-@router.post("", status_code=201, responses=responses(413, 507))
+@router.post("", status_code=201, responses=responses(404, 409, 413, 507))
 def upload_dataset(
     request: Request,
     session: Db,
-    file: Annotated[UploadFile, File(description=".jsonl or .txt, also .gz")],
+    file: Annotated[UploadFile | None, File(description=".jsonl or .txt, also .gz")] = None,
+    upload: Annotated[str | None, Form(description="Instead, the id of an upload that is complete.")] = None,
     name: Annotated[str | None, Form(max_length=100)] = None,
     column: Annotated[str, Form(min_length=1, max_length=200, description="JSON Lines: the field of the text.")] = "text",
 ) -> Dataset:
     """Upload a dataset. Every row is read before it is kept, and a bad one is named by its line."""
     require_space(request.app.state.settings)
-    return store_dataset(session, request.app.state.storage, file, name, column)
+    return store_dataset(session, request.app.state.storage, file, upload, name, column)
 
 
 @router.get("", responses=responses())

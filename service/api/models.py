@@ -15,16 +15,17 @@ from service.uploads import as_model, forget, require_space, store_model
 router = APIRouter(prefix="/models", tags=["models"])
 
 
-@router.post("", status_code=201, responses=responses(413, 507))
+@router.post("", status_code=201, responses=responses(404, 409, 413, 507))
 def upload_model(
     request: Request,
     session: Db,
-    files: Annotated[list[UploadFile], File(description="config.json, model*.safetensors and the tokenizer's files.")],
+    files: Annotated[list[UploadFile], File(description="config.json, model*.safetensors and the tokenizer's files.")] = [],  # noqa: B006
+    uploads: Annotated[list[str], Form(description="Ids of uploads that are complete, for files that are large.")] = [],  # noqa: B006
     name: Annotated[str | None, Form(max_length=100)] = None,
 ) -> Model:
     """Upload a causal language model in the Hugging Face layout. It is checked against its config before it is kept."""
     require_space(request.app.state.settings)
-    return store_model(session, request.app.state.storage, files, name)
+    return store_model(session, request.app.state.storage, files, uploads, name)
 
 
 @router.get("", responses=responses())

@@ -123,6 +123,18 @@ class Artifact(BaseModel):
     media_type: str
 
 
+class Upload(BaseModel):
+    """A file that comes in pieces."""
+
+    id: str = Field(examples=["upl_01h455vb4pex5vsknk084sn02q"])
+    name: str
+    bytes: int
+    offset: int = Field(description="Bytes that have come.")
+    sha256: str | None
+    created_at: datetime
+    expires_at: datetime
+
+
 class Model(BaseModel):
     id: str = Field(examples=["mdl_01h455vb4pex5vsknk084sn02q"])
     name: str
@@ -215,4 +227,5 @@ __all__ = [
     "Role",
     "SecretKey",
     "Status",
+    "Upload",
 ]

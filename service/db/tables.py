@@ -115,6 +115,20 @@ class DatasetRow(Owned, table=True):
     created_at: datetime = _time(nullable=False)
 
 
+class UploadRow(Owned, table=True):
+    """A file that comes in pieces, which lie in the storage; how far it is follows from them."""
+
+    __tablename__ = "upload"
+    __table_args__ = (Index("upload_tenant", "tenant", "id"),)
+
+    id: str = Field(primary_key=True)
+    name: str
+    bytes: int = Field(sa_type=Bytes)
+    sha256: str | None
+    created_at: datetime = _time(nullable=False)
+    expires_at: datetime = _time(nullable=False)
+
+
 class SweepRow(Owned, table=True):
     __tablename__ = "sweep"
     __table_args__ = (Index("sweep_tenant", "tenant", "id"),)
