@@ -23,6 +23,7 @@ from service.db.tables import (
     ModelRow,
     OutcomeRow,
     SweepRow,
+    UploadRow,
     new_id,
     now,
 )
@@ -46,7 +47,7 @@ class House:
                 for role in auth.ROLES:
                     self.keys[f"{tenant} {role}"] = auth.create_key(session, role, role, tenant)[1]
             session.commit()
-        prefixes = {"model": "mdl", "dataset": "ds", "sweep": "swp", "job": "job"}
+        prefixes = {"model": "mdl", "dataset": "ds", "sweep": "swp", "job": "job", "upload": "upl"}
         self.ids = {name: new_id(prefix) for name, prefix in prefixes.items()}
         with tenant_session(self.engine, "ours") as session:
             session.add(ModelRow(id=self.ids["model"], name="m", info=INFO, created_at=now()))
@@ -54,6 +55,11 @@ class House:
                 DatasetRow(
                     **{"id": self.ids["dataset"], "name": "d", "file": "d.jsonl", "text_column": "text", "documents": 1},
                     **{"bytes": 9, "sha256": "0", "preview": ["secret text"], "created_at": now()},
+                )
+            )
+            session.add(
+                UploadRow(
+                    id=self.ids["upload"], name="secret.txt", bytes=9, created_at=now(), expires_at=now() + timedelta(days=1)
                 )
             )
             session.add(SweepRow(id=self.ids["sweep"], spec=SWEEP, created_at=now()))
