@@ -464,6 +464,9 @@ class SkillId(DatasetId):
     role: Role = "watch"
 
 
+Priority = Annotated[int, Field(ge=-10, le=10, description="Of a tenant's jobs that wait, those with the highest go first.")]
+
+
 class JobSpec(Options):
     """What `POST /jobs` takes: inputs by id. The target's skill is named after its dataset."""
 
@@ -472,6 +475,7 @@ class JobSpec(Options):
     target: DatasetId
     broad: DatasetId | None = Field(None, description="The broad text of `method.recover.curriculum`.")
     skills: list[SkillId] = Field(default=[], max_length=50)
+    priority: Priority = 0
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -513,6 +517,7 @@ class SweepSpec(Model):
     export: Export = ["safetensors"]
     block_tokens: BlockTokens = 512
     skill_tokens: SkillTokens = 65_536
+    priority: Priority = -1  # so that nobody's single job waits for a whole sweep
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -550,6 +555,7 @@ class SweepSpec(Model):
             target=self.target,
             broad=self.broad if method.recover.curriculum else None,
             skills=self.skills,
+            priority=self.priority,
             method=method,
             budget=budget,
             export=self.export,

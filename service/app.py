@@ -6,10 +6,11 @@ from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
 
 from service import problems
-from service.api import artifacts, datasets, events, health, jobs, keys, models, plans, sweeps, uploads
+from service.api import artifacts, datasets, events, health, jobs, keys, models, plans, sweeps, uploads, usage
 from service.auth import caller
 from service.db.session import connect
 from service.openapi import describe
+from service.quotas import RateLimiter
 from service.settings import Settings
 from service.storage import open_storage
 
@@ -26,11 +27,12 @@ def create_app(settings: Settings, keys_needed: bool = False) -> FastAPI:
     app.state.settings, app.state.keys_needed = settings, keys_needed
     app.state.engine = connect(settings)
     app.state.storage = open_storage(settings)
+    app.state.limiter = RateLimiter(settings.max_requests)
     app.state.drain = asyncio.Event()
     problems.install(app)
     known = [Depends(caller)]
     # Limits belong to routes: FastAPI's limit of the whole application would answer around our error handlers.
-    for router in (jobs.router, events.router, artifacts.router, sweeps.router, plans.router, keys.router):
+    for router in (jobs.router, events.router, artifacts.router, sweeps.router, plans.router, keys.router, usage.router):
         app.include_router(router, dependencies=known, max_body_size=settings.max_body_bytes)
     for router in (models.router, uploads.router):
         app.include_router(router, dependencies=known, max_body_size=settings.max_model_bytes)

@@ -9,6 +9,7 @@ import hashlib
 import secrets
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from math import ceil
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -39,6 +40,7 @@ def caller(request: Request, credentials: Annotated[HTTPAuthorizationCredentials
     """The tenant and role behind a request. Raises ApiError: 401 without a key that counts, 403 where its role is not enough."""
     if credentials is not None:
         found = _holder(request, credentials.credentials)
+        _take(request, credentials.credentials)
     elif request.app.state.keys_needed:
         raise _unknown("key_needed", "This service needs an API key: send it as `Authorization: Bearer nrw_...`.")
     else:
@@ -103,6 +105,15 @@ def _holder(request: Request, secret: str) -> Caller:
             used.used_at = now()
             session.commit()
     return Caller(row.tenant, row.role)
+
+
+def _take(request: Request, secret: str) -> None:
+    """Counts the request against those that the key may send. Where no keys are needed nobody is counted."""
+    allowance = request.app.state.limiter.take(_digest(secret))
+    request.state.allowance = allowance.headers
+    if allowance.wait:
+        detail = f"This key may send {allowance.limit} requests a minute: wait for {ceil(allowance.wait)} s."
+        raise ApiError(429, "too_many_requests", detail, headers={"Retry-After": str(ceil(allowance.wait))})
 
 
 def _unknown(code: str, detail: str) -> ApiError:

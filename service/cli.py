@@ -25,12 +25,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import Session, col, select
 
 from narrow_engine.spec import wording
-from service import auth
+from service import auth, quotas
 from service.api.keys import as_key
 from service.api.schemas import NewKey, Role
 from service.app import create_app
 from service.db.session import connect, migrate, open_session, read_session
-from service.db.tables import DEFAULT_TENANT, KeyRow, now
+from service.db.tables import DEFAULT_TENANT, KeyRow, TenantRow, now
 from service.runners.local import die_with_parent
 from service.settings import Settings
 from service.storage import open_storage
@@ -127,6 +127,45 @@ def revoke_key(key_id: str) -> None:
         row.revoked_at = row.revoked_at or now()
         session.commit()
     click.echo(f"{key_id} does not count any more.", err=True)
+
+
+@click.group()
+def tenants() -> None:
+    """What each tenant uses and may use, on the service's own machine. NARROW_DATA says which service."""
+
+
+@tenants.command("list")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def list_tenants(as_json: bool) -> None:
+    """All tenants, with what they use."""
+    settings = _settings()
+    with _keys() as session:
+        found = {name: quotas.usage(session, settings, name) for name in quotas.by_tenant(session)}
+    if as_json:
+        click.echo(json.dumps({name: row.model_dump(mode="json") for name, row in found.items()}, indent=2))
+        return
+    for name, row in found.items():
+        pairs = (
+            (row.jobs, row.limits.jobs, "jobs"),
+            (row.bytes, row.limits.bytes, "bytes"),
+            (row.hours, row.limits.hours, "hours"),
+        )
+        told = "  ".join(
+            f"{used:,.10g} of {'any' if most is None else format(most, ',.10g')} {unit}" for used, most, unit in pairs
+        )
+        click.echo(f"{name:<16}  {told}")
+
+
+@tenants.command("limit")
+@click.argument("tenant")
+@click.option("--jobs", type=click.IntRange(0), help="That wait, run or are paused at a time.")
+@click.option("--bytes", "size", type=click.IntRange(0), help="That are kept.")
+@click.option("--hours", type=click.FloatRange(0), help="That jobs run in thirty days.")
+def limit_tenant(tenant: str, jobs: int | None, size: int | None, hours: float | None) -> None:
+    """Set a tenant's limits. What is not given is as the service's settings say."""
+    with _keys() as session:
+        session.merge(TenantRow(name=tenant, max_jobs=jobs, max_bytes=size, max_hours=hours))
+        session.commit()
 
 
 def _keys() -> Session:

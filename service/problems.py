@@ -37,6 +37,7 @@ TITLES = {
     415: "Unsupported media type",
     416: "Range not satisfiable",
     422: "Cannot be processed",
+    429: "Too many",
     460: "Checksum mismatch",
     500: "Internal error",
     503: "Unavailable",
@@ -44,7 +45,7 @@ TITLES = {
 }
 
 
-ALWAYS = (401, 403, 422, 500, 503)
+ALWAYS = (401, 403, 422, 429, 500, 503)
 """What any route can answer."""
 
 
@@ -90,6 +91,7 @@ def install(app: FastAPI) -> None:
                 answer.headers["Content-Range"] = f"bytes */{size}"
                 return answer
         response.headers["X-Request-Id"] = request.state.id
+        response.headers.update(getattr(request.state, "allowance", {}))
         return response
 
     @app.exception_handler(ApiError)

@@ -34,7 +34,8 @@ class LeaseLost(Exception):
 
 def enqueue(session: Session, spec: JobSpec) -> JobRow:
     """A new job at the end of the queue. The caller commits."""
-    job = JobRow(id=new_id("job"), status="queued", spec=spec.model_dump(mode="json"), created_at=now())
+    made = spec.model_dump(mode="json")
+    job = JobRow(id=new_id("job"), status="queued", spec=made, priority=spec.priority, created_at=now())
     session.add(job)
     session.flush()
     _append(session, job, now(), "state", "", "queued", {"status": "queued"})
@@ -50,7 +51,8 @@ def enqueue_sweep(session: Session, spec: SweepSpec) -> SweepRow:
     # Ids of one millisecond come in any order, and the queue goes by them.
     for identifier, point in zip(sorted(new_id("job") for _ in found), found, strict=True):
         made = point.spec.model_dump(mode="json")
-        job = JobRow(id=identifier, status="queued", spec=made, created_at=now(), sweep=sweep.id, method=point.method)
+        job = JobRow(id=identifier, status="queued", spec=made, priority=spec.priority, created_at=now())
+        job.sweep, job.method = sweep.id, point.method
         session.add(job)
         session.flush()
         _append(session, job, now(), "state", "", "queued", {"status": "queued"})
@@ -74,7 +76,8 @@ def find(session: Session, identifier: str) -> JobRow:
 def claim(session: Session, lease_seconds: float, max_attempts: int) -> JobRow | None:
     """A job that waits or whose worker is gone, now leased to the caller; None if there is none.
 
-    Of the tenant that has fewest running, the oldest: one who queues a thousand jobs keeps nobody else waiting. A job that has
+    Of the tenant that has fewest running, the oldest of the highest priority: one who queues a thousand jobs keeps nobody else
+    waiting. A job that has
     been started `max_attempts` times without an end is failed instead of claimed.
     """
     wanted = or_(
@@ -87,7 +90,7 @@ def claim(session: Session, lease_seconds: float, max_attempts: int) -> JobRow |
         select(JobRow)
         .outerjoin(running, running.c.tenant == JobRow.tenant)
         .where(wanted)
-        .order_by(func.coalesce(running.c.jobs, 0), col(JobRow.id))
+        .order_by(func.coalesce(running.c.jobs, 0), col(JobRow.priority).desc(), col(JobRow.id))
         .limit(1)
         .with_for_update(skip_locked=True, of=JobRow)
     )
@@ -105,6 +108,8 @@ def claim(session: Session, lease_seconds: float, max_attempts: int) -> JobRow |
         session.commit()
         return None
     job.status, job.attempt = "running", job.attempt + 1
+    _count(job)  # of a worker that is gone, until now
+    job.claimed_at = now()
     job.started_at = job.started_at or now()
     job.lease_token, job.lease_until = secrets.token_hex(8), _until(lease_seconds)
     _append(session, job, now(), "state", "", "running", {"status": "running", "attempt": job.attempt})
@@ -232,8 +237,17 @@ def _let_go(session: Session, job: JobRow) -> None:
     if job.status == "cancelling":
         _finish(session, job, "cancelled", None)
         return
+    _count(job)
     job.lease_token, job.lease_until = None, None
     _set(session, job, "paused" if job.status == "pausing" else "queued", "" if job.status == "pausing" else "queued again")
+
+
+def _count(job: JobRow) -> None:
+    """Adds the time that a worker has had the job."""
+    if job.claimed_at:
+        # Not beyond its lease: what nobody held is nobody's use.
+        until = min(now(), job.lease_until or now())
+        job.seconds, job.claimed_at = job.seconds + max(0.0, (until - job.claimed_at).total_seconds()), None
 
 
 def _set(session: Session, job: JobRow, status: Status, message: str = "") -> None:
@@ -242,6 +256,7 @@ def _set(session: Session, job: JobRow, status: Status, message: str = "") -> No
 
 
 def _finish(session: Session, job: JobRow, status: Status, error: dict[str, str] | None) -> None:
+    _count(job)
     job.status, job.error, job.finished_at = status, error, now()
     job.lease_token, job.lease_until, job.progress = None, None, None
     message = error["message"] if error else status

@@ -62,6 +62,7 @@ def store_model(
                 id=identifier,
                 name=_clean(name) or f"{info.family} model",
                 info=info.model_dump(mode="json"),
+                stored=sum(path.stat().st_size for path in folder.iterdir()),
                 created_at=now(),
             )
             answer = as_model(row)
@@ -111,6 +112,7 @@ def store_dataset(
             text_column=column,
             documents=documents,
             bytes=size,
+            stored=path.stat().st_size,
             sha256=sha256,
             preview=preview,
             created_at=now(),

@@ -273,7 +273,8 @@ class _Execution:
         self.storage.keep(temporary, f"models/{identifier}")
         name = self._patiently(self._model_name)
         info = inspect_model(source).model_dump(mode="json")
-        return ModelRow(id=identifier, name=name[:100], info=info, job_id=self.id, created_at=now())
+        stored = sum(path.stat().st_size for path in source.iterdir())
+        return ModelRow(id=identifier, name=name[:100], info=info, stored=stored, job_id=self.id, created_at=now())
 
     def _model_name(self) -> str:
         with read_session(self.engine) as session:
@@ -292,7 +293,7 @@ class _Execution:
             def model(reference: ModelId) -> dict[str, str]:
                 return {"path": str(self.storage.folder(f"models/{reference.model}").resolve())}
 
-            options = spec.model_dump(exclude=INPUTS)
+            options = spec.model_dump(exclude={*INPUTS, "priority"})
             made = CompressionSpec.model_validate(
                 {
                     **options,

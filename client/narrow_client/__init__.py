@@ -20,6 +20,7 @@ from narrow_client._errors import (
     NotAllowed,
     NotFound,
     ServerError,
+    TooManyRequests,
 )
 from narrow_client._render import report_view
 from narrow_client._sync import Narrow
@@ -40,6 +41,7 @@ __all__ = [
     "NotFound",
     "Result",
     "ServerError",
+    "TooManyRequests",
     "compress",
     "report_view",
 ]

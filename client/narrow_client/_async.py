@@ -24,6 +24,7 @@ from narrow_client.models import (
     SecretKey,
     Sweep,
     SweepPoints,
+    Usage,
 )
 
 
@@ -48,6 +49,10 @@ class AsyncNarrow:
     async def plan(self, spec: Mapping[str, Any]) -> Plan:
         """A dry run of a job spec: sizes, memory and time, with nothing queued."""
         return await self._transport.send(_calls.create_plan(spec))
+
+    async def usage(self) -> Usage:
+        """Jobs, bytes and hours of the key's tenant, and how much of each it may have."""
+        return await self._transport.send(_calls.get_usage())
 
     async def ready(self) -> Health:
         """Whether the service can take work; raises ServerError (503) if it cannot."""

@@ -33,6 +33,7 @@ from narrow_client.models import (
     SecretKey,
     SweepPoints,
     Upload,
+    Usage,
 )
 
 T = TypeVar("T")
@@ -237,6 +238,10 @@ def get_dataset(dataset_id: str) -> Call[Dataset]:
 
 def delete_dataset(dataset_id: str) -> Call[None]:
     return Call("DELETE", path_of("dataset", dataset_id), _nothing, safe=False)
+
+
+def get_usage() -> Call[Usage]:
+    return Call("GET", "/usage", _as(Usage))
 
 
 def ready() -> Call[Health]:

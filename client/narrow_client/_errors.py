@@ -4,9 +4,10 @@ NarrowClientError
 ├── ConnectionFailed      the service was not reached, or fell silent, after all retries
 ├── ApiError              the service said no; has the problem's fields
 │   ├── InvalidRequest    400, 413, 415, 422: something in what was sent
-│   ├── NotAllowed        401, 403: no API key that counts, or one whose role is not enough
+│   ├── NotAllowed        401, 403: no API key that counts, or one whose role or quota is not enough
 │   ├── NotFound          404
 │   ├── Conflict          409: not in this state
+│   ├── TooManyRequests   429, after all retries
 │   └── ServerError       5xx, after all retries
 ├── JobFailed             the job ended as failed; `job.error` says why
 ├── JobCancelled          the job was cancelled
@@ -41,7 +42,11 @@ class InvalidRequest(ApiError):
 
 
 class NotAllowed(ApiError):
-    """No API key that counts, or one that may not do this."""
+    """No API key that counts, or one that may not do this, or a quota that is used up."""
+
+
+class TooManyRequests(ApiError):
+    """More requests than the key may send, also after waiting for as long as the service asked for."""
 
 
 class NotFound(ApiError):
@@ -90,7 +95,7 @@ def from_response(response: httpx.Response) -> ApiError:
     """The error of an answer of status 400 or more, whose body has been read."""
     status = response.status_code
     other = ServerError if status >= 500 else InvalidRequest
-    kind = {401: NotAllowed, 403: NotAllowed, 404: NotFound, 409: Conflict}.get(status, other)
+    kind = {401: NotAllowed, 403: NotAllowed, 404: NotFound, 409: Conflict, 429: TooManyRequests}.get(status, other)
     try:
         problem = Problem.model_validate_json(response.content)
         return kind(status, problem.code, problem.detail, problem.errors or [], problem.request_id)

@@ -23,6 +23,7 @@ from narrow_client.models import (
     SecretKey,
     Sweep,
     SweepPoints,
+    Usage,
 )
 
 
@@ -47,6 +48,10 @@ class Narrow:
     def plan(self, spec: Mapping[str, Any]) -> Plan:
         """A dry run of a job spec: sizes, memory and time, with nothing queued."""
         return self._transport.send(_calls.create_plan(spec))
+
+    def usage(self) -> Usage:
+        """Jobs, bytes and hours of the key's tenant, and how much of each it may have."""
+        return self._transport.send(_calls.get_usage())
 
     def ready(self) -> Health:
         """Whether the service can take work; raises ServerError (503) if it cannot."""

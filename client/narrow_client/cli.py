@@ -40,6 +40,8 @@ ROLES = words(SkillId, "role")
 # Commands of the full installation. Their help is told here: loading them would cost a second.
 FULL = {
     "serve": "Start the service: the API and its workers.",
+    "keys": "Make, list and revoke API keys, on the service's machine.",
+    "tenants": "Show and limit what tenants use, on the service's machine.",
     "run": "Run a compression from a spec file.",
     "reproduce": "Run again what a report tells of, and compare.",
     "compare": "Compare two reports.",

@@ -591,6 +591,16 @@ class Learner(BaseModel):
     ]
 
 
+class Limits(BaseModel):
+    """
+    None where there is none.
+    """
+
+    jobs: Annotated[int | None, Field(title="Jobs")]
+    bytes: Annotated[int | None, Field(title="Bytes")]
+    hours: Annotated[float | None, Field(title="Hours")]
+
+
 class LocalityCurve(BaseModel):
     """
     What every skill loses as units of one kind are cut in the target's order, without refit or training.
@@ -1236,6 +1246,28 @@ class Upload(BaseModel):
     expires_at: Annotated[AwareDatetime, Field(title="Expires At")]
 
 
+class Usage(BaseModel):
+    """
+    What a tenant uses.
+    """
+
+    jobs: Annotated[
+        int, Field(description="That wait, run or are paused.", title="Jobs")
+    ]
+    bytes: Annotated[
+        int,
+        Field(
+            description="Of models, datasets, uploads and what jobs made.",
+            title="Bytes",
+        ),
+    ]
+    hours: Annotated[
+        float,
+        Field(description="Of job processes, in the last thirty days.", title="Hours"),
+    ]
+    limits: Limits
+
+
 class Allocation(BaseModel):
     """
     How the shape was chosen.
@@ -1643,6 +1675,15 @@ class SweepSpec(BaseModel):
             title="Skill Tokens",
         ),
     ] = 65536
+    priority: Annotated[
+        int | None,
+        Field(
+            description="Of a tenant's jobs that wait, those with the highest go first.",
+            ge=-10,
+            le=10,
+            title="Priority",
+        ),
+    ] = -1
 
 
 class Frontier(BaseModel):
@@ -1741,6 +1782,15 @@ class JobSpec(BaseModel):
         list[SkillId] | None,
         Field(max_length=50, title="Skills", validate_default=True),
     ] = []
+    priority: Annotated[
+        int | None,
+        Field(
+            description="Of a tenant's jobs that wait, those with the highest go first.",
+            ge=-10,
+            le=10,
+            title="Priority",
+        ),
+    ] = 0
 
 
 class Report(BaseModel):
@@ -1849,6 +1899,13 @@ class Job(BaseModel):
         str | None,
         Field(description="The sweep that it is a point of, if it is.", title="Sweep"),
     ] = None
+    seconds: Annotated[
+        float | None,
+        Field(
+            description="That it has run so far, without the attempt that runs now.",
+            title="Seconds",
+        ),
+    ] = 0.0
     created_at: Annotated[AwareDatetime, Field(title="Created At")]
     started_at: Annotated[AwareDatetime | None, Field(title="Started At")] = None
     finished_at: Annotated[AwareDatetime | None, Field(title="Finished At")] = None

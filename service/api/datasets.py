@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, File, Form, Request, UploadFile
 from sqlmodel import col, select
 
+from service import quotas
 from service.api.paging import Cursor, Limit, page
 from service.api.schemas import Dataset, Page
 from service.api.sessions import Db, ReadDb
@@ -26,6 +27,7 @@ def upload_dataset(
 ) -> Dataset:
     """Upload a dataset. Every row is read before it is kept, and a bad one is named by its line."""
     require_space(request.app.state.settings)
+    quotas.require(session, request.app.state.settings, size=(file and file.size) or 0)
     return store_dataset(session, request.app.state.storage, file, upload, name, column)
 
 

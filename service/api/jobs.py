@@ -13,7 +13,7 @@ from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import DTYPES, check_teacher
 from narrow_engine.sizing import solve
 from narrow_engine.spec import JobSpec, ModelId
-from service import janitor, queue
+from service import janitor, queue, quotas
 from service.api import idempotency
 from service.api.paging import Cursor, Limit, page
 from service.api.schemas import Job, JobError, Page, Progress, Status
@@ -37,6 +37,7 @@ def as_job(row: JobRow) -> Job:
         error=JobError.model_validate(row.error) if row.error else None,
         result_model=row.result_model,
         sweep=row.sweep,
+        seconds=row.seconds,
         created_at=row.created_at,
         started_at=row.started_at,
         finished_at=row.finished_at,
@@ -53,6 +54,7 @@ def create_job(spec: JobSpec, request: Request, response: Response, session: Db,
     else:
         require_space(request.app.state.settings)
         check_spec(session, spec, request.app.state.storage)
+        quotas.require(session, request.app.state.settings, jobs=1)
         job = queue.enqueue(session, spec)
         idempotency.commit(session, idempotency_key, spec, job_id=job.id)
     response.headers["Location"] = f"/jobs/{job.id}"

@@ -85,6 +85,7 @@ class Job(BaseModel):
     error: JobError | None = None
     result_model: str | None = Field(None, description="Id of the model that came out: it can be the base of another job.")
     sweep: str | None = Field(None, description="The sweep that it is a point of, if it is.")
+    seconds: float = Field(0.0, description="That it has run so far, without the attempt that runs now.")
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
@@ -171,6 +172,23 @@ class Plan(BaseModel):
     notices: list[str]
 
 
+class Limits(BaseModel):
+    """None where there is none."""
+
+    jobs: int | None
+    bytes: int | None
+    hours: float | None
+
+
+class Usage(BaseModel):
+    """What a tenant uses."""
+
+    jobs: int = Field(description="That wait, run or are paused.")
+    bytes: int = Field(description="Of models, datasets, uploads and what jobs made.")
+    hours: float = Field(description="Of job processes, in the last thirty days.")
+    limits: Limits
+
+
 class NewKey(BaseModel):
     """What a new key is asked for with."""
 
@@ -218,6 +236,7 @@ __all__ = [
     "Job",
     "JobError",
     "Key",
+    "Limits",
     "Model",
     "NewKey",
     "Page",
@@ -228,4 +247,5 @@ __all__ = [
     "SecretKey",
     "Status",
     "Upload",
+    "Usage",
 ]

@@ -8,8 +8,8 @@ from sqlmodel import Session, col, func, select
 
 from narrow_engine.errors import NarrowError
 from narrow_engine.report.frontier import Figures, Finished, Frontier, Outcome, frontier
-from narrow_engine.spec import Budget, SweepSpec
-from service import janitor, queue
+from narrow_engine.spec import Budget, SweepSpec, points
+from service import janitor, queue, quotas
 from service.api import idempotency
 from service.api.jobs import check_spec, forget
 from service.api.paging import Cursor, Limit, page
@@ -38,6 +38,7 @@ def create_sweep(
     else:
         require_space(request.app.state.settings)
         _check(session, spec, request.app.state.storage)
+        quotas.require(session, request.app.state.settings, jobs=len(points(spec)))
         sweep = queue.enqueue_sweep(session, spec)
         idempotency.commit(session, idempotency_key, spec, sweep_id=sweep.id)
     response.headers["Location"] = f"/sweeps/{sweep.id}"

@@ -22,6 +22,7 @@ from fastapi.concurrency import run_in_threadpool
 from sqlmodel import Session, select
 from starlette.requests import ClientDisconnect
 
+from service import quotas
 from service.api.paging import Cursor, Limit, page
 from service.api.schemas import Page, Upload
 from service.api.sessions import Db, ReadDb, Who
@@ -73,6 +74,7 @@ def create_upload(
         detail = f"The file has {upload_length:,} bytes, and the server takes {settings.max_model_bytes:,}."
         raise ApiError(413, "too_large", detail)
     require_space(settings)
+    quotas.require(session, settings, size=upload_length)
     told = _metadata(upload_metadata)
     if "filename" not in told:
         raise ApiError(422, "bad_metadata", "Upload-Metadata has no filename: send `filename BASE64`.")

@@ -89,6 +89,17 @@ class KeyRow(Owned, table=True):
     used_at: datetime | None = _time()
 
 
+class TenantRow(SQLModel, table=True):
+    """Limits of a tenant that are others than those of the settings."""
+
+    __tablename__ = "tenant"
+
+    name: str = Field(primary_key=True)
+    max_jobs: int | None = None
+    max_bytes: int | None = Field(default=None, sa_type=Bytes)
+    max_hours: float | None = None
+
+
 class ModelRow(Owned, table=True):
     __tablename__ = "model"
     __table_args__ = (Index("model_tenant", "tenant", "id"),)
@@ -96,6 +107,7 @@ class ModelRow(Owned, table=True):
     id: str = Field(primary_key=True)
     name: str
     info: dict[str, Any] = Field(sa_type=JSON, description="A `ModelInfo`.")
+    stored: int = Field(default=0, sa_type=Bytes, sa_column_kwargs={"server_default": "0"}, description="Bytes of its files.")
     job_id: str | None = None
     created_at: datetime = _time(nullable=False)
 
@@ -110,6 +122,7 @@ class DatasetRow(Owned, table=True):
     text_column: str
     documents: int
     bytes: int = Field(sa_type=Bytes)
+    stored: int = Field(default=0, sa_type=Bytes, sa_column_kwargs={"server_default": "0"}, description="Bytes of its file.")
     sha256: str
     preview: list[str] = Field(sa_type=JSON)
     created_at: datetime = _time(nullable=False)
@@ -155,6 +168,9 @@ class JobRow(Owned, table=True):
     error: dict[str, Any] | None = Field(default=None, sa_type=JSON)
     result_model: str | None = None
     attempt: int = 0
+    priority: int = Field(default=0, sa_column_kwargs={"server_default": "0"})
+    seconds: float = Field(default=0.0, sa_column_kwargs={"server_default": "0"}, description="That workers had it, in all.")
+    claimed_at: datetime | None = _time()
     last_seq: int = Field(default=0, description="Number of the job's newest event.")
     engine_seq: int = Field(default=0, description="Lines of the run's events.jsonl that are in the event table.")
     lease_token: str | None = Field(default=None, description="Who holds the job; every write of a worker is guarded by it.")
