@@ -6,11 +6,12 @@ from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
 
 from service import problems
-from service.api import artifacts, datasets, events, health, jobs, keys, models, plans, sweeps, uploads, usage
+from service.api import artifacts, audit, datasets, events, health, jobs, keys, metrics, models, plans, sweeps, uploads, usage
 from service.auth import caller
 from service.db.session import connect
 from service.openapi import describe
 from service.quotas import RateLimiter
+from service.requests import Requests
 from service.settings import Settings
 from service.storage import open_storage
 
@@ -30,9 +31,20 @@ def create_app(settings: Settings, keys_needed: bool = False) -> FastAPI:
     app.state.limiter = RateLimiter(settings.max_requests)
     app.state.drain = asyncio.Event()
     problems.install(app)
+    app.add_middleware(Requests)
     known = [Depends(caller)]
     # Limits belong to routes: FastAPI's limit of the whole application would answer around our error handlers.
-    for router in (jobs.router, events.router, artifacts.router, sweeps.router, plans.router, keys.router, usage.router):
+    for router in (
+        jobs.router,
+        events.router,
+        artifacts.router,
+        sweeps.router,
+        plans.router,
+        keys.router,
+        usage.router,
+        audit.router,
+        metrics.router,
+    ):
         app.include_router(router, dependencies=known, max_body_size=settings.max_body_bytes)
     for router in (models.router, uploads.router):
         app.include_router(router, dependencies=known, max_body_size=settings.max_model_bytes)

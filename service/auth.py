@@ -34,6 +34,8 @@ _bearer = HTTPBearer(auto_error=False, description="An API key. Not needed where
 class Caller:
     tenant: str
     role: Role
+    key: str | None = None
+    """Its id, if there is one."""
 
 
 def caller(request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> Caller:
@@ -46,6 +48,7 @@ def caller(request: Request, credentials: Annotated[HTTPAuthorizationCredentials
     else:
         _same_origin(request)
         found = Caller(DEFAULT_TENANT, "admin")
+    request.state.caller = found
     needed = needs(request.method, request.scope["path"])
     if ROLES.index(found.role) < ROLES.index(needed):
         detail = f"The key's role is {found.role!r}, and this takes {needed!r}: use another key, or ask for one."
@@ -54,8 +57,8 @@ def caller(request: Request, credentials: Annotated[HTTPAuthorizationCredentials
 
 
 def needs(method: str, path: str) -> Role:
-    """The role that a request takes: to look, read; to make or end something, write; for keys, admin."""
-    if path == "/keys" or path.startswith("/keys/"):
+    """The role that a request takes: to look, read; to make or end something, write; for keys and the audit log, admin."""
+    if path in ("/keys", "/audit") or path.startswith("/keys/"):
         return "admin"
     return "read" if method in ("GET", "HEAD", "OPTIONS") or path == "/plans" else "write"
 
@@ -104,7 +107,7 @@ def _holder(request: Request, secret: str) -> Caller:
             used = session.get_one(KeyRow, row.id)
             used.used_at = now()
             session.commit()
-    return Caller(row.tenant, row.role)
+    return Caller(row.tenant, row.role, row.id)
 
 
 def _take(request: Request, secret: str) -> None:

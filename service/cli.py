@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -25,7 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import Session, col, select
 
 from narrow_engine.spec import wording
-from service import auth, quotas
+from service import auth, logs, metrics, quotas
 from service.api.keys import as_key
 from service.api.schemas import NewKey, Role
 from service.app import create_app
@@ -53,7 +54,8 @@ def serve(host: str, port: int, data: Path | None, workers: int) -> None:
     settings = _settings()
     listener = _listen(host, port)
     _prepare(settings)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logs.configure(settings.log)
+    metrics.begin(settings)
     # The form parser spools bodies here: on the data disk and under its limits, not in /tmp.
     tempfile.tempdir = str(settings.uploads)
     # uvicorn raises the signals that it caught once more when it is done; by then the workers still have to be ended.
@@ -61,7 +63,7 @@ def serve(host: str, port: int, data: Path | None, workers: int) -> None:
         signal.signal(number, lambda *_: None)
     keys_needed = settings.keys == "always" or (settings.keys == "auto" and not _on_loopback(listener))
     server = Server(settings, keys_needed)
-    supervisor = Supervisor(workers)
+    supervisor = Supervisor(workers, settings)
     try:
         server.run([listener])
     finally:
@@ -274,7 +276,8 @@ class Supervisor:
     The thread that starts new ones therefore also ends them all, and lives until they are gone.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, settings: Settings) -> None:
+        self.settings = settings
         self.closing, self.hurry = threading.Event(), threading.Event()
         self.seconds = 0.0
         self.workers = [self._start() for _ in range(count)]
@@ -286,8 +289,9 @@ class Supervisor:
         return subprocess.Popen(
             [sys.executable, "-m", "service.worker"],
             stdin=subprocess.DEVNULL,
+            env=metrics.environment(self.settings),
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=partial(die_with_parent, os.getpid()),
         )
 
     def _watch(self) -> None:

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 
 from sqlalchemy import Engine
@@ -10,7 +11,7 @@ from sqlmodel import Session, col, delete, select
 
 from narrow_engine import shelf
 from service.db.session import open_session, read_session, removing
-from service.db.tables import TERMINAL, ArtifactRow, DatasetRow, JobRow, ModelRow, UploadRow, now
+from service.db.tables import TERMINAL, ArtifactRow, AuditRow, DatasetRow, JobRow, ModelRow, UploadRow, now
 from service.settings import Settings
 from service.storage import Storage, artifact_key
 
@@ -25,6 +26,9 @@ def tidy(engine: Engine, settings: Settings, storage: Storage, stale_seconds: fl
     for folder in settings.stages.iterdir():
         shelf.tidy(folder, settings.stage_seconds)
     tidy_pieces(engine, storage)
+    with open_session(engine) as session:
+        session.exec(delete(AuditRow).where(col(AuditRow.time) < now() - timedelta(days=settings.audit_days)))
+        session.commit()
     with read_session(engine) as session:
         tidy_runs(session, settings)
         for table in (ModelRow, DatasetRow):

@@ -6,8 +6,7 @@ foresaw is logged with the request's id and told as a 500 that says nothing abou
 
 import errno
 import logging
-import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -15,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError, OperationalError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from narrow_engine.errors import NarrowError
 from narrow_engine.spec import clear, sentence, wording
@@ -74,25 +74,7 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def install(app: FastAPI) -> None:
-    """Registers the handlers and gives each request an id, which is also in the answer's X-Request-Id."""
-
-    @app.middleware("http")
-    async def identify(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        request.state.id = f"req_{secrets.token_hex(8)}"
-        response = await call_next(request)
-        # Two answers are made around the handlers, in plain text: a route's limit, and a range beyond the end of a file.
-        if response.headers.get("content-type", "").startswith("text/plain"):
-            if response.status_code == 413:
-                return _answer(request, 413, "too_large", "What was sent is larger than the server takes: send less.")
-            if response.status_code == 416:
-                size = response.headers.get("content-range", "").rpartition("/")[2]
-                detail = f"The range begins behind the end of the file: it has {size} bytes."
-                answer = _answer(request, 416, "range_not_satisfiable", detail)
-                answer.headers["Content-Range"] = f"bytes */{size}"
-                return answer
-        response.headers["X-Request-Id"] = request.state.id
-        response.headers.update(getattr(request.state, "allowance", {}))
-        return response
+    """Registers the handlers."""
 
     @app.exception_handler(ApiError)
     def api_error(request: Request, error: ApiError) -> Response:
@@ -193,6 +175,22 @@ def _location(error: Mapping[str, Any]) -> tuple[Any, ...]:
         return ()
     # pydantic's way to say that it means the key itself
     return tuple(part for part in error["loc"][1:] if part != "[key]")
+
+
+def replacement(scope: Scope, status: int, headers: Mapping[str, str]) -> Response | None:
+    """What is said instead of the two answers that are made around the handlers, in plain text: for a route's limit, and for a
+    range beyond the end of a file."""
+    if not headers.get("content-type", "").startswith("text/plain"):
+        return None
+    if status == 413:
+        return _answer(Request(scope), 413, "too_large", "What was sent is larger than the server takes: send less.")
+    if status == 416:
+        size = headers.get("content-range", "").rpartition("/")[2]
+        detail = f"The range begins behind the end of the file: it has {size} bytes."
+        answer = _answer(Request(scope), 416, "range_not_satisfiable", detail)
+        answer.headers["Content-Range"] = f"bytes */{size}"
+        return answer
+    return None
 
 
 def _answer(request: Request, status: int, code: str, detail: str, errors: list[FieldError] | None = None) -> JSONResponse:

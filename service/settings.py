@@ -30,6 +30,8 @@ class Settings(BaseSettings):
     max_dataset_bytes: int = Field(4 * 2**30, gt=0, description="Largest upload of a dataset.")
     max_body_bytes: int = Field(2**20, gt=0, description="Largest body of every other request.")
     min_free_bytes: int = Field(256 * 2**20, ge=0, description="Uploads and new jobs are refused below this free space.")
+    log: Literal["text", "json"] = Field("text", description="Lines of the log: for people, or for programs.")
+    audit_days: float = Field(365.0, gt=0, description="How long the audit log is kept.")
     max_jobs: int | None = Field(None, ge=0, description="Jobs of a tenant that wait or run at a time.")
     max_bytes: int | None = Field(None, ge=0, description="What is kept for a tenant.")
     max_hours: float | None = Field(None, ge=0, description="Hours that a tenant's jobs may run in thirty days.")

@@ -30,7 +30,7 @@ from narrow_engine.model_files import inspect_model
 from narrow_engine.report.frontier import outcome
 from narrow_engine.report.model import Report
 from narrow_engine.spec import INPUTS, CompressionSpec, DatasetId, JobSpec, ModelId, sentence, wording
-from service import janitor, queue
+from service import janitor, logs, metrics, queue
 from service.db import session as db
 from service.db.session import connect, open_session, publishing, read_session
 from service.db.tables import ArtifactRow, DatasetRow, JobRow, ModelRow, OutcomeRow, now
@@ -74,18 +74,34 @@ def work(settings: Settings, stop: threading.Event) -> None:
         if job is None:
             stop.wait(settings.poll_seconds)
             continue
-        try:
-            _Execution(settings, engine, storage, job, stop).run()
-        except queue.LeaseLost:
-            log.warning("%s was taken over by another worker", job.id)
-        except Exception:
-            # The lease runs out, and the job has another attempt or fails by their number.
-            log.exception("%s could not be carried on", job.id)
-            stop.wait(PAUSE_SECONDS)
+        with logs.concerning(job=job.id, tenant=job.tenant, attempt=job.attempt):
+            _run(_Execution(settings, engine, storage, job, stop), stop)
     engine.dispose()
 
 
+def _run(execution: "_Execution", stop: threading.Event) -> None:
+    job, began, outcome = execution.job, time.monotonic(), "error"
+    metrics.claims.labels("first" if job.attempt == 1 else "later").inc()
+    if job.attempt == 1:
+        metrics.waits.observe((now() - job.created_at).total_seconds())
+    log.info("claimed")
+    try:
+        execution.run()
+        outcome = execution.outcome
+    except queue.LeaseLost:
+        log.warning("%s was taken over by another worker", job.id)
+        outcome = "lost"
+    except Exception:
+        # The lease runs out, and the job has another attempt or fails by their number.
+        log.exception("%s could not be carried on", job.id)
+        stop.wait(PAUSE_SECONDS)
+    seconds = time.monotonic() - began
+    metrics.runs.labels(outcome).observe(seconds)
+    log.info("let go", extra={"fields": {"outcome": outcome, "seconds": round(seconds, 1)}})
+
+
 def _complain(error: Exception) -> None:
+    metrics.troubles.labels("storage" if isinstance(error, StorageAway) else "database").inc()
     log.error("trying again in %g s: %s", PAUSE_SECONDS, str(getattr(error, "orig", error)).partition("\n")[0])
 
 
@@ -98,6 +114,9 @@ class _Execution:
         self.job, self.id, self.token = job, job.id, job.lease_token
         self.folder = settings.data / "runs" / job.id
         self.read = 0
+        self.held = time.monotonic()
+        self.outcome = "error"
+        self.started: dict[str, Event] = {}
 
     def run(self) -> None:
         try:
@@ -132,18 +151,19 @@ class _Execution:
 
     def _follow(self, process: subprocess.Popen[bytes]) -> str:
         """Waits for the process, with an eye on who wants it to end; returns the job's last status, or "away"."""
-        status, beaten, held = "running", 0.0, time.monotonic()
+        status, beaten, self.held = "running", 0.0, time.monotonic()
+        threading.Thread(target=self._guard, args=(process,), daemon=True).start()
         while process.poll() is None:
             try:
                 if time.monotonic() - beaten > min(0.5, self.settings.lease_seconds / 4):
                     beaten = time.monotonic()
                     with open_session(self.engine) as session:
                         status = queue.heartbeat(session, self.id, self.token, self.settings.lease_seconds)
-                    held = beaten
+                    self.held = beaten
                 self._ingest()
             except AWAY as error:
                 _complain(error)
-                if time.monotonic() - held + PAUSE_SECONDS > self.settings.lease_seconds:
+                if time.monotonic() - self.held + PAUSE_SECONDS > self.settings.lease_seconds:
                     # From now on another worker may have the job, and two must not run in one folder.
                     return "away"
                 time.sleep(PAUSE_SECONDS)
@@ -154,6 +174,14 @@ class _Execution:
             else:
                 time.sleep(LOOK_SECONDS)
         return status
+
+    def _guard(self, process: subprocess.Popen[bytes]) -> None:
+        """Ends the process when its lease has run out, also where a call of the database hangs and nobody can see it."""
+        while process.poll() is None:
+            if time.monotonic() - self.held > self.settings.lease_seconds:
+                log.error("the lease ran out while the database was silent: the job process is ended")
+                local.end(process, 0)
+            time.sleep(LOOK_SECONDS)
 
     def _patiently(self, act: Callable[[], T]) -> T:
         """Does something with the database, again and again while it is away: a job is too dear to be lost to that."""
@@ -183,6 +211,11 @@ class _Execution:
         with open_session(self.engine) as session:
             queue.ingest(session, self.id, self.token, events)
         self.read += len(whole)
+        for item in events:
+            if item.kind == "started":
+                self.started[item.phase] = item
+            elif item.kind == "finished" and not item.data.get("reused") and item.phase in self.started:
+                metrics.stages.labels(item.phase).observe((item.time - self.started[item.phase].time).total_seconds())
 
     def _conclude(self, code: int) -> None:
         failure = self.folder / "failure.json"
@@ -323,6 +356,7 @@ class _Execution:
                 queue.finish(session, self.id, self.token, status, error, rows or [])
 
         self._patiently(finish)
+        self.outcome = status
         janitor.remove_run(self.settings, self.id)
 
     def _release(self, counts: bool) -> None:
@@ -331,6 +365,7 @@ class _Execution:
                 queue.release(session, self.id, self.token, counts)
 
         self._patiently(release)
+        self.outcome = "released"
 
 
 def _reason(error: Exception) -> str:
@@ -342,12 +377,13 @@ def _reason(error: Exception) -> str:
 
 def main() -> None:
     """A worker as a process: SIGTERM or SIGINT puts the job back and ends."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    settings = Settings()
+    logs.configure(settings.log)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     os.nice(5)  # the API answers first
-    work(Settings(), stop)
+    work(settings, stop)
 
 
 if __name__ == "__main__":

@@ -269,6 +269,36 @@ class Budget(BaseModel):
     ] = None
 
 
+class Change(BaseModel):
+    """
+    A line of the audit log.
+    """
+
+    id: Annotated[str, Field(title="Id")]
+    time: Annotated[AwareDatetime, Field(title="Time")]
+    key: Annotated[
+        str | None,
+        Field(
+            description="Id of the API key that was used; null where none is needed.",
+            title="Key",
+        ),
+    ]
+    operation: Annotated[
+        str,
+        Field(
+            description="As the OpenAPI document calls it.",
+            examples=["create_job"],
+            title="Operation",
+        ),
+    ]
+    path: Annotated[str, Field(title="Path")]
+    made: Annotated[str | None, Field(description="Id of what was made.", title="Made")]
+    request_id: Annotated[str, Field(title="Request Id")]
+    address: Annotated[
+        str | None, Field(description="Where the request came from.", title="Address")
+    ]
+
+
 class LearningRate(RootModel[float]):
     root: Annotated[
         float,
@@ -777,6 +807,11 @@ class Overlap(BaseModel):
 
 class PageArtifact(BaseModel):
     data: Annotated[list[Artifact], Field(title="Data")]
+    next_cursor: Annotated[str | None, Field(title="Next Cursor")] = None
+
+
+class PageChange(BaseModel):
+    data: Annotated[list[Change], Field(title="Data")]
     next_cursor: Annotated[str | None, Field(title="Next Cursor")] = None
 
 

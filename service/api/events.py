@@ -10,7 +10,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 from sqlmodel import Session, col, select
 
-from service import queue
+from service import metrics, queue
 from service.api.schemas import Event, Page
 from service.api.sessions import ReadDb
 from service.db.session import read_session
@@ -61,6 +61,12 @@ def _number(last_event_id: str | None, after: int) -> int:
 
 
 async def _stream(request: Request, job_id: str, known: int) -> AsyncIterator[bytes]:
+    with metrics.streams.track_inprogress():
+        async for chunk in _events(request, job_id, known):
+            yield chunk
+
+
+async def _events(request: Request, job_id: str, known: int) -> AsyncIterator[bytes]:
     settings, drain = request.app.state.settings, request.app.state.drain
     quiet = 0.0
     yield format_sse_event(retry=1000)

@@ -172,6 +172,19 @@ class Plan(BaseModel):
     notices: list[str]
 
 
+class Change(BaseModel):
+    """A line of the audit log."""
+
+    id: str
+    time: datetime
+    key: str | None = Field(description="Id of the API key that was used; null where none is needed.")
+    operation: str = Field(description="As the OpenAPI document calls it.", examples=["create_job"])
+    path: str
+    made: str | None = Field(description="Id of what was made.")
+    request_id: str
+    address: str | None = Field(description="Where the request came from.")
+
+
 class Limits(BaseModel):
     """None where there is none."""
 
@@ -230,6 +243,7 @@ class Health(BaseModel):
 
 __all__ = [
     "Artifact",
+    "Change",
     "Dataset",
     "Event",
     "Health",

@@ -8,12 +8,22 @@ from sqlmodel import Session
 
 from service.auth import Caller, caller
 from service.db.session import READERS, tenant_session
+from service.db.tables import AuditRow, new_id, now
 
 Who = Annotated[Caller, Depends(caller)]
 
 
 def _session(request: Request, who: Who) -> Iterator[Session]:
     with tenant_session(request.app.state.engine, who.tenant) as session:
+        session.info["audit"] = AuditRow(
+            id=new_id("aud"),
+            time=now(),
+            key=who.key,
+            operation=request.scope["endpoint"].__name__,
+            path=request.scope["path"][:500],
+            request_id=request.state.id,
+            address=request.client.host if request.client else None,
+        )
         yield session
 
 

@@ -32,9 +32,9 @@ def connect(settings: Settings) -> Engine:
     url = settings.database
     if not url.startswith("sqlite"):
         limits = f"-c lock_timeout={BUSY_MS} -c idle_in_transaction_session_timeout={IDLE_MS}"
-        return create_engine(
-            url, pool_pre_ping=True, pool_size=2 * READERS, connect_args={"options": limits, "connect_timeout": 10}
-        )
+        # A peer that vanished without a word is noticed too: what was sent and not acknowledged for so long ends the connection.
+        arguments = {"options": limits, "connect_timeout": 10, "tcp_user_timeout": BUSY_MS}
+        return create_engine(url, pool_pre_ping=True, pool_size=2 * READERS, connect_args=arguments)
     engine = create_engine(url, connect_args={"check_same_thread": False}, pool_size=2 * READERS)
 
     @event.listens_for(engine, "connect")
@@ -140,6 +140,26 @@ def _see_own(state: ORMExecuteState) -> None:
 def _own(tenant: str) -> list[ExecutableOption]:
     # For every table: which of them a statement touches is more than SQLAlchemy says of a `select_from`.
     return [with_loader_criteria(table, col(table.tenant) == tenant, include_aliases=True) for table in Owned.__subclasses__()]
+
+
+@event.listens_for(Session, "after_flush")
+def _note(session: Session, _: object) -> None:
+    """What a request makes first that has an id: a sweep comes before its points."""
+    for row in session.new:
+        if isinstance(row, Owned) and row is not session.info.get("audit"):
+            session.info.setdefault("made", getattr(row, "id", None))
+
+
+@event.listens_for(Session, "before_commit")
+def _audit(session: Session) -> None:
+    """A change and the line that tells of it are one transaction."""
+    row = session.info.get("audit")
+    if row is None:
+        return
+    session.flush()
+    del session.info["audit"]
+    row.made = session.info.get("made")
+    session.add(row)
 
 
 @event.listens_for(Session, "before_flush")

@@ -128,6 +128,22 @@ class DatasetRow(Owned, table=True):
     created_at: datetime = _time(nullable=False)
 
 
+class AuditRow(Owned, table=True):
+    """A change over the API: added to the transaction that makes it."""
+
+    __tablename__ = "audit"
+    __table_args__ = (Index("audit_tenant", "tenant", "id"),)
+
+    id: str = Field(primary_key=True)
+    time: datetime = _time(nullable=False)
+    key: str | None = Field(description="Id of the API key; none where none is needed.")
+    operation: str
+    path: str
+    made: str | None = Field(default=None, description="Id of what was made.")
+    request_id: str
+    address: str | None
+
+
 class UploadRow(Owned, table=True):
     """A file that comes in pieces, which lie in the storage; how far it is follows from them."""
 

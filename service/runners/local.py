@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
@@ -34,7 +35,7 @@ def start(spec: Path, folder: Path, shared: Path) -> subprocess.Popen[bytes]:
             stderr=log,
             env=environment,
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=partial(die_with_parent, os.getpid()),
         )
 
 
@@ -51,7 +52,9 @@ def end(process: subprocess.Popen[bytes], seconds: float) -> None:
     process.wait()
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int) -> None:
     """In a new child: be killed when the parent dies, even by kill -9 (PR_SET_PDEATHSIG; Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed before this was asked for
+            os._exit(1)

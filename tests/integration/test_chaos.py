@@ -76,8 +76,9 @@ class Watch(threading.Thread):
         while not self.enough.wait(0.05):
             alive = {p: self.known[p] if p in self.known else run_of(p) for p in psutil.process_iter()}
             self.known = alive
-            counts = Counter(folder for process, folder in alive.items() if folder and lives(process))
-            self.twice += [folder for folder, count in counts.items() if count > 1]
+            running = [(folder, process) for process, folder in alive.items() if folder and lives(process)]
+            counts = Counter(folder for folder, _ in running)
+            self.twice += [f"{folder[-30:]}: {told(process)}" for folder, process in running if counts[folder] > 1]
 
 
 def run_of(process: psutil.Process) -> str | None:
@@ -87,6 +88,12 @@ def run_of(process: psutil.Process) -> str | None:
         if "narrow_engine" in words and "--out" in words:
             return words[words.index("--out") + 1]
     return None
+
+
+def told(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return f"{process.pid} of {process.ppid()}, {time.time() - process.create_time():.1f} s old, {process.status()}"
+    return "gone"
 
 
 def lives(process: psutil.Process) -> bool:

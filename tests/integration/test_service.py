@@ -208,7 +208,7 @@ def test_bad_models_are_refused_and_leave_nothing(service, tiny_folder, tmp_path
     problem(send(**{"config.json": json.dumps({**config, "x": "\ud800"}).encode()}), 422, "bad_config")
     deep = json.dumps(config)[:-1] + ', "x": ' + "[" * 500 + "]" * 500 + "}"
     problem(send(**{"config.json": deep.encode()}), 422, "bad_config")
-    problem(service.http.post("/models", data={"name": "x"}), 422, "invalid_request", "files is missing.")
+    problem(service.http.post("/models", data={"name": "x"}), 422, "missing_file", "config.json is missing")
     assert len(service.http.get("/models", params={"limit": 100}).json()["data"]) == before
     assert service.http.get("/readyz").status_code == 200
 

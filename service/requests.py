@@ -1,0 +1,60 @@
+"""What every request has: an id, and when it is answered a line in the log and a figure. As plain ASGI, because every request
+pays for it."""
+
+import logging
+import secrets
+import time
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import logs, metrics
+from service.problems import replacement
+
+log = logging.getLogger("narrow.access")
+
+
+class Requests:
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        state["id"] = f"req_{secrets.token_hex(8)}"
+        began, replaced = time.perf_counter(), False
+
+        async def answer(message: Message) -> None:
+            nonlocal replaced
+            if replaced:
+                return
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                other = replacement(scope, message["status"], headers)
+                headers["X-Request-Id"] = state["id"]
+                headers.update(state.get("allowance", {}))
+                self._tell(scope, message["status"], time.perf_counter() - began)
+                if other:
+                    replaced = True
+                    await other(scope, receive, send)
+                    return
+            await send(message)
+
+        with logs.concerning(request=state["id"]):
+            try:
+                await self.app(scope, receive, answer)
+            except Exception:
+                # It becomes a 500 outside of here.
+                self._tell(scope, 500, time.perf_counter() - began)
+                raise
+
+    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
+        # The operation, not the path, which has ids in it: there would be a figure for each job.
+        operation = getattr(scope.get("endpoint"), "__name__", "none")
+        metrics.requests_.labels(scope["method"], operation, status).observe(seconds)
+        caller = scope["state"].get("caller")
+        fields = {"method": scope["method"], "path": scope["path"], "status": status, "ms": round(1000 * seconds, 1)}
+        fields |= {"tenant": caller.tenant, "key": caller.key} if caller and caller.key else {}
+        log.info("%s %s", scope["method"], operation, extra={"fields": fields})
