@@ -6,7 +6,22 @@ from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
 
 from service import problems
-from service.api import artifacts, audit, datasets, events, health, jobs, keys, metrics, models, plans, sweeps, uploads, usage
+from service.api import (
+    artifacts,
+    audit,
+    datasets,
+    events,
+    health,
+    jobs,
+    keys,
+    metrics,
+    models,
+    plans,
+    sweeps,
+    uploads,
+    usage,
+    webhooks,
+)
 from service.auth import caller
 from service.db.session import connect
 from service.openapi import describe
@@ -44,6 +59,7 @@ def create_app(settings: Settings, keys_needed: bool = False) -> FastAPI:
         usage.router,
         audit.router,
         metrics.router,
+        webhooks.router,
     ):
         app.include_router(router, dependencies=known, max_body_size=settings.max_body_bytes)
     for router in (models.router, uploads.router):

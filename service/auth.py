@@ -57,8 +57,8 @@ def caller(request: Request, credentials: Annotated[HTTPAuthorizationCredentials
 
 
 def needs(method: str, path: str) -> Role:
-    """The role that a request takes: to look, read; to make or end something, write; for keys and the audit log, admin."""
-    if path in ("/keys", "/audit") or path.startswith("/keys/"):
+    """The role that a request takes: to look, read; to make or end something, write; for keys, webhooks and the audit, admin."""
+    if path in ("/keys", "/audit", "/webhooks") or path.startswith(("/keys/", "/webhooks/")):
         return "admin"
     return "read" if method in ("GET", "HEAD", "OPTIONS") or path == "/plans" else "write"
 

@@ -35,6 +35,7 @@ from service.db.tables import DEFAULT_TENANT, KeyRow, TenantRow, now
 from service.runners.local import die_with_parent
 from service.settings import Settings
 from service.storage import open_storage
+from service.webhooks import Courier
 
 REQUEST_SECONDS = 10
 """What open requests have to end when the service is asked to stop."""
@@ -64,12 +65,14 @@ def serve(host: str, port: int, data: Path | None, workers: int) -> None:
     keys_needed = settings.keys == "always" or (settings.keys == "auto" and not _on_loopback(listener))
     server = Server(settings, keys_needed)
     supervisor = Supervisor(workers, settings)
+    courier = Courier(server.app.state.engine, settings)
     try:
         server.run([listener])
     finally:
         # While the jobs are put back a second signal still means at once.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: supervisor.hurry.set())
+        courier.close()
         supervisor.close(0 if server.force_exit else settings.drain_seconds + 5)
 
 

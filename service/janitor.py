@@ -11,12 +11,14 @@ from sqlmodel import Session, col, delete, select
 
 from narrow_engine import shelf
 from service.db.session import open_session, read_session, removing
-from service.db.tables import TERMINAL, ArtifactRow, AuditRow, DatasetRow, JobRow, ModelRow, UploadRow, now
+from service.db.tables import TERMINAL, ArtifactRow, AuditRow, DatasetRow, JobRow, MessageRow, ModelRow, UploadRow, now
 from service.settings import Settings
 from service.storage import Storage, artifact_key
 
 STALE_SECONDS = 6 * 3600.0
 """An upload that began so long ago has ended, one way or the other."""
+MESSAGE_DAYS = 30
+"""So long the list of what webhooks were told goes back."""
 MARK_SECONDS = 60.0
 """So has the transaction of a deletion that has marked files: no statement of it waits for so long."""
 
@@ -28,6 +30,8 @@ def tidy(engine: Engine, settings: Settings, storage: Storage, stale_seconds: fl
     tidy_pieces(engine, storage)
     with open_session(engine) as session:
         session.exec(delete(AuditRow).where(col(AuditRow.time) < now() - timedelta(days=settings.audit_days)))
+        told = col(MessageRow.next_at).is_(None) & (col(MessageRow.created_at) < now() - timedelta(days=MESSAGE_DAYS))
+        session.exec(delete(MessageRow).where(told))
         session.commit()
     with read_session(engine) as session:
         tidy_runs(session, settings)

@@ -23,6 +23,7 @@ from sqlmodel import Session, col
 
 from narrow_engine.events import Event
 from narrow_engine.spec import JobSpec, SweepSpec, points
+from service import webhooks
 from service.api.schemas import Status
 from service.db.tables import HELD, TERMINAL, EventRow, JobRow, ModelRow, SweepRow, new_id, now
 from service.problems import ApiError, not_found
@@ -265,6 +266,8 @@ def _finish(session: Session, job: JobRow, status: Status, error: dict[str, str]
 
 def _append(session: Session, job: JobRow, time: datetime, kind: str, phase: str, message: str, data: dict[str, Any]) -> None:
     job.last_seq += 1
+    if kind == "state":
+        webhooks.note(session, job)
     session.add(EventRow(job_id=job.id, seq=job.last_seq, time=time, kind=kind, phase=phase, message=message, data=data))
 
 

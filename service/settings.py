@@ -32,6 +32,7 @@ class Settings(BaseSettings):
     min_free_bytes: int = Field(256 * 2**20, ge=0, description="Uploads and new jobs are refused below this free space.")
     log: Literal["text", "json"] = Field("text", description="Lines of the log: for people, or for programs.")
     audit_days: float = Field(365.0, gt=0, description="How long the audit log is kept.")
+    webhook_private: bool = Field(False, description="Webhooks may also go to private addresses, and over plain HTTP.")
     max_jobs: int | None = Field(None, ge=0, description="Jobs of a tenant that wait or run at a time.")
     max_bytes: int | None = Field(None, ge=0, description="What is kept for a tenant.")
     max_hours: float | None = Field(None, ge=0, description="Hours that a tenant's jobs may run in thirty days.")

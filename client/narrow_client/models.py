@@ -679,6 +679,34 @@ class Match(BaseModel):
     ] = 0.0
 
 
+class Message(BaseModel):
+    """
+    Something that a webhook is told: once more until it answers with 2xx.
+    """
+
+    id: Annotated[
+        str,
+        Field(
+            description="The header `webhook-id`, the same with each try.", title="Id"
+        ),
+    ]
+    type: Annotated[str, Field(title="Type")]
+    created_at: Annotated[AwareDatetime, Field(title="Created At")]
+    attempts: Annotated[int, Field(title="Attempts")]
+    status: Annotated[
+        int | None, Field(description="Of the last answer.", title="Status")
+    ]
+    error: Annotated[
+        str | None,
+        Field(description="What was wrong with the last try.", title="Error"),
+    ]
+    next_at: Annotated[
+        AwareDatetime | None,
+        Field(description="When it will be sent.", title="Next At"),
+    ]
+    delivered_at: Annotated[AwareDatetime | None, Field(title="Delivered At")]
+
+
 class Multiple(RootModel[int]):
     root: Annotated[
         int,
@@ -769,6 +797,20 @@ class NewKey(BaseModel):
     ] = None
 
 
+class NewWebhook(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    url: Annotated[
+        str,
+        Field(examples=["https://example.com/narrow"], max_length=2000, title="Url"),
+    ]
+    events: Annotated[
+        list[Literal["job.queued", "job.running", "job.pausing", "job.paused", "job.cancelling", "job.succeeded", "job.failed", "job.cancelled"]] | None,
+        Field(max_length=10, min_length=1, title="Events"),
+    ] = ["job.succeeded", "job.failed", "job.cancelled"]
+
+
 class Notice(BaseModel):
     """
     Something that was truncated, skipped, rounded or fell back.
@@ -827,6 +869,11 @@ class PageEvent(BaseModel):
 
 class PageKey(BaseModel):
     data: Annotated[list[Key], Field(title="Data")]
+    next_cursor: Annotated[str | None, Field(title="Next Cursor")] = None
+
+
+class PageMessage(BaseModel):
+    data: Annotated[list[Message], Field(title="Data")]
     next_cursor: Annotated[str | None, Field(title="Next Cursor")] = None
 
 
@@ -1161,6 +1208,27 @@ class SecretKey(BaseModel):
     ]
 
 
+class SecretWebhook(BaseModel):
+    id: Annotated[str, Field(title="Id")]
+    url: Annotated[str, Field(title="Url")]
+    events: Annotated[list[str], Field(title="Events")]
+    created_at: Annotated[AwareDatetime, Field(title="Created At")]
+    disabled_at: Annotated[
+        AwareDatetime | None,
+        Field(
+            description="When it was given up: it answered 410, or nothing good for three days.",
+            title="Disabled At",
+        ),
+    ]
+    secret: Annotated[
+        str,
+        Field(
+            description="For verifying `webhook-signature`. It is shown only here.",
+            title="Secret",
+        ),
+    ]
+
+
 class Size(BaseModel):
     parameters: Annotated[int, Field(title="Parameters")]
     bytes: Annotated[int, Field(description="Of the weights, as saved.", title="Bytes")]
@@ -1301,6 +1369,20 @@ class Usage(BaseModel):
         Field(description="Of job processes, in the last thirty days.", title="Hours"),
     ]
     limits: Limits
+
+
+class Webhook(BaseModel):
+    id: Annotated[str, Field(title="Id")]
+    url: Annotated[str, Field(title="Url")]
+    events: Annotated[list[str], Field(title="Events")]
+    created_at: Annotated[AwareDatetime, Field(title="Created At")]
+    disabled_at: Annotated[
+        AwareDatetime | None,
+        Field(
+            description="When it was given up: it answered 410, or nothing good for three days.",
+            title="Disabled At",
+        ),
+    ]
 
 
 class Allocation(BaseModel):
@@ -1529,6 +1611,11 @@ class Method(BaseModel):
 
 class PageUpload(BaseModel):
     data: Annotated[list[Upload], Field(title="Data")]
+    next_cursor: Annotated[str | None, Field(title="Next Cursor")] = None
+
+
+class PageWebhook(BaseModel):
+    data: Annotated[list[Webhook], Field(title="Data")]
     next_cursor: Annotated[str | None, Field(title="Next Cursor")] = None
 
 

@@ -172,6 +172,43 @@ class Plan(BaseModel):
     notices: list[str]
 
 
+Told = Literal[
+    "job.queued", "job.running", "job.pausing", "job.paused", "job.cancelling", "job.succeeded", "job.failed", "job.cancelled"
+]
+
+
+class NewWebhook(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    url: str = Field(max_length=2000, examples=["https://example.com/narrow"])
+    events: list[Told] = Field(["job.succeeded", "job.failed", "job.cancelled"], min_length=1, max_length=10)
+
+
+class Webhook(BaseModel):
+    id: str
+    url: str
+    events: list[str]
+    created_at: datetime
+    disabled_at: datetime | None = Field(description="When it was given up: it answered 410, or nothing good for three days.")
+
+
+class SecretWebhook(Webhook):
+    secret: str = Field(description="For verifying `webhook-signature`. It is shown only here.")
+
+
+class Message(BaseModel):
+    """Something that a webhook is told: once more until it answers with 2xx."""
+
+    id: str = Field(description="The header `webhook-id`, the same with each try.")
+    type: str
+    created_at: datetime
+    attempts: int
+    status: int | None = Field(description="Of the last answer.")
+    error: str | None = Field(description="What was wrong with the last try.")
+    next_at: datetime | None = Field(description="When it will be sent.")
+    delivered_at: datetime | None
+
+
 class Change(BaseModel):
     """A line of the audit log."""
 
@@ -251,15 +288,19 @@ __all__ = [
     "JobError",
     "Key",
     "Limits",
+    "Message",
     "Model",
     "NewKey",
+    "NewWebhook",
     "Page",
     "Plan",
     "Problem",
     "Progress",
     "Role",
     "SecretKey",
+    "SecretWebhook",
     "Status",
     "Upload",
     "Usage",
+    "Webhook",
 ]

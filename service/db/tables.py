@@ -144,6 +144,35 @@ class AuditRow(Owned, table=True):
     address: str | None
 
 
+class WebhookRow(Owned, table=True):
+    __tablename__ = "webhook"
+    __table_args__ = (Index("webhook_tenant", "tenant", "id"),)
+
+    id: str = Field(primary_key=True)
+    url: str
+    events: list[str] = Field(sa_type=JSON)
+    secret: str = Field(description="In the clear: it is what messages are signed with.")
+    created_at: datetime = _time(nullable=False)
+    disabled_at: datetime | None = _time()
+
+
+class MessageRow(Owned, table=True):
+    """Something that a webhook is told, until it has been told."""
+
+    __tablename__ = "message"
+    __table_args__ = (Index("message_due", "next_at"), Index("message_webhook", "webhook_id", "id"))
+
+    id: str = Field(primary_key=True)
+    webhook_id: str = Field(sa_column=Column(ForeignKey("webhook.id", ondelete="CASCADE"), nullable=False))
+    body: dict[str, Any] = Field(sa_type=JSON)
+    created_at: datetime = _time(nullable=False)
+    next_at: datetime | None = _time()
+    attempts: int = 0
+    status: int | None = None
+    error: str | None = None
+    delivered_at: datetime | None = _time()
+
+
 class UploadRow(Owned, table=True):
     """A file that comes in pieces, which lie in the storage; how far it is follows from them."""
 

@@ -24,6 +24,7 @@ from service.db.tables import (
     OutcomeRow,
     SweepRow,
     UploadRow,
+    WebhookRow,
     new_id,
     now,
 )
@@ -47,7 +48,7 @@ class House:
                 for role in auth.ROLES:
                     self.keys[f"{tenant} {role}"] = auth.create_key(session, role, role, tenant)[1]
             session.commit()
-        prefixes = {"model": "mdl", "dataset": "ds", "sweep": "swp", "job": "job", "upload": "upl"}
+        prefixes = {"model": "mdl", "dataset": "ds", "sweep": "swp", "job": "job", "upload": "upl", "webhook": "whk"}
         self.ids = {name: new_id(prefix) for name, prefix in prefixes.items()}
         with tenant_session(self.engine, "ours") as session:
             session.add(ModelRow(id=self.ids["model"], name="m", info=INFO, created_at=now()))
@@ -62,6 +63,8 @@ class House:
                     id=self.ids["upload"], name="secret.txt", bytes=9, created_at=now(), expires_at=now() + timedelta(days=1)
                 )
             )
+            hook = {"url": "https://secret.example/", "events": [], "secret": "whsec_", "created_at": now()}
+            session.add(WebhookRow(id=self.ids["webhook"], **hook))
             session.add(SweepRow(id=self.ids["sweep"], spec=SWEEP, created_at=now()))
             session.flush()
             session.add(
@@ -132,7 +135,11 @@ def test_every_route_takes_the_role_that_it_needs_and_no_less(house):
             continue
         needed = auth.needs(method, path)
         assert needed == (
-            "admin" if path.startswith(("/keys", "/audit")) else "read" if method == "GET" or path == "/plans" else "write"
+            "admin"
+            if path.startswith(("/keys", "/audit", "/webhooks"))
+            else "read"
+            if method == "GET" or path == "/plans"
+            else "write"
         )
         for role in auth.ROLES[: auth.ROLES.index(needed)]:
             answer = house.ask(method, path, house.keys[f"ours {role}"])
