@@ -23,6 +23,7 @@ check: setup           ## lint, format, strict types, contract
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/python -m service.openapi | diff - openapi.yaml
 	$(BIN)/python -m narrow_engine.report.schema | diff - docs/report.schema.json
+	$(BIN)/python -m service.settings | diff - docs/reference/settings.md
 
 test: check            ## the fast tests
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
@@ -43,6 +44,7 @@ bench: setup           ## the figures of the README; more than an hour
 openapi: setup         ## export the contract and the report's schema, regenerate the client's models
 	$(BIN)/python -m service.openapi > openapi.yaml
 	$(BIN)/python -m narrow_engine.report.schema > docs/report.schema.json
+	$(BIN)/python -m service.settings > docs/reference/settings.md
 	$(BIN)/python client/generate.py
 
 lock: setup            ## write down the versions that are installed

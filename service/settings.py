@@ -1,6 +1,7 @@
 """Everything that can be set, in one place: environment variables NARROW_..., each with a default that works."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -43,7 +44,6 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(20.0, ge=0, description="Time that a job process has to write a checkpoint when a worker stops.")
     max_attempts: int = Field(3, ge=1, description="Starts of a job whose process or worker dies, before it is failed.")
     janitor_seconds: float = Field(300.0, gt=0, description="How often a worker without a job looks for what was left behind.")
-
     upload_seconds: float = Field(259_200.0, gt=0, description="Uploads go of which nothing has been made for so long.")
     stage_seconds: float = Field(86_400.0, ge=0, description="Stages that jobs share go when none has used them for so long.")
 
@@ -67,3 +67,17 @@ class Settings(BaseSettings):
         """Makes the folders."""
         for folder in (*(self.data / name for name in ("models", "datasets", "runs", "artifacts")), self.uploads, self.stages):
             folder.mkdir(parents=True, exist_ok=True)
+
+
+def reference() -> str:
+    """All settings as a table in Markdown: docs/reference/settings.md."""
+    rows = []
+    for name, field in Settings.model_fields.items():
+        default = field.default if field.default not in ("", None) else ""
+        rows.append(f"| `NARROW_{name.upper()}` | {f'`{str(default).lower()}`' if default != '' else ''} | {field.description} |")
+    head = ["# Settings", "", "Environment variables of the service, each with a default that works.", ""]
+    return "\n".join([*head, "| variable | default | |", "|---|---|---|", *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())

@@ -31,7 +31,7 @@ def test_the_runtime_lock_leaves_the_development_tools_out():
     pattern = re.search(r'grep -vE "([^"]+)"', DOCKERFILE).group(1)
     kept = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not re.match(pattern, line)]
     names = {line.split("==")[0].lower() for line in kept}
-    assert not names & {"pytest", "ruff", "mypy", "hypothesis"}
+    assert not names & {"pytest", "ruff", "mypy", "hypothesis", "swift"}
     assert {"fastapi", "transformers", "onnxruntime", "sqlmodel", "click"} <= names
 
 
