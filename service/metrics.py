@@ -10,7 +10,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+    multiprocess,
+)
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy import Engine, func
@@ -22,6 +30,8 @@ from service.settings import Settings
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 SECONDS = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 48 * 3600)
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 requests_ = Histogram(
     "narrow_request_seconds",

@@ -11,6 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service import logs, metrics
 from service.problems import replacement
 
+METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
+
 log = logging.getLogger("narrow.access")
 
 
@@ -53,7 +55,8 @@ class Requests:
     def _tell(self, scope: Scope, status: int, seconds: float) -> None:
         # The operation, not the path, which has ids in it: there would be a figure for each job.
         operation = getattr(scope.get("endpoint"), "__name__", "none")
-        metrics.requests_.labels(scope["method"], operation, status).observe(seconds)
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        metrics.requests_.labels(method, operation, status).observe(seconds)
         caller = scope["state"].get("caller")
         fields = {"method": scope["method"], "path": scope["path"], "status": status, "ms": round(1000 * seconds, 1)}
         fields |= {"tenant": caller.tenant, "key": caller.key} if caller and caller.key else {}

@@ -66,11 +66,13 @@ def test_metrics_are_for_who_runs_the_service(house):  # noqa: F811
     assert house("GET", "/metrics", headers=key(house.engine, "ours", "admin")).status_code == 403
     assert house("GET", "/metrics", headers=key(house.engine, "default", "write")).status_code == 403
     house("POST", "/jobs", json=spec(**JOB))
+    house("BREW", "/coffee")
     answer = house("GET", "/metrics", headers=key(house.engine, "default", "admin"))
     found = figures(answer.text)
     assert answer.headers["content-type"].startswith("text/plain")
     assert found["narrow_jobs", ("status", "queued")] == 1
     assert found["narrow_queue_oldest_seconds",] >= 0
+    assert found["narrow_request_seconds_count", ("method", "other"), ("operation", "none"), ("status", "404")] == 1
     assert found["narrow_request_seconds_count", ("method", "POST"), ("operation", "create_job"), ("status", "201")] >= 1
 
 
