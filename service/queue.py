@@ -15,6 +15,8 @@ taken from the row that the transaction has locked.
 """
 
 import secrets
+from collections import Counter
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -81,21 +83,7 @@ def claim(session: Session, lease_seconds: float, max_attempts: int) -> JobRow |
     waiting. A job that has
     been started `max_attempts` times without an end is failed instead of claimed.
     """
-    wanted = or_(
-        col(JobRow.status) == "queued",
-        col(JobRow.status).in_(HELD) & (col(JobRow.lease_until) < now()),
-    )
-    held = col(JobRow.status).in_(HELD) & (col(JobRow.lease_until) >= now())
-    running = select(col(JobRow.tenant), func.count().label("jobs")).where(held).group_by(col(JobRow.tenant)).subquery()
-    statement = (
-        select(JobRow)
-        .outerjoin(running, running.c.tenant == JobRow.tenant)
-        .where(wanted)
-        .order_by(func.coalesce(running.c.jobs, 0), col(JobRow.priority).desc(), col(JobRow.id))
-        .limit(1)
-        .with_for_update(skip_locked=True, of=JobRow)
-    )
-    job = session.scalars(statement).first()
+    job = next(_waiting(session), None)
     if job is None:
         session.rollback()
         return None
@@ -116,6 +104,34 @@ def claim(session: Session, lease_seconds: float, max_attempts: int) -> JobRow |
     _append(session, job, now(), "state", "", "running", {"status": "running", "attempt": job.attempt})
     session.commit()
     return job
+
+
+def _waiting(session: Session) -> Iterator[JobRow]:
+    """The first job of each tenant that has one, locked, in the order of tenants. What others have locked is passed over."""
+    tenant, status, identifier = col(JobRow.tenant), col(JobRow.status), col(JobRow.id)
+    is_held = status.in_(HELD)
+    rows = session.execute(select(tenant, col(JobRow.lease_until), identifier).where(is_held)).all()
+    moment = now()
+    running = Counter(row.tenant for row in rows if row.lease_until and row.lease_until >= moment)
+    oldest = {
+        row[0]: row[1] for row in session.execute(select(tenant, func.min(identifier)).where(status == "queued").group_by(tenant))
+    }
+    lost = {row.id: row.tenant for row in rows if not row.lease_until or row.lease_until < moment}
+    for name, owner in lost.items():
+        oldest[owner] = min(name, oldest.get(owner, name))
+    for owner in sorted(oldest, key=lambda owner: (running[owner], oldest[owner])):
+        wanted = or_(status == "queued", is_held & (col(JobRow.lease_until) < moment))
+        first = (
+            select(identifier)
+            .where(tenant == owner, wanted)
+            .order_by(col(JobRow.priority).desc(), identifier)
+            .limit(1)
+            .with_for_update(skip_locked=True)
+        )
+        found = session.scalar(first)
+        if found is not None:
+            # In a statement of its own: it sees the row as it was when it was locked.
+            yield session.get_one(JobRow, found)
 
 
 def heartbeat(session: Session, job_id: str, token: str, lease_seconds: float) -> Status:

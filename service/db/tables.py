@@ -200,7 +200,7 @@ class JobRow(Owned, table=True):
     __tablename__ = "job"
     __table_args__ = (
         CheckConstraint(f"status IN {STATUSES}", name="status_known"),
-        Index("job_claim", "status", "id"),
+        Index("job_claim", "status", "tenant", "priority", "id"),
         Index("job_sweep", "sweep"),
         Index("job_tenant", "tenant", "id"),
     )
