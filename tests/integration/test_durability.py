@@ -237,6 +237,7 @@ def test_many_readers_at_once_do_not_starve_each_other(tmp_path):
         assert time.monotonic() - asked < 25
 
 
+@pytest.mark.slow
 def test_a_worker_outlives_a_database_that_is_locked(tmp_path, tiny_folder, python_file):
     """The lock is held for longer than the lease: the job goes on, and no attempt is lost."""
     with running(tmp_path / "data") as service:

@@ -347,7 +347,8 @@ def test_broken_weights_and_tokenizers_are_told(spec, tmp_path, tiny_folder):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
 @pytest.mark.parametrize(
-    ("size", "recover", "finished"), [("600k", {}, ()), ("3m", {"cache": "top", "top": 320}, ("reconstruct",))]
+    ("size", "recover", "finished"),
+    [("600k", {}, ()), pytest.param("3m", {"cache": "top", "top": 320}, ("reconstruct",), marks=pytest.mark.slow)],
 )
 def test_a_full_disk_is_told_and_costs_nothing_that_was_finished(spec, tmp_path, size, recover, finished):
     disk = tmp_path / "disk"
@@ -393,9 +394,9 @@ def test_a_dataset_with_blank_rows_says_how_many(spec, tmp_path, python_file):
     ("method", "from_base"),
     [
         ({"kind": "distill"}, False),
-        ({"kind": "distill", "init": "cut"}, True),
+        pytest.param({"kind": "distill", "init": "cut"}, True, marks=pytest.mark.slow),
         ({"kind": "distill", "init": "layers", "units": ["layer", "token"]}, True),
-        ({"kind": "scratch"}, False),
+        pytest.param({"kind": "scratch"}, False, marks=pytest.mark.slow),
     ],
 )
 def test_students_go_down_the_same_line(spec, tmp_path, method, from_base):
@@ -424,6 +425,7 @@ def larger(tmp_path, tokenizer_file):
     return tmp_path / "larger"
 
 
+@pytest.mark.slow
 def test_what_the_teacher_said_teaches_as_the_teacher_does(spec, tmp_path):
     losses = []
     for cache in (None, "hidden"):
@@ -440,7 +442,7 @@ def test_what_the_teacher_said_teaches_as_the_teacher_does(spec, tmp_path):
 @pytest.mark.parametrize(
     "recover",
     [
-        {"cache": "top", "top": 32, "temperature": 2.0},
+        pytest.param({"cache": "top", "top": 32, "temperature": 2.0}, marks=pytest.mark.slow),
         {"correction": {"tokens": 2560}, "cache": "hidden"},
         {"match": {"hidden": 1.0, "attention": 1.0}, "on_policy": 0.5},
     ],
@@ -467,7 +469,14 @@ def test_a_training_that_does_harm_is_told_and_not_kept(spec, tmp_path):
     assert python.recovered.loss == pytest.approx(python.cut.loss, abs=0.01), "but for the rounding to the base's type"
 
 
-@pytest.mark.parametrize(("units", "cache"), [(["neuron"], None), (["neuron", "token"], "hidden"), (["neuron", "token"], "top")])
+@pytest.mark.parametrize(
+    ("units", "cache"),
+    [
+        pytest.param(["neuron"], None, marks=pytest.mark.slow),
+        (["neuron", "token"], "hidden"),
+        pytest.param(["neuron", "token"], "top", marks=pytest.mark.slow),
+    ],
+)
 def test_a_larger_model_teaches(spec, tmp_path, larger, units, cache):
     method = {"kind": "distill", "units": units, "recover": {"tokens": 2560, "batch_tokens": 256, "cache": cache}}
     code, told = finish(start(spec(method=method, teacher={"path": str(larger)}), tmp_path / "run"))
@@ -502,6 +511,7 @@ def test_a_teacher_that_reads_other_tokens_is_refused(spec, tmp_path, larger):
     assert (status, "The teacher reads 32 tokens at most" in told) == (1, True), told
 
 
+@pytest.mark.slow
 def test_a_curriculum_mixes_in_broad_text_that_nothing_is_measured_on(spec, tmp_path):
     broad = write_jsonl(tmp_path / "broad.jsonl", [*documents("german", 40), *documents("python", 5)])
     recover = {"tokens": 5120, "batch_tokens": 256, "curriculum": {"start": 1, "end": 1}}

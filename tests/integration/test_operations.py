@@ -76,10 +76,8 @@ def test_metrics_are_for_who_runs_the_service(house):  # noqa: F811
     assert found["narrow_request_seconds_count", ("method", "POST"), ("operation", "create_job"), ("status", "201")] >= 1
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory, tiny_folder, python_file):
-    """A service that wrote its log for programs, after one job; its figures, its log and the job."""
-    with running(tmp_path_factory.mktemp("operations") / "data", NARROW_LOG="json") as service:
+def test_figures_and_log_of_a_job_that_ran_in_processes_of_its_own(tmp_path, tiny_folder, python_file):
+    with running(tmp_path / "data", NARROW_LOG="json") as service:
         secret = {"Authorization": "Bearer nrw_secret-secret-secret"}
         assert service.http.get("/jobs?token=hidden-in-a-query", headers=secret).status_code == 401
         answer = service.http.post("/jobs", json=spec_of(service, tiny_folder, python_file, QUICK))
@@ -88,11 +86,6 @@ def ran(tmp_path_factory, tiny_folder, python_file):
         while ("narrow_job_seconds_count", ("outcome", "succeeded")) not in (found := figures(metrics_of(service))):
             assert time.monotonic() < deadline, found
             time.sleep(0.1)
-    return found, Path(service.log.name).read_text(), job, answer.headers["x-request-id"]
-
-
-def test_figures_of_workers_come_from_their_processes(ran):
-    found, _, job, _ = ran
     assert found["narrow_jobs", ("status", "succeeded")] == 1
     assert found["narrow_claims_total", ("attempt", "first")] == 1
     assert found["narrow_job_wait_seconds_count",] == 1
@@ -102,9 +95,7 @@ def test_figures_of_workers_come_from_their_processes(ran):
         assert found["narrow_stage_seconds_count", ("stage", stage)] == 1
     assert found["narrow_disk_free_bytes",] > 0
 
-
-def test_every_line_of_the_log_is_json_and_says_what_it_belongs_to(ran):
-    _, text, job, request_id = ran
+    text, request_id = Path(service.log.name).read_text(), answer.headers["x-request-id"]
     lines = [json.loads(line) for line in text.splitlines()]
     assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)
     created = next(line for line in lines if line.get("request") == request_id)

@@ -278,6 +278,7 @@ print(teacher.bytes, own() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is counted by Linux")
+@pytest.mark.slow
 def test_a_teacher_stays_in_its_file(tmp_path):
     model = tiny_model("llama", hidden_size=512, intermediate_size=4096, num_hidden_layers=12, num_attention_heads=8)
     model.bfloat16().save_pretrained(tmp_path)
