@@ -31,7 +31,7 @@ def serve() -> tuple[subprocess.Popen[str], str]:
         text=True,
         # Ctrl-C comes to the demo alone, which ends the service in order; and a killed demo takes the service along.
         start_new_session=True,
-        preexec_fn=die_with_parent,
+        preexec_fn=die_with_parent(),
     )
     assert server.stdout is not None
     line = server.stdout.readline()

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -294,7 +293,7 @@ class Supervisor:
             stdin=subprocess.DEVNULL,
             env=metrics.environment(self.settings),
             start_new_session=True,
-            preexec_fn=partial(die_with_parent, os.getpid()),
+            preexec_fn=die_with_parent(),
         )
 
     def _watch(self) -> None:

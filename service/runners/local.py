@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 _KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
@@ -35,7 +35,7 @@ def start(spec: Path, folder: Path, shared: Path) -> subprocess.Popen[bytes]:
             stderr=log,
             env=environment,
             start_new_session=True,
-            preexec_fn=partial(die_with_parent, os.getpid()),
+            preexec_fn=die_with_parent(),
         )
 
 
@@ -52,9 +52,14 @@ def end(process: subprocess.Popen[bytes], seconds: float) -> None:
     process.wait()
 
 
-def die_with_parent(parent: int) -> None:
-    """In a new child: be killed when the parent dies, even by kill -9 (PR_SET_PDEATHSIG; Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        if os.getppid() != parent:  # it was killed before this was asked for
-            os._exit(1)
+def die_with_parent() -> Callable[[], None]:
+    """What a new child does to be killed when its parent dies, even by kill -9 (PR_SET_PDEATHSIG; Linux only)."""
+    parent = os.getpid()
+
+    def ask() -> None:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+            if os.getppid() != parent:  # it was killed before this was asked for
+                os._exit(1)
+
+    return ask

@@ -20,7 +20,7 @@ from service.storage import Storage, artifact_key, open_storage
 needs_postgres = pytest.mark.skipif(postgres.BINARIES is None, reason="there is no Postgres on this machine")
 
 
-@pytest.fixture(params=["folder", "bucket"])
+@pytest.fixture(params=["folder", pytest.param("bucket", marks=objects.needed)])
 def settings(request, tmp_path, monkeypatch) -> Settings:
     made = {}
     if request.param == "bucket":
@@ -106,6 +106,7 @@ def test_a_file_that_two_jobs_share_outlives_one_of_them(settings, storage, tmp_
     assert not storage.has(artifact_key(sha256))
 
 
+@objects.needed
 @needs_postgres
 def test_two_machines_share_a_database_and_a_bucket(tmp_path, tiny_folder, python_file):
     """One takes requests and one works; neither sees the other's disk. The bucket goes away and comes back."""

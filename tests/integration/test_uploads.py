@@ -23,7 +23,7 @@ from service.storage import open_storage
 PIECE = {"Content-Type": "application/offset+octet-stream", "Tus-Resumable": "1.0.0"}
 
 
-@pytest.fixture(scope="module", params=["folder", "bucket"])
+@pytest.fixture(scope="module", params=["folder", pytest.param("bucket", marks=objects.needed)])
 def place(request):
     return objects.server().bucket(f"u{time.time_ns()}") if request.param == "bucket" else {}
 
