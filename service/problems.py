@@ -68,6 +68,11 @@ def not_found(kind: str, identifier: str) -> ApiError:
     return ApiError(404, f"{kind}_not_found", f"There is no {kind} {identifier[:80]!r}.")
 
 
+def beyond_end(size: int | str) -> ApiError:
+    detail = f"The range begins behind the end of the file: it has {size} bytes."
+    return ApiError(416, "range_not_satisfiable", detail, headers={"Content-Range": f"bytes */{size}"})
+
+
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route that can answer with these problems, for the OpenAPI document."""
     return {status: {"description": TITLES[status], "model": Problem} for status in (*statuses, *ALWAYS)}
@@ -186,9 +191,9 @@ def replacement(scope: Scope, status: int, headers: Mapping[str, str]) -> Respon
         return _answer(Request(scope), 413, "too_large", "What was sent is larger than the server takes: send less.")
     if status == 416:
         size = headers.get("content-range", "").rpartition("/")[2]
-        detail = f"The range begins behind the end of the file: it has {size} bytes."
-        answer = _answer(Request(scope), 416, "range_not_satisfiable", detail)
-        answer.headers["Content-Range"] = f"bytes */{size}"
+        error = beyond_end(size)
+        answer = _answer(Request(scope), error.status, error.code, error.detail)
+        answer.headers.update(error.headers)
         return answer
     return None
 

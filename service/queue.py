@@ -39,9 +39,7 @@ def enqueue(session: Session, spec: JobSpec) -> JobRow:
     """A new job at the end of the queue. The caller commits."""
     made = spec.model_dump(mode="json")
     job = JobRow(id=new_id("job"), status="queued", spec=made, priority=spec.priority, created_at=now())
-    session.add(job)
-    session.flush()
-    _append(session, job, now(), "state", "", "queued", {"status": "queued"})
+    _add(session, job)
     return job
 
 
@@ -56,10 +54,14 @@ def enqueue_sweep(session: Session, spec: SweepSpec) -> SweepRow:
         made = point.spec.model_dump(mode="json")
         job = JobRow(id=identifier, status="queued", spec=made, priority=spec.priority, created_at=now())
         job.sweep, job.method = sweep.id, point.method
-        session.add(job)
-        session.flush()
-        _append(session, job, now(), "state", "", "queued", {"status": "queued"})
+        _add(session, job)
     return sweep
+
+
+def _add(session: Session, job: JobRow) -> None:
+    session.add(job)
+    session.flush()
+    _set(session, job, "queued")
 
 
 def find_sweep(session: Session, identifier: str) -> SweepRow:
@@ -80,8 +82,7 @@ def claim(session: Session, lease_seconds: float, max_attempts: int) -> JobRow |
     """A job that waits or whose worker is gone, now leased to the caller; None if there is none.
 
     Of the tenant that has fewest running, the oldest of the highest priority: one who queues a thousand jobs keeps nobody else
-    waiting. A job that has
-    been started `max_attempts` times without an end is failed instead of claimed.
+    waiting. A job that has been started `max_attempts` times without an end is failed instead of claimed.
     """
     job = next(_waiting(session), None)
     if job is None:
@@ -116,9 +117,9 @@ def _waiting(session: Session) -> Iterator[JobRow]:
     oldest = {
         row[0]: row[1] for row in session.execute(select(tenant, func.min(identifier)).where(status == "queued").group_by(tenant))
     }
-    lost = {row.id: row.tenant for row in rows if not row.lease_until or row.lease_until < moment}
-    for name, owner in lost.items():
-        oldest[owner] = min(name, oldest.get(owner, name))
+    for row in rows:
+        if not row.lease_until or row.lease_until < moment:
+            oldest[row.tenant] = min(row.id, oldest.get(row.tenant, row.id))
     for owner in sorted(oldest, key=lambda owner: (running[owner], oldest[owner])):
         wanted = or_(status == "queued", is_held & (col(JobRow.lease_until) < moment))
         first = (
@@ -188,9 +189,7 @@ def release(session: Session, job_id: str, token: str, counts: bool) -> None:
 
 def cancel(session: Session, job_id: str) -> JobRow:
     """Asks for the end of a job. A finished job stays as it is. The caller commits."""
-    job = session.scalars(select(JobRow).where(col(JobRow.id) == job_id).with_for_update()).first()
-    if job is None:
-        raise not_found("job", job_id)
+    job = _locked(session, job_id)
     if job.status in ("succeeded", "failed"):
         raise ApiError(409, "job_finished", f"The job has already {job.status}: there is nothing to cancel.")
     _cancel(session, job)
@@ -237,10 +236,15 @@ def _cancel(session: Session, job: JobRow) -> None:
         _set(session, job, "cancelling")
 
 
-def _unfinished(session: Session, job_id: str, verb: str) -> JobRow:
+def _locked(session: Session, job_id: str) -> JobRow:
     job = session.scalars(select(JobRow).where(col(JobRow.id) == job_id).with_for_update()).first()
     if job is None:
         raise not_found("job", job_id)
+    return job
+
+
+def _unfinished(session: Session, job_id: str, verb: str) -> JobRow:
+    job = _locked(session, job_id)
     if job.status in TERMINAL:
         ended = "was cancelled" if job.status == "cancelled" else f"has already {job.status}"
         raise ApiError(409, "job_finished", f"The job {ended}: there is nothing to {verb}.")

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from service.settings import Settings
 
@@ -137,16 +137,10 @@ class Folder(Storage):
     def put(self, key: str, source: Path) -> None:
         target = self.root / key
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".tmp-")
-        try:
-            with os.fdopen(handle, "wb") as out, source.open("rb") as file:
-                shutil.copyfileobj(file, out, CHUNK)
-                out.flush()
-                os.fsync(out.fileno())
-            Path(name).rename(target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with _whole(target) as out, source.open("rb") as file:
+            shutil.copyfileobj(file, out, CHUNK)
+            out.flush()
+            os.fsync(out.fileno())
 
     def move(self, key: str, source: Path) -> None:
         target = self.root / key
@@ -253,7 +247,7 @@ class Bucket(Storage):
         import obstore
 
         if start == end:
-            return iter([b""][:0])
+            return iter(())
         with _reaching():
             found = obstore.get(self.store, key, options={"range": (start, end)})
         return _chunks(found.stream(min_chunk_size=CHUNK))
@@ -286,21 +280,28 @@ class Bucket(Storage):
     def _fetch(self, stored: Stored, target: Path) -> None:
         if target.exists() and target.stat().st_size == stored.bytes:
             return
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".tmp-")
-        try:
-            with os.fdopen(handle, "wb") as out:
-                for chunk in self.read(stored.key, 0, stored.bytes):
-                    out.write(chunk)
-            if Path(name).stat().st_size != stored.bytes:
+        with _whole(target) as out:
+            for chunk in self.read(stored.key, 0, stored.bytes):
+                out.write(chunk)
+            if out.tell() != stored.bytes:
                 raise StorageAway(f"{stored.key} came short of its {stored.bytes} bytes")
-            Path(name).rename(target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
 
     def forget(self, key: str) -> None:
         self.delete([stored.key for stored in self.below(f"{key}/")])
         shutil.rmtree(self.root / key, ignore_errors=True)
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[BinaryIO]:
+    """A file to write that gets its name when the block ends well, and vanishes when it does not."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".tmp-")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            yield out
+        Path(name).rename(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

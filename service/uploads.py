@@ -143,10 +143,15 @@ def _pieces(storage: Storage, upload_id: str) -> list[tuple[str, int]]:
     return found
 
 
-def _complete(session: Session, storage: Storage, upload_id: str) -> UploadRow:
+def find_upload(session: Session, upload_id: str) -> UploadRow:
     row = session.get(UploadRow, upload_id)
     if row is None:
         raise not_found("upload", upload_id)
+    return row
+
+
+def _complete(session: Session, storage: Storage, upload_id: str) -> UploadRow:
+    row = find_upload(session, upload_id)
     offset = offset_of(storage, upload_id)
     if offset != row.bytes:
         detail = f"Of {row.name} {offset:,} bytes of {row.bytes:,} have come: send the rest to /uploads/{upload_id}."

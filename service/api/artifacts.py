@@ -14,7 +14,7 @@ from service import queue
 from service.api.schemas import Artifact, Page
 from service.api.sessions import ReadDb
 from service.db.tables import ArtifactRow
-from service.problems import ApiError, responses
+from service.problems import ApiError, beyond_end, responses
 from service.storage import Storage, StorageAway, artifact_key
 
 router = APIRouter(prefix="/jobs/{job_id}", tags=["artifacts"])
@@ -122,8 +122,7 @@ def _from_bucket(request: Request, row: ArtifactRow, media_type: str, headers: d
         start, end = (int(first), int(last or row.bytes) + 1) if first else (max(0, row.bytes - int(last)), row.bytes)
         end, status = min(end, row.bytes), 206
         if start >= end:
-            detail = f"The range begins behind the end of the file: it has {row.bytes} bytes."
-            raise ApiError(416, "range_not_satisfiable", detail, headers={"Content-Range": f"bytes */{row.bytes}"})
+            raise beyond_end(row.bytes)
         headers = {**headers, "Content-Range": f"bytes {start}-{end - 1}/{row.bytes}"}
     headers = {**headers, "Accept-Ranges": "bytes", "Content-Length": str(end - start)}
     if filename:

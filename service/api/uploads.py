@@ -19,7 +19,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from sqlmodel import Session, select
+from sqlmodel import select
 from starlette.requests import ClientDisconnect
 
 from service import quotas
@@ -28,9 +28,9 @@ from service.api.schemas import Page, Upload
 from service.api.sessions import Db, ReadDb, Who
 from service.db.session import tenant_session
 from service.db.tables import UploadRow, new_id, now
-from service.problems import ApiError, not_found, responses
+from service.problems import ApiError, responses
 from service.storage import Storage
-from service.uploads import check_name, offset_of, piece_key, require_space
+from service.uploads import check_name, find_upload, offset_of, piece_key, require_space
 
 VERSION = "1.0.0"
 ALGORITHMS = ("sha256", "sha1", "md5")
@@ -107,7 +107,7 @@ def list_uploads(request: Request, session: ReadDb, cursor: Cursor = None, limit
 @router.get("/{upload_id}", responses=responses(404, 412))
 def get_upload(upload_id: str, request: Request, response: Response, session: ReadDb) -> Upload:
     """How far it is; `HEAD` says the same in the headers of tus."""
-    row = _find(session, upload_id)
+    row = find_upload(session, upload_id)
     found = as_upload(row, request.app.state.storage)
     response.headers["Upload-Offset"], response.headers["Upload-Length"] = str(found.offset), str(row.bytes)
     response.headers["Upload-Expires"] = format_datetime(row.expires_at, usegmt=True)
@@ -159,7 +159,7 @@ async def send_piece(
 @router.delete("/{upload_id}", status_code=204, responses=responses(404, 412))
 def delete_upload(upload_id: str, request: Request, session: Db) -> None:
     """Give an upload up."""
-    row = _find(session, upload_id)
+    row = find_upload(session, upload_id)
     request.app.state.storage.forget(f"uploads/{upload_id}")
     session.delete(row)
     session.commit()
@@ -169,17 +169,10 @@ def as_upload(row: UploadRow, storage: Storage) -> Upload:
     return Upload(**row.model_dump(exclude={"tenant"}), offset=offset_of(storage, row.id))
 
 
-def _find(session: Session, upload_id: str) -> UploadRow:
-    row = session.get(UploadRow, upload_id)
-    if row is None:
-        raise not_found("upload", upload_id)
-    return row
-
-
 def _look(request: Request, tenant: str, upload_id: str) -> UploadRow:
     # Not `ReadDb`: a client that sends slowly must not keep a reader's place.
     with tenant_session(request.app.state.engine, tenant, reads=True) as session:
-        return _find(session, upload_id)
+        return find_upload(session, upload_id)
 
 
 async def _chunks(request: Request) -> AsyncIterator[bytes]:

@@ -42,15 +42,20 @@ OLD_JOB = (
 )
 
 
+def first_tables(settings: Settings) -> None:
+    """The database as the first version left it."""
+    config = Config()
+    config.set_main_option("script_location", str(ROOT / "service" / "db" / "migrations"))
+    config.attributes["url"] = settings.database
+    command.upgrade(config, "0001")
+
+
 def job(**changes) -> JobRow:
     return JobRow(**{"id": new_id("job"), "status": "queued", "spec": {}, "created_at": now(), **changes})
 
 
 def test_the_tables_of_the_first_version_become_those_of_today(settings):
-    config = Config()
-    config.set_main_option("script_location", str(ROOT / "service" / "db" / "migrations"))
-    config.attributes["url"] = settings.database
-    command.upgrade(config, "0001")
+    first_tables(settings)
     engine = connect(settings)
     with engine.begin() as old:
         old.execute(text(OLD_JOB))
@@ -74,10 +79,7 @@ def test_the_tables_of_the_first_version_become_those_of_today(settings):
 
 def test_an_update_that_is_cut_off_leaves_the_tables_as_they_were(settings, monkeypatch):
     """All its steps are one transaction, in both databases."""
-    config = Config()
-    config.set_main_option("script_location", str(ROOT / "service" / "db" / "migrations"))
-    config.attributes["url"] = settings.database
-    command.upgrade(config, "0001")
+    first_tables(settings)
     engine = connect(settings)
     with engine.begin() as old:
         old.execute(text(OLD_JOB))
