@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 from sqlalchemy import Engine, func
 from sqlmodel import col, select
 
-from service.db.session import read_session
+from service.db.session import clock, read_session
 from service.db.tables import STATUSES, JobRow, now
 from service.settings import Settings
 
@@ -78,7 +78,7 @@ class _Queue(Collector):
             oldest = session.scalar(select(func.min(JobRow.created_at)).where(col(JobRow.status) == "queued"))
             late = session.scalar(
                 select(func.count()).where(
-                    col(JobRow.status).in_(("running", "pausing", "cancelling")), col(JobRow.lease_until) < now()
+                    col(JobRow.status).in_(("running", "pausing", "cancelling")), col(JobRow.lease_until) < clock(session)
                 )
             )
         jobs = GaugeMetricFamily("narrow_jobs", "Jobs by status.", labels=["status"])

@@ -9,7 +9,8 @@
 What no worker has is cancelled at once, whether it waits or is paused.
 
 A worker holds a job by a lease: a random token and a time until which it counts. Every write of the worker is guarded
-by the token, so a worker that was thought dead and comes back finds that it writes nothing (fencing). Each change of
+by the token, so a worker that was thought dead and comes back finds that it writes nothing (fencing). Times of leases are
+the database's; should its clock jump, a job may be started again from its last checkpoint, and no more. Each change of
 status appends a `state` event in the same transaction; a job's events are numbered without gaps because the number is
 taken from the row that the transaction has locked.
 """
@@ -27,8 +28,12 @@ from narrow_engine.events import Event
 from narrow_engine.spec import JobSpec, SweepSpec, points
 from service import webhooks
 from service.api.schemas import Status
+from service.db.session import clock
 from service.db.tables import HELD, TERMINAL, EventRow, JobRow, ModelRow, SweepRow, new_id, now
 from service.problems import ApiError, not_found
+
+NO_LEASE = 10
+"""Times a lease's length: one that ends later than that was taken before the clock was set back, and counts no more."""
 
 
 class LeaseLost(Exception):
@@ -84,7 +89,8 @@ def claim(session: Session, lease_seconds: float, max_attempts: int) -> JobRow |
     Of the tenant that has fewest running, the oldest of the highest priority: one who queues a thousand jobs keeps nobody else
     waiting. A job that has been started `max_attempts` times without an end is failed instead of claimed.
     """
-    job = next(_waiting(session), None)
+    moment = clock(session)
+    job = next(_waiting(session, moment, lease_seconds), None)
     if job is None:
         session.rollback()
         return None
@@ -98,30 +104,32 @@ def claim(session: Session, lease_seconds: float, max_attempts: int) -> JobRow |
         session.commit()
         return None
     job.status, job.attempt = "running", job.attempt + 1
-    _count(job)  # of a worker that is gone, until now
-    job.claimed_at = now()
+    _count(session, job)  # of a worker that is gone, until now
+    job.claimed_at = moment
     job.started_at = job.started_at or now()
-    job.lease_token, job.lease_until = secrets.token_hex(8), _until(lease_seconds)
+    job.lease_token, job.lease_until = secrets.token_hex(8), moment + timedelta(seconds=lease_seconds)
     _append(session, job, now(), "state", "", "running", {"status": "running", "attempt": job.attempt})
     session.commit()
     return job
 
 
-def _waiting(session: Session) -> Iterator[JobRow]:
+def _waiting(session: Session, moment: datetime, lease_seconds: float) -> Iterator[JobRow]:
     """The first job of each tenant that has one, locked, in the order of tenants. What others have locked is passed over."""
     tenant, status, identifier = col(JobRow.tenant), col(JobRow.status), col(JobRow.id)
     is_held = status.in_(HELD)
     rows = session.execute(select(tenant, col(JobRow.lease_until), identifier).where(is_held)).all()
-    moment = now()
-    running = Counter(row.tenant for row in rows if row.lease_until and row.lease_until >= moment)
+    latest = moment + NO_LEASE * timedelta(seconds=lease_seconds)
+    leased = {row.id for row in rows if row.lease_until and moment <= row.lease_until <= latest}
+    running = Counter(row.tenant for row in rows if row.id in leased)
     oldest = {
         row[0]: row[1] for row in session.execute(select(tenant, func.min(identifier)).where(status == "queued").group_by(tenant))
     }
     for row in rows:
-        if not row.lease_until or row.lease_until < moment:
+        if row.id not in leased:
             oldest[row.tenant] = min(row.id, oldest.get(row.tenant, row.id))
+    until = col(JobRow.lease_until)
+    wanted = or_(status == "queued", is_held & ((until < moment) | (until > latest)))
     for owner in sorted(oldest, key=lambda owner: (running[owner], oldest[owner])):
-        wanted = or_(status == "queued", is_held & (col(JobRow.lease_until) < moment))
         first = (
             select(identifier)
             .where(tenant == owner, wanted)
@@ -140,7 +148,7 @@ def heartbeat(session: Session, job_id: str, token: str, lease_seconds: float) -
     statement = (
         update(JobRow)
         .where(col(JobRow.id) == job_id, col(JobRow.lease_token) == token)
-        .values(lease_until=_until(lease_seconds))
+        .values(lease_until=clock(session) + timedelta(seconds=lease_seconds))
         .returning(col(JobRow.status))
     )
     status = session.scalar(statement)
@@ -258,16 +266,17 @@ def _let_go(session: Session, job: JobRow) -> None:
     if job.status == "cancelling":
         _finish(session, job, "cancelled", None)
         return
-    _count(job)
+    _count(session, job)
     job.lease_token, job.lease_until = None, None
     _set(session, job, "paused" if job.status == "pausing" else "queued", "" if job.status == "pausing" else "queued again")
 
 
-def _count(job: JobRow) -> None:
+def _count(session: Session, job: JobRow) -> None:
     """Adds the time that a worker has had the job."""
     if job.claimed_at:
         # Not beyond its lease: what nobody held is nobody's use.
-        until = min(now(), job.lease_until or now())
+        moment = clock(session)
+        until = min(moment, job.lease_until or moment)
         job.seconds, job.claimed_at = job.seconds + max(0.0, (until - job.claimed_at).total_seconds()), None
 
 
@@ -277,7 +286,7 @@ def _set(session: Session, job: JobRow, status: Status, message: str = "") -> No
 
 
 def _finish(session: Session, job: JobRow, status: Status, error: dict[str, str] | None) -> None:
-    _count(job)
+    _count(session, job)
     job.status, job.error, job.finished_at = status, error, now()
     job.lease_token, job.lease_until, job.progress = None, None, None
     message = error["message"] if error else status
@@ -298,10 +307,6 @@ def _held(session: Session, job_id: str, token: str) -> JobRow:
         session.rollback()
         raise LeaseLost
     return job
-
-
-def _until(seconds: float) -> datetime:
-    return now() + timedelta(seconds=seconds)
 
 
 __all__ = [

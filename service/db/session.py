@@ -3,6 +3,7 @@
 import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sqlalchemy.orm import ORMExecuteState, with_loader_criteria
 from sqlalchemy.sql.base import ExecutableOption
 from sqlmodel import Session, col, create_engine
 
-from service.db.tables import Owned
+from service.db.tables import Owned, now
 from service.settings import Settings
 
 READERS = 16
@@ -111,6 +112,15 @@ def _apart(engine: Engine) -> Iterator[Connection]:
             yield connection
         finally:
             connection.invalidate()
+
+
+def clock(session: Session) -> datetime:
+    """The database's time, by which leases count: clocks of machines differ, and one that jumps must not take others' jobs.
+    On SQLite, where there is one machine, it is that one's."""
+    if session.get_bind().dialect.name == "postgresql":
+        moment: datetime = session.execute(text("SELECT clock_timestamp()")).scalar_one()
+        return moment.astimezone(UTC)
+    return now()
 
 
 def open_session(engine: Engine) -> Session:

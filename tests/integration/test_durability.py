@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ from sqlalchemy import text
 
 from narrow_engine.pipeline import LINE
 from service import janitor, queue
+from service.db import session as clocks
 from service.db.session import connect, open_session, publishing
 from service.db.tables import ArtifactRow, JobRow, ModelRow, new_id, now
 from service.storage import artifact_key, open_storage
@@ -387,3 +389,34 @@ def test_two_workers_share_a_queue_and_no_job_runs_twice(tmp_path, tiny_folder, 
                 "locality",
                 "relearn",
             }
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+def test_a_worker_whose_clock_is_wrong_takes_nobody_elses_job(idle, monkeypatch, hours):
+    """On Postgres leases go by its clock. On SQLite there is one clock, and a jump of it costs a start from the checkpoint."""
+    engine, _ = idle
+    with open_session(engine) as session:
+        ended_job(session, "queued", finished_at=None)
+        session.commit()
+        job = queue.claim(session, 20, 3)
+        held, token = job.id, job.lease_token
+
+        def beat():
+            return queue.heartbeat(session, held, token, 20)
+
+        for module in (queue, clocks):
+            monkeypatch.setattr(module, "now", lambda: now() + timedelta(hours=hours))
+        taken = queue.claim(session, 20, 3)
+        if POSTGRES:
+            assert taken is None
+            assert beat() == "running"
+            assert queue.claim(session, 20, 3) is None
+        else:
+            assert (taken.id, taken.attempt) == (held, 2), "also where the clock was set back: no job waits for it to catch up"
+            with pytest.raises(queue.LeaseLost):
+                beat()
+            assert queue.heartbeat(session, taken.id, taken.lease_token, 20) == "running"
+            assert queue.claim(session, 20, 3) is None
+            queue.release(session, taken.id, taken.lease_token, counts=False)
+            session.expire_all()
+            assert 0 <= session.get_one(JobRow, held).seconds < 60, "what the clock jumped over is nobody's use"
