@@ -43,7 +43,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 @click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The run's folder; made if missing.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("--shared", type=click.Path(file_okay=False, path_type=Path), hidden=True)  # where the service's jobs share stages
-def run(spec: Path, out: Path, quiet: bool, shared: Path | None) -> None:
+@click.option("--events-after", default=0, hidden=True)  # what the service knows of a run that went on elsewhere
+def run(spec: Path, out: Path, quiet: bool, shared: Path | None, events_after: int) -> None:
     """Run a compression from a spec file, without a server."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -58,7 +59,7 @@ def run(spec: Path, out: Path, quiet: bool, shared: Path | None) -> None:
     try:
         with _lock(out / "lock"):
             failure.unlink(missing_ok=True)
-            _run(wanted, out, quiet, shared)
+            _run(wanted, out, quiet, shared, events_after)
     except Cancelled as error:
         click.echo(str(error), err=True)
         sys.exit(130)
@@ -90,7 +91,7 @@ def reproduce(report: Path, inputs: tuple[Path, ...], out: Path) -> None:
             raise NarrowError("would_overwrite", f"{out} holds the results of a run already: take another folder.")
         out.mkdir(parents=True, exist_ok=True)
         with _lock(out / "lock"):
-            _run(spec, out, False, None)
+            _run(spec, out, False)
         now = read_report(out / "result")
     found = again.differences(then, now)
     click.echo("\n".join(found) or again.SAME)
@@ -189,11 +190,11 @@ def read_spec(path: Path) -> CompressionSpec:
     )
 
 
-def _run(spec: CompressionSpec, out: Path, quiet: bool, shared: Path | None) -> None:
+def _run(spec: CompressionSpec, out: Path, quiet: bool, shared: Path | None = None, events_after: int = 0) -> None:
     # Imported here: it takes seconds, and a mistake in the spec should be told at once.
     from narrow_engine.pipeline import run as run_line
 
-    log = EventLog(out / "events.jsonl")
+    log = EventLog(out / "events.jsonl", events_after)
     last = 0.0
 
     def sink(kind: "Kind", phase: str, message: str, data: dict[str, Any]) -> None:

@@ -32,16 +32,18 @@ Sink = Callable[[Kind, str, str, dict[str, Any]], None]
 
 
 class EventLog:
-    """An append-only file of events, one JSON object a line. Call it like a `Sink`."""
+    """An append-only file of events, one JSON object a line. Call it like a `Sink`. Numbers go on from the last in the file, or
+    from `after` where that is more: a run that goes on in another folder has told things that are not in this one's file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, after: int = 0) -> None:
         self.path = path
-        self.seq = 0
+        self.seq = after
         if path.exists():
             whole = path.read_bytes()
             whole = whole[: whole.rfind(b"\n") + 1]
-            self.seq = whole.count(b"\n")
             os.truncate(path, len(whole))
+            if whole:
+                self.seq = max(after, json.loads(whole.splitlines()[-1])["seq"])
         self._file = path.open("a", encoding="utf-8")
 
     def __call__(self, kind: Kind, phase: str, message: str, data: dict[str, Any]) -> None:

@@ -421,6 +421,8 @@ class SkillPath(DatasetPath):
 
 
 INPUTS = {"base", "teacher", "target", "broad", "skills"}
+PLACING = {"priority", "resources"}
+"""What a job says of when and where it runs: no matter of the engine's."""
 """The fields that say where a spec's inputs are, in which a `CompressionSpec` and a `JobSpec` differ."""
 
 
@@ -467,6 +469,16 @@ class SkillId(DatasetId):
 Priority = Annotated[int, Field(ge=-10, le=10, description="Of a tenant's jobs that wait, those with the highest go first.")]
 
 
+class Resources(Model):
+    """What a job gets of a cluster's node. On a service without a cluster it gets the machine, and of GPUs as many."""
+
+    gpus: int = Field(0, ge=0, le=64, description="Training is spread over them.")
+    cpus: int | None = Field(None, ge=1, le=1024, description="By default as the service says.")
+    memory: int | None = Field(
+        None, ge=2**20, le=2**50, description="Bytes of main memory; by default as `POST /plans` estimates."
+    )
+
+
 class JobSpec(Options):
     """What `POST /jobs` takes: inputs by id. The target's skill is named after its dataset."""
 
@@ -476,6 +488,7 @@ class JobSpec(Options):
     broad: DatasetId | None = Field(None, description="The broad text of `method.recover.curriculum`.")
     skills: list[SkillId] = Field(default=[], max_length=50)
     priority: Priority = 0
+    resources: Resources = Field(default_factory=Resources)
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -518,6 +531,7 @@ class SweepSpec(Model):
     block_tokens: BlockTokens = 512
     skill_tokens: SkillTokens = 65_536
     priority: Priority = -1  # so that nobody's single job waits for a whole sweep
+    resources: Resources = Field(default_factory=Resources)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -556,6 +570,7 @@ class SweepSpec(Model):
             broad=self.broad if method.recover.curriculum else None,
             skills=self.skills,
             priority=self.priority,
+            resources=self.resources,
             method=method,
             budget=budget,
             export=self.export,

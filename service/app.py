@@ -29,6 +29,7 @@ from service.quotas import RateLimiter
 from service.requests import Requests
 from service.settings import Settings
 from service.storage import open_storage
+from service.streams import Hub
 
 
 def create_app(settings: Settings, keys_needed: bool = False) -> FastAPI:
@@ -45,6 +46,7 @@ def create_app(settings: Settings, keys_needed: bool = False) -> FastAPI:
     app.state.storage = open_storage(settings)
     app.state.limiter = RateLimiter(settings.max_requests)
     app.state.drain = asyncio.Event()
+    app.state.hub = Hub(app.state.engine, settings.poll_seconds, app.state.drain)
     problems.install(app)
     app.add_middleware(Requests)
     known = [Depends(caller)]

@@ -63,7 +63,8 @@ def serve(host: str, port: int, data: Path | None, workers: int) -> None:
         signal.signal(number, lambda *_: None)
     keys_needed = settings.keys == "always" or (settings.keys == "auto" and not _on_loopback(listener))
     server = Server(settings, keys_needed)
-    supervisor = Supervisor(workers, settings)
+    # One is enough to keep a cluster's jobs placed.
+    supervisor = Supervisor(min(workers, 1) if settings.runner == "ray" else workers, settings)
     courier = Courier(server.app.state.engine, settings)
     try:
         server.run([listener])

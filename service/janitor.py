@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from narrow_engine import shelf
 from service.db.session import open_session, read_session, removing
 from service.db.tables import TERMINAL, ArtifactRow, AuditRow, DatasetRow, JobRow, MessageRow, ModelRow, UploadRow, now
 from service.settings import Settings
-from service.storage import Storage, artifact_key
+from service.storage import Storage, StorageAway, artifact_key
 
 STALE_SECONDS = 6 * 3600.0
 """An upload that began so long ago has ended, one way or the other."""
@@ -34,7 +35,7 @@ def tidy(engine: Engine, settings: Settings, storage: Storage, stale_seconds: fl
         session.exec(delete(MessageRow).where(told))
         session.commit()
     with read_session(engine) as session:
-        tidy_runs(session, settings)
+        tidy_runs(session, settings, storage)
         for table in (ModelRow, DatasetRow):
             tidy_uploads(session, storage, table, stale_seconds)
             if settings.storage_url:
@@ -43,18 +44,25 @@ def tidy(engine: Engine, settings: Settings, storage: Storage, stale_seconds: fl
         tidy_artifacts(session, settings, storage, marked_seconds=min(MARK_SECONDS, stale_seconds))
 
 
-def tidy_runs(session: Session, settings: Settings) -> None:
-    """Folders of jobs that have ended, however they did."""
-    names = [folder.name for folder in (settings.data / "runs").iterdir()]
+def tidy_runs(session: Session, settings: Settings, storage: Storage) -> None:
+    """Folders of jobs that have ended, however they did, and what is saved in the bucket of such that are gone."""
+    here = {folder.name for folder in (settings.data / "runs").iterdir()}
+    saved = {key.removeprefix("runs/") for key in storage.doubted("runs/")}
+    names = sorted(here | saved)
     for first in range(0, len(names), 500):
-        wanted = col(JobRow.id).in_(names[first : first + 500]) & col(JobRow.status).in_(TERMINAL)
-        for name in session.exec(select(JobRow.id).where(wanted)):
-            remove_run(settings, name)
+        some = names[first : first + 500]
+        found = dict(session.execute(select(JobRow.id, JobRow.status).where(col(JobRow.id).in_(some))).all())
+        for name in some:
+            if found.get(name) in TERMINAL or (name in saved and name not in found):
+                remove_run(settings, storage, name)
 
 
-def remove_run(settings: Settings, job_id: str) -> None:
-    """The run folder of a job that will not go on."""
+def remove_run(settings: Settings, storage: Storage, job_id: str) -> None:
+    """The run folder of a job that will not go on, and what is saved of it: later, if the bucket is away."""
     shutil.rmtree(settings.data / "runs" / job_id, ignore_errors=True)
+    with suppress(StorageAway):
+        storage.forget(f"runs/{job_id}")
+        storage.sure(f"runs/{job_id}")
 
 
 def tidy_uploads(session: Session, storage: Storage, table: type[ModelRow] | type[DatasetRow], stale_seconds: float) -> None:

@@ -17,7 +17,7 @@ taken from the row that the transaction has locked.
 
 import secrets
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -83,14 +83,62 @@ def find(session: Session, identifier: str) -> JobRow:
     return job
 
 
-def claim(session: Session, lease_seconds: float, max_attempts: int) -> JobRow | None:
-    """A job that waits or whose worker is gone, now leased to the caller; None if there is none.
+def claim(session: Session, lease_seconds: float, max_attempts: int, only: str | None = None) -> JobRow | None:
+    """A job that waits or whose worker is gone, now leased to the caller; None if there is none. `only`: no other than this.
 
     Of the tenant that has fewest running, the oldest of the highest priority: one who queues a thousand jobs keeps nobody else
     waiting. A job that has been started `max_attempts` times without an end is failed instead of claimed.
     """
     moment = clock(session)
-    job = next(_waiting(session, moment, lease_seconds), None)
+    job = _next(session, moment, lease_seconds, max_attempts, only=only)
+    if job is None:
+        return None
+    job.status, job.attempt = "running", job.attempt + 1
+    _count(session, job)  # of a worker that is gone, until now
+    job.claimed_at = moment
+    job.started_at = job.started_at or now()
+    job.lease_token, job.lease_until = secrets.token_hex(8), moment + timedelta(seconds=lease_seconds)
+    _append(session, job, now(), "state", "", "running", {"status": "running", "attempt": job.attempt})
+    session.commit()
+    return job
+
+
+def upcoming(session: Session, lease_seconds: float, max_attempts: int, placed: Collection[str]) -> JobRow | None:
+    """The job that `claim` would take, but for those that have a place to run on already; it stays as it is."""
+    job = _next(session, clock(session), lease_seconds, max_attempts, placed)
+    if job is not None:
+        session.refresh(job)
+        session.expunge(job)
+        session.rollback()
+    return job
+
+
+def not_placed(session: Session, job_id: str, seq: int, max_attempts: int, reason: str) -> None:
+    """Counts an attempt of a job that was to be started somewhere and was not, unless something has happened to it since event
+    number `seq`."""
+    job = session.scalars(select(JobRow).where(col(JobRow.id) == job_id).with_for_update()).first()
+    if job is None or job.last_seq != seq or job.status in TERMINAL:
+        session.rollback()
+        return
+    job.attempt += 1
+    if job.attempt >= max_attempts:
+        detail = f"The cluster could not start the job, {job.attempt} times. The last time: {reason}"
+        _finish(session, job, "failed", {"code": "not_started", "message": detail})
+    else:
+        _append(session, job, now(), "notice", "", f"The cluster could not start the job: {reason}", {"code": "not_started"})
+    session.commit()
+
+
+def _next(
+    session: Session,
+    moment: datetime,
+    lease_seconds: float,
+    max_attempts: int,
+    placed: Collection[str] = (),
+    only: str | None = None,
+) -> JobRow | None:
+    """The job that comes next, locked. One for which there is nothing to run is ended on the way, and then it is none."""
+    job = next(_waiting(session, moment, lease_seconds, placed, only), None)
     if job is None:
         session.rollback()
         return None
@@ -103,41 +151,39 @@ def claim(session: Session, lease_seconds: float, max_attempts: int) -> JobRow |
         _finish(session, job, "failed", {"code": "too_many_attempts", "message": detail})
         session.commit()
         return None
-    job.status, job.attempt = "running", job.attempt + 1
-    _count(session, job)  # of a worker that is gone, until now
-    job.claimed_at = moment
-    job.started_at = job.started_at or now()
-    job.lease_token, job.lease_until = secrets.token_hex(8), moment + timedelta(seconds=lease_seconds)
-    _append(session, job, now(), "state", "", "running", {"status": "running", "attempt": job.attempt})
-    session.commit()
     return job
 
 
-def _waiting(session: Session, moment: datetime, lease_seconds: float) -> Iterator[JobRow]:
-    """The first job of each tenant that has one, locked, in the order of tenants. What others have locked is passed over."""
+def _waiting(
+    session: Session, moment: datetime, lease_seconds: float, placed: Collection[str], only: str | None
+) -> Iterator[JobRow]:
+    """The first job of each tenant that has one, locked, in the order of tenants. What others have locked is passed over, and
+    what is `placed` counts as running."""
     tenant, status, identifier = col(JobRow.tenant), col(JobRow.status), col(JobRow.id)
     is_held = status.in_(HELD)
+    asked = identifier == only if only else identifier.not_in(placed)
     rows = session.execute(select(tenant, col(JobRow.lease_until), identifier).where(is_held)).all()
     latest = moment + NO_LEASE * timedelta(seconds=lease_seconds)
     leased = {row.id for row in rows if row.lease_until and moment <= row.lease_until <= latest}
     running = Counter(row.tenant for row in rows if row.id in leased)
-    oldest = {
-        row[0]: row[1] for row in session.execute(select(tenant, func.min(identifier)).where(status == "queued").group_by(tenant))
-    }
+    if placed:
+        running.update(session.scalars(select(tenant).where(identifier.in_(set(placed) - leased))))
+    first = select(tenant, func.min(identifier)).where(status == "queued", asked).group_by(tenant)
+    oldest = {row[0]: row[1] for row in session.execute(first)}
     for row in rows:
-        if row.id not in leased:
+        if row.id not in leased and (row.id == only if only else row.id not in placed):
             oldest[row.tenant] = min(row.id, oldest.get(row.tenant, row.id))
     until = col(JobRow.lease_until)
     wanted = or_(status == "queued", is_held & ((until < moment) | (until > latest)))
     for owner in sorted(oldest, key=lambda owner: (running[owner], oldest[owner])):
-        first = (
+        locked = (
             select(identifier)
-            .where(tenant == owner, wanted)
+            .where(tenant == owner, wanted, asked)
             .order_by(col(JobRow.priority).desc(), identifier)
             .limit(1)
             .with_for_update(skip_locked=True)
         )
-        found = session.scalar(first)
+        found = session.scalar(locked)
         if found is not None:
             # In a statement of its own: it sees the row as it was when it was locked.
             yield session.get_one(JobRow, found)
@@ -322,7 +368,9 @@ __all__ = [
     "finish",
     "heartbeat",
     "ingest",
+    "not_placed",
     "pause",
     "release",
     "resume",
+    "upcoming",
 ]

@@ -42,6 +42,12 @@ class Settings(BaseSettings):
     poll_seconds: float = Field(0.5, gt=0, description="How often workers look for jobs, and event streams for events.")
     cancel_seconds: float = Field(1.5, ge=0, description="Time that a cancelled job process has to end by itself.")
     drain_seconds: float = Field(20.0, ge=0, description="Time that a job process has to write a checkpoint when a worker stops.")
+    runner: Literal["local", "ray"] = Field("local", description="Where jobs run: on the service's machine, or on a Ray cluster.")
+    ray_url: str = Field("http://127.0.0.1:8265", description="The cluster's Jobs API; its token is RAY_AUTH_TOKEN.")
+    ray_waiting: int = Field(
+        8, ge=1, description="Jobs that wait in Ray for a node; in what order the others come is still open."
+    )
+    ray_cpus: int = Field(2, ge=1, description="CPUs that a job gets on the cluster which asks for no number of its own.")
     max_attempts: int = Field(3, ge=1, description="Starts of a job whose process or worker dies, before it is failed.")
     janitor_seconds: float = Field(300.0, gt=0, description="How often a worker without a job looks for what was left behind.")
     upload_seconds: float = Field(259_200.0, gt=0, description="Uploads go of which nothing has been made for so long.")

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
 from pydantic import ValidationError
 from sqlalchemy import Engine
 from sqlalchemy.exc import NoResultFound
@@ -29,12 +31,13 @@ from narrow_engine.events import Event
 from narrow_engine.model_files import inspect_model
 from narrow_engine.report.frontier import outcome
 from narrow_engine.report.model import Report
-from narrow_engine.spec import INPUTS, CompressionSpec, DatasetId, JobSpec, ModelId, sentence, wording
+from narrow_engine.spec import INPUTS, PLACING, CompressionSpec, DatasetId, JobSpec, ModelId, sentence, wording
 from service import janitor, logs, metrics, queue
 from service.db import session as db
 from service.db.session import connect, open_session, publishing, read_session
 from service.db.tables import ArtifactRow, DatasetRow, JobRow, ModelRow, OutcomeRow, now
-from service.runners import local
+from service.runners import local, ray
+from service.saves import Saves
 from service.settings import Settings
 from service.storage import Storage, StorageAway, artifact_key, open_storage
 
@@ -44,6 +47,9 @@ PAUSE_SECONDS = 1.0
 
 FULL_BYTES = 2**20
 """A disk with less than this left counts as full."""
+
+SAVE_LEASES = 1.5
+"""Between two saves of a run folder, in lengths of a lease: so long nobody hears of a lost machine, and as much is lost again."""
 
 PATIENCE = 5
 """Tries that are left to a worker that is to stop."""
@@ -56,18 +62,23 @@ log = logging.getLogger("narrow.worker")
 
 
 def work(settings: Settings, stop: threading.Event) -> None:
-    """Runs jobs one after the other until `stop` is set."""
+    """Runs jobs one after the other until `stop` is set, or has a cluster run them."""
     settings.prepare()
     engine, storage = connect(settings), open_storage(settings)
+    cluster = ray.Cluster(settings) if settings.runner == "ray" else None
     tidied = -math.inf
     while not stop.is_set():
+        job = None
         try:
             if time.monotonic() - tidied > settings.janitor_seconds:
                 tidied = time.monotonic()
                 janitor.tidy(engine, settings, storage)
-            with open_session(engine) as session:
-                job = queue.claim(session, settings.lease_seconds, settings.max_attempts)
-        except (*AWAY, OSError) as error:
+            if cluster:
+                ray.look(settings, engine, cluster)
+            else:
+                with open_session(engine) as session:
+                    job = queue.claim(session, settings.lease_seconds, settings.max_attempts)
+        except (*AWAY, httpx.HTTPError, OSError) as error:
             _complain(error)
             stop.wait(PAUSE_SECONDS)
             continue
@@ -101,8 +112,10 @@ def _run(execution: "_Execution", stop: threading.Event) -> None:
 
 
 def _complain(error: Exception) -> None:
-    metrics.troubles.labels("storage" if isinstance(error, StorageAway) else "database").inc()
-    log.error("trying again in %g s: %s", PAUSE_SECONDS, str(getattr(error, "orig", error)).partition("\n")[0])
+    what = "storage" if isinstance(error, StorageAway) else "cluster" if isinstance(error, httpx.HTTPError) else "database"
+    metrics.troubles.labels(what).inc()
+    told = str(getattr(error, "orig", error)).partition("\n")[0]
+    log.error("%s: trying again in %g s: %s", what, PAUSE_SECONDS, told or type(error).__name__)
 
 
 class _Execution:
@@ -113,7 +126,8 @@ class _Execution:
         self.settings, self.engine, self.storage, self.stop = settings, engine, storage, stop
         self.job, self.id, self.token = job, job.id, job.lease_token
         self.folder = settings.data / "runs" / job.id
-        self.read = 0
+        self.read, self.told = 0, job.engine_seq
+        self.saves = Saves(storage, job.id, job.last_seq, self.folder) if settings.storage_url else None
         self.held = time.monotonic()
         self.outcome = "error"
         self.started: dict[str, Event] = {}
@@ -124,8 +138,11 @@ class _Execution:
             # A shelf for each tenant: that a stage is there already would tell who else has the same data.
             shelf = self.settings.stages.resolve() / self.job.tenant
             with self._beating():
+                if self.saves:
+                    self._patiently(self.saves.restore)
                 spec = self._patiently(self._write_spec)
-            process = local.start(spec, self.folder.resolve(), shelf)
+            self._patiently(self._ingest)  # what the last worker here had no time for
+            process = local.start(spec, self.folder.resolve(), shelf, self.told)
         except OSError as error:
             self._failed(
                 "disk_full" if error.errno == errno.ENOSPC else "not_started",
@@ -137,7 +154,8 @@ class _Execution:
             self._failed("bad_spec", f"The job cannot be told to the engine: {_reason(error)} Make a new job.")
             return
         try:
-            status = self._follow(process)
+            with self._saving():
+                status = self._follow(process)
         finally:
             # Also when the lease is lost or the worker itself fails: nothing runs on unobserved.
             local.end(process, 0)
@@ -145,6 +163,7 @@ class _Execution:
         if status == "cancelling":
             self._finish("cancelled")
         elif process.returncode != 0 and (self.stop.is_set() or status in ("pausing", "away")):
+            self._save()
             self._release(counts=False)
         else:
             self._conclude(process.returncode)
@@ -210,7 +229,7 @@ class _Execution:
         events = [Event.model_validate_json(line) for line in whole.splitlines()]
         with open_session(self.engine) as session:
             queue.ingest(session, self.id, self.token, events)
-        self.read += len(whole)
+        self.read, self.told = self.read + len(whole), max(self.told, events[-1].seq)
         for item in events:
             if item.kind == "started":
                 self.started[item.phase] = item
@@ -296,6 +315,37 @@ class _Execution:
             done.set()
             thread.join()
 
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Saves the folder now and then, for a machine that has to go on without this one."""
+        done = threading.Event()
+
+        def save() -> None:
+            took = 0.0
+            # At most a tenth of the time goes into it, however large the folder is.
+            while not done.wait(max(SAVE_LEASES * self.settings.lease_seconds, 10 * took)):
+                began = time.monotonic()
+                self._save()
+                took = time.monotonic() - began
+
+        thread = threading.Thread(target=save)
+        if self.saves:
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if self.saves:
+                thread.join()
+
+    def _save(self) -> None:
+        if self.saves:
+            try:
+                with self._beating():
+                    self.saves.save()
+            except (StorageAway, OSError) as error:
+                log.warning("the run folder is not saved this time: %s", error)
+
     def _keep_model(self, source: Path) -> ModelRow:
         # The id follows from the job's, so a publication that was interrupted is repeated in the same place.
         identifier = "mdl_" + self.id.removeprefix("job_")
@@ -326,7 +376,7 @@ class _Execution:
             def model(reference: ModelId) -> dict[str, str]:
                 return {"path": str(self.storage.folder(f"models/{reference.model}").resolve())}
 
-            options = spec.model_dump(exclude={*INPUTS, "priority"})
+            options = spec.model_dump(exclude={*INPUTS, *PLACING})
             made = CompressionSpec.model_validate(
                 {
                     **options,
@@ -357,7 +407,7 @@ class _Execution:
 
         self._patiently(finish)
         self.outcome = status
-        janitor.remove_run(self.settings, self.id)
+        janitor.remove_run(self.settings, self.storage, self.id)
 
     def _release(self, counts: bool) -> None:
         def release() -> None:
@@ -375,15 +425,39 @@ def _reason(error: Exception) -> str:
     return sentence(".".join(str(part) for part in first["loc"]), wording(first))
 
 
+def work_on(settings: Settings, job_id: str, stop: threading.Event) -> None:
+    """Runs one job, if it still waits for somebody."""
+    settings.prepare()
+    engine, storage = connect(settings), open_storage(settings)
+    job = None
+    for _ in range(PATIENCE):
+        try:
+            with open_session(engine) as session:
+                job = queue.claim(session, settings.lease_seconds, settings.max_attempts, only=job_id)
+        except AWAY as error:
+            _complain(error)
+        if job is not None or stop.wait(PAUSE_SECONDS):  # the row may be locked by who looks after it
+            break
+    if job is not None:
+        with logs.concerning(job=job.id, tenant=job.tenant, attempt=job.attempt):
+            _run(_Execution(settings, engine, storage, job, stop), stop)
+        with suppress(*AWAY, OSError):
+            janitor.tidy(engine, settings, storage)
+    engine.dispose()
+
+
 def main() -> None:
-    """A worker as a process: SIGTERM or SIGINT puts the job back and ends."""
+    """A worker as a process: SIGTERM or SIGINT puts the job back and ends. With the id of a job it runs that one and ends."""
     settings = Settings()
     logs.configure(settings.log)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     os.nice(5)  # the API answers first
-    work(settings, stop)
+    if len(sys.argv) > 1:
+        work_on(settings, sys.argv[1], stop)
+    else:
+        work(settings, stop)
 
 
 if __name__ == "__main__":

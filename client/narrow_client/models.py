@@ -1176,6 +1176,51 @@ class Relearning(BaseModel):
     note: Annotated[str, Field(title="Note")]
 
 
+class Cpus(RootModel[int]):
+    root: Annotated[
+        int,
+        Field(
+            description="By default as the service says.", ge=1, le=1024, title="Cpus"
+        ),
+    ]
+
+
+class Memory(RootModel[int]):
+    root: Annotated[
+        int,
+        Field(
+            description="Bytes of main memory; by default as `POST /plans` estimates.",
+            ge=1048576,
+            le=1125899906842624,
+            title="Memory",
+        ),
+    ]
+
+
+class Resources(BaseModel):
+    """
+    What a job gets of a cluster's node. On a service without a cluster it gets the machine, and of GPUs as many.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    gpus: Annotated[
+        int | None,
+        Field(description="Training is spread over them.", ge=0, le=64, title="Gpus"),
+    ] = 0
+    cpus: Annotated[
+        Cpus | None, Field(description="By default as the service says.", title="Cpus")
+    ] = None
+    memory: Annotated[
+        Memory | None,
+        Field(
+            description="Bytes of main memory; by default as `POST /plans` estimates.",
+            title="Memory",
+        ),
+    ] = None
+
+
 class Sample(BaseModel):
     prompt: Annotated[str, Field(title="Prompt")]
     base: Annotated[str, Field(title="Base")]
@@ -1806,6 +1851,7 @@ class SweepSpec(BaseModel):
             title="Priority",
         ),
     ] = -1
+    resources: Resources | None = None
 
 
 class Frontier(BaseModel):
@@ -1913,6 +1959,7 @@ class JobSpec(BaseModel):
             title="Priority",
         ),
     ] = 0
+    resources: Resources | None = None
 
 
 class Report(BaseModel):

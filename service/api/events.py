@@ -8,18 +8,16 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
-from sqlmodel import Session, col, select
 
 from service import metrics, queue
 from service.api.schemas import Event, Page
 from service.api.sessions import ReadDb
 from service.db.session import read_session
-from service.db.tables import TERMINAL, EventRow, JobRow
 from service.problems import responses
+from service.streams import BATCH, Hub, read, sent
 
 router = APIRouter(prefix="/jobs/{job_id}", tags=["events"])
 
-BATCH = 500
 PING_SECONDS = 15.0
 
 
@@ -50,7 +48,7 @@ async def list_events(
         known = _number(last_event_id, after)
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(_stream(request, job_id, known), media_type="text/event-stream", headers=headers)
-    rows = await run_in_threadpool(_after, session, job_id, after, limit + 1)
+    rows = await run_in_threadpool(read, session, job_id, after, limit + 1)
     return Page(data=rows[:limit], next_cursor=str(rows[limit - 1].seq) if len(rows) > limit else None)
 
 
@@ -67,38 +65,28 @@ async def _stream(request: Request, job_id: str, known: int) -> AsyncIterator[by
 
 
 async def _events(request: Request, job_id: str, known: int) -> AsyncIterator[bytes]:
-    settings, drain = request.app.state.settings, request.app.state.drain
-    quiet = 0.0
+    hub: Hub = request.app.state.hub
     yield format_sse_event(retry=1000)
-    while not drain.is_set():
-        rows, finished = await run_in_threadpool(_poll, request, job_id, known)
-        for event in rows:
-            known = event.seq
-            yield format_sse_event(id=str(event.seq), event=event.kind, data_str=event.model_dump_json())
-        if finished and not rows:
-            yield format_sse_event(event="end", data_str="{}")
-            return
-        quiet = 0.0 if rows else quiet + settings.poll_seconds
-        if quiet >= PING_SECONDS:
-            quiet = 0.0
-            yield format_sse_event(comment="still here")
-        if not rows:
-            try:
-                await asyncio.wait_for(drain.wait(), settings.poll_seconds)
-            except TimeoutError:
+    with hub.listening(job_id) as channel:
+        while not hub.drain.is_set():
+            changed = channel.changed
+            found = channel.after(known)
+            if found is None:
+                found = await run_in_threadpool(_read, hub, job_id, known)
+            for number, text in found:
+                known = number
+                yield text
+            if found:
                 continue
+            if channel.finished:
+                yield format_sse_event(event="end", data_str="{}")
+                return
+            try:
+                await asyncio.wait_for(changed.wait(), PING_SECONDS)
+            except TimeoutError:
+                yield format_sse_event(comment="still here")
 
 
-def _poll(request: Request, job_id: str, known: int) -> tuple[list[Event], bool]:
-    with read_session(request.app.state.engine) as session:
-        job = session.get(JobRow, job_id)
-        # Status first: a job that is finished by now has all its events in the table.
-        finished = job is None or job.status in TERMINAL
-        return _after(session, job_id, known, BATCH), finished
-
-
-def _after(session: Session, job_id: str, known: int, limit: int) -> list[Event]:
-    statement = (
-        select(EventRow).where(EventRow.job_id == job_id, col(EventRow.seq) > known).order_by(col(EventRow.seq)).limit(limit)
-    )
-    return [Event.model_validate(row.model_dump(exclude={"job_id"})) for row in session.exec(statement)]
+def _read(hub: Hub, job_id: str, known: int) -> list[tuple[int, bytes]]:
+    with read_session(hub.engine) as session:
+        return [sent(event) for event in read(session, job_id, known, BATCH)]

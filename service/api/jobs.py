@@ -90,7 +90,7 @@ def cancel_job(job_id: str, request: Request, session: Db) -> Job:
     session.commit()
     if job.status == "cancelled":
         # A job that was put back into the queue has a run folder that no worker will come for.
-        janitor.remove_run(request.app.state.settings, job.id)
+        janitor.remove_run(request.app.state.settings, request.app.state.storage, job.id)
     return as_job(job)
 
 
@@ -129,7 +129,7 @@ def forget(session: Session, request: Request, jobs: Sequence[JobRow]) -> list[s
         digests += session.exec(select(ArtifactRow.sha256).where(ArtifactRow.job_id == job.id))
         session.exec(delete(ArtifactRow).where(col(ArtifactRow.job_id) == job.id))
         session.delete(job)
-        janitor.remove_run(request.app.state.settings, job.id)
+        janitor.remove_run(request.app.state.settings, request.app.state.storage, job.id)
     with suppress(OSError):  # a full disk must not keep anybody from making room
         storage.doubt(*(artifact_key(sha256) for sha256 in set(digests)))
     return digests

@@ -63,7 +63,7 @@ def cancel_sweep(sweep_id: str, request: Request, session: Db) -> SweepPoints:
     session.commit()
     for job in jobs:
         if job.status == "cancelled":
-            janitor.remove_run(request.app.state.settings, job.id)
+            janitor.remove_run(request.app.state.settings, request.app.state.storage, job.id)
     return _with_points(session, queue.find_sweep(session, sweep_id))
 
 

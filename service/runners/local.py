@@ -24,12 +24,16 @@ _FIXED = {
 }
 
 
-def start(spec: Path, folder: Path, shared: Path) -> subprocess.Popen[bytes]:
-    """Starts the engine on a spec; what it prints goes to `folder`/stderr.log. `shared` is where jobs share stages."""
+def start(spec: Path, folder: Path, shared: Path, after: int) -> subprocess.Popen[bytes]:
+    """Starts the engine on a spec; what it prints goes to `folder`/stderr.log. `shared` is where jobs share stages, and `after`
+    the number of the last event that is known of the run."""
     environment = {k: v for k, v in os.environ.items() if k in _KEPT or k.startswith(_KEPT_PREFIXES)} | _FIXED
     with (folder / "stderr.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "narrow_engine", str(spec), "--out", str(folder), "--shared", str(shared), "--quiet"],
+            [
+                *(sys.executable, "-m", "narrow_engine", str(spec), "--out", str(folder), "--quiet"),
+                *("--shared", str(shared), "--events-after", str(after)),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

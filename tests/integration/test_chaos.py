@@ -80,7 +80,11 @@ class Watch(threading.Thread):
             self.known = alive
             running = [(folder, process) for process, folder in alive.items() if folder and lives(process)]
             counts = Counter(folder for folder, _ in running)
-            self.twice += [f"{time.monotonic() - self.began:.1f} s, {folder[-30:]}: {told(process)}" for folder, process in running if counts[folder] > 1]
+            self.twice += [
+                f"{time.monotonic() - self.began:.1f} s, {folder[-30:]}: {told(process)}"
+                for folder, process in running
+                if counts[folder] > 1
+            ]
 
 
 def run_of(process: psutil.Process) -> str | None:
