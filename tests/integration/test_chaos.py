@@ -79,6 +79,8 @@ class Watch(threading.Thread):
             alive = {p: self.known[p] if p in self.known else run_of(p) for p in psutil.process_iter()}
             self.known = alive
             running = [(folder, process) for process, folder in alive.items() if folder and lives(process)]
+            # What an engine starts looks like itself until it becomes another program.
+            running = [(folder, process) for folder, process in running if run_of(parent_of(process)) != folder]
             counts = Counter(folder for folder, _ in running)
             self.twice += [
                 f"{time.monotonic() - self.began:.1f} s, {folder[-30:]}: {told(process)}"
@@ -87,8 +89,16 @@ class Watch(threading.Thread):
             ]
 
 
-def run_of(process: psutil.Process) -> str | None:
+def parent_of(process: psutil.Process) -> psutil.Process | None:
+    with suppress(psutil.Error):
+        return process.parent()
+    return None
+
+
+def run_of(process: psutil.Process | None) -> str | None:
     """The run folder of a job process."""
+    if process is None:
+        return None
     with suppress(psutil.Error):
         words = process.cmdline()
         if "narrow_engine" in words and "--out" in words:
