@@ -94,7 +94,7 @@ class Cluster:
 
     def last_words(self, placement: Placement) -> str:
         lines = str(self._ask("GET", f"/api/jobs/{placement.name}/logs").json().get("logs", "")).strip().splitlines()
-        return lines[-1][:500] if lines else ""
+        return " / ".join(lines[-5:])[-500:]
 
     def _ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         answer = self.http.request(method, path, **options)
@@ -103,8 +103,8 @@ class Cluster:
 
 
 def look(settings: Settings, engine: Engine, cluster: Cluster) -> None:
-    """Keeps the first jobs of the queue placed: forgets placements that have ended, stops those that nobody needs, and fills up those that wait.
-    Where several services do so they do no harm. Raises httpx.HTTPError while the cluster is away."""
+    """Keeps the first jobs of the queue placed: forgets placements that have ended, stops those that nobody needs, and fills up
+    those that wait. Where several services do so they do no harm. Raises httpx.HTTPError while the cluster is away."""
     placements = cluster.placements()
     with read_session(engine) as session:
         known = col(JobRow.id).in_({placement.job for placement in placements})
