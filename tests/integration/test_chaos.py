@@ -80,7 +80,8 @@ class Watch(threading.Thread):
             self.known = alive
             running = [(folder, process) for process, folder in alive.items() if folder and lives(process)]
             # What an engine starts looks like itself until it becomes another program.
-            running = [(folder, process) for folder, process in running if run_of(parent_of(process)) != folder]
+            parents = {process: parent_of(process) for _, process in running}
+            running = [(f, p) for f, p in running if (parent := parents[p]) is not None and run_of(parent) != f]
             counts = Counter(folder for folder, _ in running)
             self.twice += [
                 f"{time.monotonic() - self.began:.1f} s, {folder[-30:]}: {told(process)}"
@@ -90,6 +91,7 @@ class Watch(threading.Thread):
 
 
 def parent_of(process: psutil.Process) -> psutil.Process | None:
+    """None if the process has ended meanwhile: what lost its parent has another."""
     with suppress(psutil.Error):
         return process.parent()
     return None
