@@ -40,6 +40,8 @@ def create_app(settings: Settings, keys_needed: bool = False) -> FastAPI:
         version="0.1.0",
         description="Turns a general language model into a small one for one domain, and says which skills it kept.",
         generate_unique_id_function=_operation_id,
+        # Its logs have what was raised, in which there may be what a user sent.
+        telemetry={"logs": False, "metrics": False, "operation_spans": False},
     )
     app.state.settings, app.state.keys_needed = settings, keys_needed
     app.state.engine = connect(settings)

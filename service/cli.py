@@ -25,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import Session, col, select
 
 from narrow_engine.spec import wording
-from service import auth, logs, metrics, quotas
+from service import auth, logs, metrics, quotas, traces
 from service.api.keys import as_key
 from service.api.schemas import NewKey, Role
 from service.app import create_app
@@ -55,6 +55,7 @@ def serve(host: str, port: int, data: Path | None, workers: int) -> None:
     listener = _listen(host, port)
     _prepare(settings)
     logs.configure(settings.log)
+    traces.configure("narrow-api")
     metrics.begin(settings)
     # The form parser spools bodies here: on the data disk and under its limits, not in /tmp.
     tempfile.tempdir = str(settings.uploads)

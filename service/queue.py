@@ -26,7 +26,7 @@ from sqlmodel import Session, col
 
 from narrow_engine.events import Event
 from narrow_engine.spec import JobSpec, SweepSpec, points
-from service import webhooks
+from service import traces, webhooks
 from service.api.schemas import Status
 from service.db.session import clock
 from service.db.tables import HELD, TERMINAL, EventRow, JobRow, ModelRow, SweepRow, new_id, now
@@ -64,6 +64,7 @@ def enqueue_sweep(session: Session, spec: SweepSpec) -> SweepRow:
 
 
 def _add(session: Session, job: JobRow) -> None:
+    job.trace = traces.here()
     session.add(job)
     session.flush()
     _set(session, job, "queued")

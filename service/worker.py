@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+from opentelemetry.trace import Span
 from pydantic import ValidationError
 from sqlalchemy import Engine
 from sqlalchemy.exc import NoResultFound
@@ -32,7 +33,7 @@ from narrow_engine.model_files import inspect_model
 from narrow_engine.report.frontier import outcome
 from narrow_engine.report.model import Report
 from narrow_engine.spec import INPUTS, PLACING, CompressionSpec, DatasetId, JobSpec, ModelId, sentence, wording
-from service import janitor, logs, metrics, queue
+from service import janitor, logs, metrics, queue, traces
 from service.db import session as db
 from service.db.session import connect, open_session, publishing, read_session
 from service.db.tables import ArtifactRow, DatasetRow, JobRow, ModelRow, OutcomeRow, now
@@ -85,8 +86,8 @@ def work(settings: Settings, stop: threading.Event) -> None:
         if job is None:
             stop.wait(settings.poll_seconds)
             continue
-        with logs.concerning(job=job.id, tenant=job.tenant, attempt=job.attempt):
-            _run(_Execution(settings, engine, storage, job, stop), stop)
+        with logs.concerning(job=job.id, tenant=job.tenant, attempt=job.attempt), traces.of_job(job) as span:
+            _run(_Execution(settings, engine, storage, job, span, stop), stop)
     engine.dispose()
 
 
@@ -108,6 +109,7 @@ def _run(execution: "_Execution", stop: threading.Event) -> None:
         stop.wait(PAUSE_SECONDS)
     seconds = time.monotonic() - began
     metrics.runs.labels(outcome).observe(seconds)
+    traces.ended(execution.span, outcome, execution.error)
     log.info("let go", extra={"fields": {"outcome": outcome, "seconds": round(seconds, 1)}})
 
 
@@ -121,7 +123,9 @@ def _complain(error: Exception) -> None:
 class _Execution:
     """One start of one job."""
 
-    def __init__(self, settings: Settings, engine: Engine, storage: Storage, job: JobRow, stop: threading.Event) -> None:
+    def __init__(
+        self, settings: Settings, engine: Engine, storage: Storage, job: JobRow, span: Span, stop: threading.Event
+    ) -> None:
         assert job.lease_token is not None
         self.settings, self.engine, self.storage, self.stop = settings, engine, storage, stop
         self.job, self.id, self.token = job, job.id, job.lease_token
@@ -130,6 +134,8 @@ class _Execution:
         self.saves = Saves(storage, job.id, job.last_seq, self.folder) if settings.storage_url else None
         self.held = time.monotonic()
         self.outcome = "error"
+        self.error: dict[str, str] | None = None
+        self.span = span
         self.started: dict[str, Event] = {}
 
     def run(self) -> None:
@@ -234,7 +240,9 @@ class _Execution:
             if item.kind == "started":
                 self.started[item.phase] = item
             elif item.kind == "finished" and not item.data.get("reused") and item.phase in self.started:
-                metrics.stages.labels(item.phase).observe((item.time - self.started[item.phase].time).total_seconds())
+                began = self.started[item.phase]
+                metrics.stages.labels(item.phase).observe((item.time - began.time).total_seconds())
+                traces.of_stage(self.span, began, item)
 
     def _conclude(self, code: int) -> None:
         failure = self.folder / "failure.json"
@@ -406,7 +414,7 @@ class _Execution:
                 queue.finish(session, self.id, self.token, status, error, rows or [])
 
         self._patiently(finish)
-        self.outcome = status
+        self.outcome, self.error = status, error
         janitor.remove_run(self.settings, self.storage, self.id)
 
     def _release(self, counts: bool) -> None:
@@ -439,8 +447,8 @@ def work_on(settings: Settings, job_id: str, stop: threading.Event) -> None:
         if job is not None or stop.wait(PAUSE_SECONDS):  # the row may be locked by who looks after it
             break
     if job is not None:
-        with logs.concerning(job=job.id, tenant=job.tenant, attempt=job.attempt):
-            _run(_Execution(settings, engine, storage, job, stop), stop)
+        with logs.concerning(job=job.id, tenant=job.tenant, attempt=job.attempt), traces.of_job(job) as span:
+            _run(_Execution(settings, engine, storage, job, span, stop), stop)
         with suppress(*AWAY, OSError):
             janitor.tidy(engine, settings, storage)
     engine.dispose()
@@ -450,6 +458,7 @@ def main() -> None:
     """A worker as a process: SIGTERM or SIGINT puts the job back and ends. With the id of a job it runs that one and ends."""
     settings = Settings()
     logs.configure(settings.log)
+    traces.configure("narrow-worker")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

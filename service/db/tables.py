@@ -225,6 +225,7 @@ class JobRow(Owned, table=True):
     finished_at: datetime | None = _time()
     sweep: str | None = Field(default=None, foreign_key="sweep.id", description="The sweep that it is a point of.")
     method: str | None = Field(default=None, description="The name that the sweep has for its method.")
+    trace: str | None = Field(default=None, description="The span of the request that made it, as W3C's traceparent.")
 
 
 class OutcomeRow(SQLModel, table=True):

@@ -1,11 +1,15 @@
 """What who runs the service sees of it: figures, the log, and who changed what."""
 
+import gzip
 import json
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from live import QUICK, running, spec_of
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
 from test_quotas import JOB, house, spec  # noqa: F401
 
@@ -105,3 +109,59 @@ def test_figures_and_log_of_a_job_that_ran_in_processes_of_its_own(tmp_path, tin
     assert (of_job[0], of_job[-1]) == ("claimed", "let go")
     assert "secret" not in text
     assert "hidden" not in text
+
+
+class Collector(ThreadingHTTPServer):
+    """What receives OTLP over HTTP, and keeps the spans."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[str, object]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.headers.get("Content-Encoding") == "gzip":
+                    body = gzip.decompress(body)
+                for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                    name = next(a.value.string_value for a in resource.resource.attributes if a.key == "service.name")
+                    outer.spans += [(name, span) for scope in resource.scope_spans for span in scope.spans]
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None: ...
+
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+def test_a_job_is_one_trace_from_the_request_to_the_stages_of_its_process(tmp_path, tiny_folder, python_file):
+    collector = Collector()
+    settings = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}",
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
+    }
+    with running(tmp_path / "data", **settings) as service:
+        spec = spec_of(service, tiny_folder, python_file, QUICK)
+        trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+        job_id = service.http.post("/jobs", json=spec, headers={"traceparent": f"00-{trace}-{parent}-01"}).json()["id"]
+        service.wait(job_id, lambda j: j["status"] == "succeeded")
+        events = service.events(job_id)
+    mine = [(name, span) for name, span in collector.spans if span.trace_id.hex() == trace]
+    by_name = {span.name: (name, span) for name, span in mine}
+    request = next(span for name, span in mine if name == "narrow-api")
+    assert (request.name, request.parent_span_id.hex()) == ("POST /jobs", parent)
+    name, job = by_name["job"]
+    assert (name, job.parent_span_id) == ("narrow-worker", request.span_id)
+    assert {a.key: a.value.string_value or a.value.int_value for a in job.attributes} == {
+        "narrow.job": job_id,
+        "narrow.tenant": "default",
+        "narrow.attempt": 1,
+        "narrow.outcome": "succeeded",
+    }
+    assert by_name["queued"][1].parent_span_id == request.span_id
+    ran = [e["phase"] for e in events if e["kind"] == "finished" and not e["data"]["reused"]]
+    stages = [span for _, span in mine if span.parent_span_id == job.span_id]
+    assert [span.name for span in sorted(stages, key=lambda span: span.start_time_unix_nano)] == ran
+    for span in stages:
+        assert job.start_time_unix_nano <= span.start_time_unix_nano <= span.end_time_unix_nano <= job.end_time_unix_nano
