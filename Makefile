@@ -33,7 +33,7 @@ test-postgres: setup   ## what needs a database, on Postgres instead of SQLite
 	    --ignore tests/integration/test_engine.py --ignore tests/integration/test_experiments.py
 
 test-all: check        ## all tests, with the extras that they need
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e client -e '.[eval]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e client -e '.[eval,ray]'
 	$(BIN)/python -m pytest
 	$(MAKE) test-postgres
 
