@@ -3,6 +3,9 @@
 The folder is the run: events.jsonl tells what happens, result/ holds what came out, and running the same command again
 goes on where it stopped. Exit status: 0 done, 1 failed with a sentence (also in failure.json), 2 for a spec that cannot be
 read, 130 stopped on request.
+
+`torchrun --nproc-per-node N -m narrow_engine SPEC.json --out DIR` is the same on several processes, of which the first is the
+run and the only one to be heard.
 """
 
 import errno
@@ -32,6 +35,8 @@ LINE_SECONDS = 5.0
 """Between two lines about progress."""
 SHORT_SECONDS = 0.1
 """Stages that took less are not told."""
+LOST = "closed by peer"
+"""In what gloo raises where another process has ended."""
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Threads that wait for each other by spinning keep the ones they wait for off a core that is also wanted elsewhere: beside
 # one other busy process on two cores, a training step took more than four times as long. Sleeping costs a tenth when idle.
@@ -56,6 +61,9 @@ def run(spec: Path, out: Path, quiet: bool, shared: Path | None, events_after: i
     except NarrowError as error:
         click.echo(f"narrow run: {error}", err=True)
         sys.exit(2)
+    if int(os.environ.get("RANK", "0")) > 0:
+        _follow(wanted, out)
+        return
     try:
         with _lock(out / "lock"):
             failure.unlink(missing_ok=True)
@@ -192,6 +200,7 @@ def read_spec(path: Path) -> CompressionSpec:
 
 def _run(spec: CompressionSpec, out: Path, quiet: bool, shared: Path | None = None, events_after: int = 0) -> None:
     # Imported here: it takes seconds, and a mistake in the spec should be told at once.
+    from narrow_engine import shard
     from narrow_engine.pipeline import run as run_line
 
     log = EventLog(out / "events.jsonl", events_after)
@@ -207,11 +216,9 @@ def _run(spec: CompressionSpec, out: Path, quiet: bool, shared: Path | None = No
             last = time.monotonic()
             click.echo(f"{time.strftime('%H:%M:%S')} {line}")
 
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     try:
-        result = run_line(spec, out, sink, stop, shared)
+        with shard.processes() as mesh:
+            result = run_line(spec, out, sink, _stop_on_signals(), shared, mesh)
     except Cancelled:
         raise
     except NarrowError as error:
@@ -233,6 +240,32 @@ def _run(spec: CompressionSpec, out: Path, quiet: bool, shared: Path | None = No
         click.echo("\n".join([verdict(report), *summary(report), f"All that came out is in {result}; begin with report.html."]))
 
 
+def _follow(spec: CompressionSpec, out: Path) -> None:
+    """The part of another process than the first in a run."""
+    from narrow_engine import shard
+    from narrow_engine.pipeline import follow
+
+    try:
+        with shard.processes() as mesh:
+            assert mesh is not None
+            follow(spec, out, _stop_on_signals(), mesh)
+    except NarrowError as error:
+        # A cancelled run is told by the first; what is wrong here may be so only here.
+        if not isinstance(error, Cancelled):
+            click.echo(f"narrow run, process {os.environ['RANK']}: {error}", err=True)
+            sys.exit(1)
+    except RuntimeError as error:
+        if LOST not in str(error):
+            raise
+
+
+def _stop_on_signals() -> threading.Event:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
 def _line(kind: "Kind", phase: str, message: str, data: dict[str, Any]) -> str:
     """What a person is told of an event; empty for what would only be noise."""
     name = phase.replace("_", " ") or "run"
@@ -252,6 +285,11 @@ def _known(error: Exception) -> NarrowError | None:
     # Writers in native code (safetensors) tell a full disk in words only.
     if "No space left on device" in str(error):
         return NarrowError("disk_full", "The disk is full: free some space and start the job again; what was finished is kept.")
+    if LOST in str(error):
+        return NarrowError(
+            "process_lost",
+            "Another process of this run has ended; what it said is above. Start the run again: it goes on where it was.",
+        )
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         return NarrowError(
             "out_of_memory",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from narrow_engine import corpus, train
+from narrow_engine import corpus, shard, train
 from narrow_engine import skills as measuring
 from narrow_engine.errors import NarrowError
 from narrow_engine.export import safetensors as safetensors_export
@@ -222,6 +222,8 @@ def copy(run: Run, stage: str) -> PreTrainedModel:
 
 
 def save_weights(model: PreTrainedModel, out: Path) -> None:
+    if not shard.is_first():
+        return  # what other processes fill is thrown away
     save_file(
         {name: value.detach().cpu().contiguous() for name, value in model.named_parameters()},
         out / "weights.safetensors",

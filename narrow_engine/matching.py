@@ -31,7 +31,6 @@ class Matching:
         self.plan, self.weights, self.listening = plan, weights, False
         self.heard: list[tuple[list[Tensor], list[Tensor]]] = []
         self.handles: list[Any] = []
-        self.attention: list[nn.Module] = []
         for model, numbers in ((teacher, plan.layers), (student, range(len(plan.layers)))):
             streams: list[Tensor] = []
             maps: list[Tensor] = []
@@ -41,8 +40,9 @@ class Matching:
                 if weights.hidden:
                     self._hook(layer, streams, 0)
                 if weights.attention:
-                    self.attention.append(layer.get_submodule(family(model).attention_out.rpartition(".")[0]))
-                    self._hook(self.attention[-1], maps, 1)
+                    attention = layer.get_submodule(family(model).attention_out.rpartition(".")[0])
+                    self._hook(attention, maps, 1)
+                    self.handles.append(attention.register_forward_pre_hook(_without_dropout))
 
     def _hook(self, module: nn.Module, found: list[Tensor], part: int) -> None:
         """Keeps what a module returns, or a part of it."""
@@ -56,8 +56,6 @@ class Matching:
     def begin(self) -> None:
         # What a backward pass computes again is not listened to.
         self.listening = True
-        for module in self.attention:
-            module.training = False  # its dropout would stand in the map
 
     def loss(self) -> Tensor:
         """Of the passes since `begin`; it carries the student's gradient."""
@@ -76,6 +74,11 @@ class Matching:
             found[0].clear()
             found[1].clear()
         return total
+
+
+def _without_dropout(attention: nn.Module, _: Any) -> None:
+    """It would stand in the map."""
+    attention.training = False
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from narrow_engine.shard import full, like
+
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Quintic Newton–Schulz coefficients of the source: fast, to singular values between about 0.7 and 1.2."""
@@ -27,23 +29,27 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+            by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
                 buffer.lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(buffer, group["momentum"])
-                wide = update if update.shape[-2] <= update.shape[-1] else update.mT
-                rows, columns = wide.shape[-2:]
-                by_shape.setdefault((rows, columns), []).append((parameter, wide.reshape(-1, rows, columns)))
-            for (_, longest), members in by_shape.items():
-                stacks = [stack for _, stack in members]
+                by_shape.setdefault(tuple(sorted(update.shape[-2:])), []).append((parameter, update))
+            for (shortest, longest), members in by_shape.items():
+                # Of sharded ones (`shard`) each process orthogonalises the whole, and takes its shard of what comes out.
+                stacks = [_wide(full(update)).reshape(-1, shortest, longest) for _, update in members]
                 made = orthogonalize(torch.cat(stacks).to(training_dtype(stacks[0].device))).to(stacks[0].dtype)
                 updates = torch.split(made, [len(stack) for stack in stacks])
                 for (parameter, _), update in zip(members, updates, strict=True):
                     update = update if parameter.shape[-2] <= parameter.shape[-1] else update.mT
-                    parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * 0.2 * longest**0.5)
+                    change = like(update.reshape(parameter.shape), parameter)
+                    parameter.add_(change, alpha=-group["lr"] * 0.2 * longest**0.5)
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -4,13 +4,15 @@ A stage reads what the stages before it wrote and writes into a temporary folder
 then its record (input hash, seconds, notices) is written. A stage whose record carries the hash of today's inputs is not
 run again. Resuming a run that was killed is nothing more than running it again, plus the checkpoint inside training.
 
-The first stages depend on little of the spec, so runs that differ in the rest can share them: see `shelf`.
+The first stages depend on little of the spec, so runs that differ in the rest can share them: see `shelf`. A run of several
+processes has them all in the stages that train the large model: see `shard`.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +20,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from narrow_engine import earlier, measures, shelf, stages
+from torch.distributed.device_mesh import DeviceMesh
+
+from narrow_engine import earlier, measures, shard, shelf, stages
 from narrow_engine.events import Sink
 from narrow_engine.model_files import inspect_model
 from narrow_engine.report.model import Notice
@@ -29,8 +33,9 @@ from narrow_engine.spec import CompressionSpec, controls, probes_locality, relea
 
 class Stage(NamedTuple):
     """A step of the line: what it runs, the options of the spec that its output depends on, whether it is wanted, whether runs
-    share it, as what the points of a sweep have in common, and whether it stands aside: then of what comes before, it depends on
-    `load` alone."""
+    share it, as what the points of a sweep have in common, whether it stands aside: then of what comes before, it depends on
+    `load` alone; and whether all processes of a run do it together, for which it must find all that it reads in the run's folder.
+    """
 
     name: str
     run: Callable[[Run, Path], None]
@@ -39,6 +44,7 @@ class Stage(NamedTuple):
     wanted: Callable[[CompressionSpec], bool] = lambda spec: True
     shared: bool = False
     aside: bool = False
+    together: bool = False
 
 
 def _load_options(spec: CompressionSpec) -> Any:
@@ -80,7 +86,13 @@ LINE = (
         shared=True,
     ),
     Stage("allocate", stages.allocate, _allocation_options),
-    Stage("sparsify", stages.sparsify, lambda s: s.method.regularizer, wanted=lambda s: s.method.regularizer is not None),
+    Stage(
+        "sparsify",
+        stages.sparsify,
+        lambda s: s.method.regularizer,
+        wanted=lambda s: s.method.regularizer is not None,
+        together=True,
+    ),
     Stage("plan", stages.plan, lambda s: s.method.init),
     Stage("slice", stages.cut),
     Stage("reconstruct", stages.reconstruct, lambda s: s.method.refit),
@@ -91,6 +103,7 @@ LINE = (
         wanted=lambda s: taught(s.method) and s.method.recover.correction is not None,
         shared=True,
         aside=True,
+        together=True,
     ),
     Stage(
         "teach",
@@ -100,7 +113,7 @@ LINE = (
         shared=True,
         aside=True,
     ),
-    Stage("recover", stages.recover, lambda s: s.method.recover),
+    Stage("recover", stages.recover, lambda s: s.method.recover, together=True),
     Stage("controls", measures.controls, controls, wanted=lambda s: bool(controls(s))),
     Stage("measure", measures.measure, controls),
     Stage("answer", measures.answer, wanted=lambda s: any(data.answer for data in (s.target, *s.skills))),
@@ -116,13 +129,20 @@ LINE = (
 )
 
 
-def run(spec: CompressionSpec, folder: Path, sink: Sink, stop: threading.Event | None = None, shared: Path | None = None) -> Path:
+def run(
+    spec: CompressionSpec,
+    folder: Path,
+    sink: Sink,
+    stop: threading.Event | None = None,
+    shared: Path | None = None,
+    mesh: DeviceMesh | None = None,
+) -> Path:
     """Runs what is not done yet and returns the folder of the results. `shared` is where runs leave each other their first
-    stages.
+    stages, and the other processes of `mesh` are in `follow`.
 
     Raises NarrowError for what the user can mend, Cancelled once `stop` is set.
     """
-    context = Run(spec, folder, sink, stop or threading.Event())
+    context = Run(spec, folder, sink, stop or threading.Event(), mesh=mesh)
     (folder / "stages").mkdir(parents=True, exist_ok=True)
     line = _with_keys(spec)
     done = list(takewhile(lambda step: _reuse(context, *step), line))
@@ -143,7 +163,19 @@ def run(spec: CompressionSpec, folder: Path, sink: Sink, stop: threading.Event |
             _share(context, stage, key, shelf.place(shared, stage.name, key))
         else:
             _run_stage(context, stage, key)
+    if mesh is not None:
+        shard.tell("")
     return folder / "result"
+
+
+def follow(spec: CompressionSpec, folder: Path, stop: threading.Event, mesh: DeviceMesh) -> None:
+    """What the other processes of a run do: each stage that the first one names, until there is none. They say nothing, and
+    what they make is thrown away: the first makes the same.
+    """
+    named = {stage.name: stage for stage in LINE}
+    while name := shard.told():
+        with tempfile.TemporaryDirectory() as scratch:
+            named[name].run(Run(spec, folder, lambda *_: None, stop, mesh=mesh), Path(scratch))
 
 
 def _share(context: Run, stage: Stage, key: str, place: Path) -> None:
@@ -227,6 +259,8 @@ def _run_stage(context: Run, stage: Stage, key: str) -> None:
 
     context.sink("started", stage.name, "", {})
     first, started = len(context.notices), time.monotonic()
+    if context.mesh is not None and stage.together:
+        shard.tell(stage.name)
     stage.run(context, temporary)
     seconds = round(time.monotonic() - started, 3)
     _sync(temporary)

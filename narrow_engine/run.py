@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from narrow_engine.errors import Cancelled
@@ -30,6 +31,8 @@ class Run:
     notices: list[Notice] = field(default_factory=list)
     models: dict[str, PreTrainedModel] = field(default_factory=dict)
     """Models by the name of the stage that made them, kept in memory for the stages after it."""
+    mesh: DeviceMesh | None = None
+    """The processes that train together, if there is more than this one."""
     told: float = 0.0
 
     def emit(self, kind: Kind, phase: str, message: str, data: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from narrow_engine import corpus, earlier, importance, matching, speed, teacher, train, vocabulary
@@ -272,6 +273,7 @@ def sparsify(run: Run, out: Path) -> None:
         check=run.check,
         validate=earlier.validator(run, run.spec.target_name),
         after_step=groups,
+        mesh=run.mesh,
     )
     run.models["sparsify"] = model
     earlier.save_weights(model, out)
@@ -344,7 +346,7 @@ def correct(run: Run, out: Path) -> None:
     """The base trained on the target, to teach."""
     options = run.spec.method.recover
     assert options.correction is not None
-    model, curve = train_base(run, "correct", 3, options.correction.tokens, options.correction.learning_rate)
+    model, curve = train_base(run, "correct", 3, options.correction.tokens, options.correction.learning_rate, run.mesh)
     harm = _harm(curve)
     if harm:
         run.emit(
@@ -407,6 +409,7 @@ def recover(run: Run, out: Path) -> None:
                 validate=earlier.validator(run, run.spec.target_name),
                 teacher=told,
                 beside=beside,
+                mesh=run.mesh,
             )
         run.models.pop("correct", None)
         harm = _harm(curve)
@@ -506,7 +509,7 @@ def report(run: Run, out: Path) -> None:
             spec_sha256=hashlib.sha256(spec.model_dump_json(exclude=INPUTS).encode()).hexdigest(),
             seed=spec.seed,
             versions={name: version(name) for name in ("narrow", "torch", "transformers", "tokenizers", "onnx", "onnxruntime")},
-            machine=_machine(),
+            machine=_machine(run.mesh),
             seconds={
                 path.stem: json.loads(path.read_text())["seconds"] for path in sorted((run.folder / "stages").glob("*.json"))
             },
@@ -532,7 +535,7 @@ def _teacher(run: Run) -> teacher.Live:
 
 
 def train_base(
-    run: Run, phase: str, order: int, tokens: int, rate: float | None = None
+    run: Run, phase: str, order: int, tokens: int, rate: float | None = None, mesh: DeviceMesh | None = None
 ) -> tuple[PreTrainedModel, list[CurvePoint]]:
     """A copy of the base, trained on the target's next tokens as recovery would train it; and its curve."""
     options = run.spec.method.recover
@@ -546,6 +549,7 @@ def train_base(
         emit=run.emit,
         check=run.check,
         validate=earlier.validator(run, run.spec.target_name),
+        mesh=mesh,
     )
     return model, curve
 
@@ -624,7 +628,7 @@ def _hub_name(config: dict[str, Any]) -> str | None:
     return name if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) else None
 
 
-def _machine() -> dict[str, Any]:
+def _machine(mesh: DeviceMesh | None) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "system": platform.platform(),
@@ -632,4 +636,5 @@ def _machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": gpu,
         "transformers": transformers.__version__,
+        **({"processes": mesh.size()} if mesh is not None else {}),
     }

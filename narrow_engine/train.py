@@ -3,6 +3,8 @@
 A run that was killed resumes to the same weights: the order of the blocks depends on seed and step alone, and a
 checkpoint holds everything else (weights, optimizer state, the state of what runs after each step, the curve so far).
 Checkpoints are safetensors, written under a temporary name and renamed.
+
+On several processes (`shard`) each has a part of every batch, and the loop is the same for all of them.
 """
 
 import json
@@ -19,9 +21,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from narrow_engine import memory
+from narrow_engine import memory, shard
 from narrow_engine.corpus import Blocks, Mixture
 from narrow_engine.errors import Cancelled
 from narrow_engine.events import Sink
@@ -109,21 +112,31 @@ def train(
     beside: Beside | None = None,
     after_step: AfterStep | None = None,
     enough: float = -math.inf,
+    mesh: DeviceMesh | None = None,
 ) -> list[CurvePoint]:
     """Trains `model` in place and returns the curve; its first point is the model as it came, at 0 tokens.
 
     `folder` holds the checkpoint, and a later call with the same arguments goes on from it. `check` raises Cancelled to
     stop: a checkpoint is written first. `validate` gives the held-out loss; at one of `enough` training ends. `beside` adds
-    a term to the loss.
+    a term to the loss. The processes of a `mesh` must all call it with the same; a checkpoint of theirs is as one alone would
+    write it.
     """
     rows, steps = shape(settings, blocks)
-    optimizers = _optimizers(model, settings)
-    parameters = dict(model.named_parameters())
+    part = shard.part(mesh, rows)
+    recomputes = _must_recompute(model, teacher, part.rows, blocks.length, mesh, partial(emit, "notice", phase))
+    place = model.device
+    if mesh is not None and after_step is None:
+        model.cpu()  # until the end: `after_step` has views of its weights
+    whole = shard.spread(model, mesh)
+    trained = whole.model
+    if recomputes:
+        trained.activation_checkpointing_enable({"use_reentrant": False})
+    optimizers = _optimizers(trained, settings)
+    parameters = dict(trained.named_parameters())
     checkpoint = folder / "checkpoint.safetensors"
     done, curve = _restore(checkpoint, parameters, optimizers, after_step)
     if not curve:
-        curve = [CurvePoint(phase=phase, tokens=0, validation=validate(model), seconds=0.0)]
-    recomputes = _recompute_if_needed(model, teacher, rows, blocks.length, partial(emit, "notice", phase))
+        curve = [CurvePoint(phase=phase, tokens=0, validation=whole(validate), seconds=0.0)]
     started = time.monotonic() - curve[-1].seconds
     saved = time.monotonic()
     interval = max(1, steps // POINTS)
@@ -131,38 +144,48 @@ def train(
     if (curve[-1].validation or math.inf) <= enough:
         steps = done
     for step in range(done, steps):
-        try:
-            check()
-        except Cancelled:
+        if shard.any_of(mesh, _cancelled(check)):
             _save(checkpoint, step, parameters, optimizers, after_step, curve)
-            raise
+            raise Cancelled
         # Seeded by the step, dropout is the same after a resume. `validate` leaves the model in eval mode.
         torch.manual_seed(step)
-        model.train()
+        trained.train()
         rate = _rate(step, steps, settings.schedule)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
-        batch = blocks.batch(step * rows, rows).to(model.device)
-        if settings.on_policy and float(torch.rand(())) < settings.on_policy:
+        first = step * rows + part.first
+        batch = blocks.batch(first, part.rows).to(trained.device)
+        own = settings.on_policy and float(torch.rand(())) < settings.on_policy
+        if mesh is not None:
+            torch.manual_seed(step * mesh.size() + mesh.get_local_rank())  # what is drawn for other rows is other
+        if own:
             assert isinstance(teacher, Live)
-            losses.append(_own_step(model, batch, settings, teacher))
+            loss = whole(partial(_own_loss, batch=batch, settings=settings, teacher=teacher))
         else:
-            losses.append(_step(model, step * rows, batch, settings, teacher, beside))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            loss = whole(partial(_loss, first=first, batch=batch, settings=settings, teacher=teacher, beside=beside))
+        if mesh is not None:
+            loss = loss * part.weight
+        loss.backward()
+        losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if after_step is not None:
+            if mesh is not None:
+                shard.pull(whole, model)
             after_step(optimizers[0].param_groups[0]["lr"])
+            if mesh is not None:
+                shard.push(model, whole)
 
         if (step + 1) % interval == 0 or step + 1 == steps:
             number = len(curve)
-            measured = validate(model) if number % 4 == 0 or number <= 2 or step + 1 == steps else None
+            measured = whole(validate) if number % 4 == 0 or number <= 2 or step + 1 == steps else None
             point = CurvePoint(
                 phase=phase,
                 tokens=(step + 1) * rows * blocks.length,
-                loss=sum(losses) / len(losses),
+                loss=shard.mean(mesh, sum(losses) / len(losses)),
                 validation=measured,
                 sparsity=after_step.sparsity if after_step is not None else None,
                 seconds=time.monotonic() - started,
@@ -177,14 +200,25 @@ def train(
             )
             if measured is not None and measured <= enough:
                 break
-        if time.monotonic() - saved > CHECKPOINT_SECONDS:
+        if shard.any_of(mesh, time.monotonic() - saved > CHECKPOINT_SECONDS):
             _save(checkpoint, step + 1, parameters, optimizers, after_step, curve)
             saved = time.monotonic()
     if recomputes:
-        model.activation_checkpointing_disable()
-        model.disable_input_require_grads()
+        trained.activation_checkpointing_disable()
+        trained.disable_input_require_grads()
+    if mesh is not None:
+        shard.pull(whole, model)
+        model.to(place)
     model.eval()
     return curve
+
+
+def _cancelled(check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except Cancelled:
+        return True
+    return False
 
 
 def shape(settings: Settings, blocks: Blocks | Mixture) -> tuple[int, int]:
@@ -193,21 +227,24 @@ def shape(settings: Settings, blocks: Blocks | Mixture) -> tuple[int, int]:
     return rows, max(1, settings.tokens // (rows * blocks.length))
 
 
-def _recompute_if_needed(
+def _must_recompute(
     model: PreTrainedModel,
     teacher: Teacher | None,
     rows: int,
     length: int,
+    mesh: DeviceMesh | None,
     notice: Callable[[str, dict[str, str]], None],
 ) -> bool:
-    """Has each layer's activations computed again in the backward pass (Chen et al., arXiv 1604.06174) where all of them
-    would not fit beside weights, gradients, two moments and the teacher. Returns whether it does."""
+    """Whether each layer's activations are computed again in the backward pass (Chen et al., arXiv 1604.06174), since all of
+    them would not fit beside weights, gradients, two moments and the teacher: what this process has of them."""
+    size = mesh.size() if mesh is not None else 1
     there = memory.limit(model.device)
-    weights = 16 * model.num_parameters() + (teacher.bytes if teacher is not None else 0)
+    if model.device.type == "cpu":
+        there //= size  # of the machine that all are on
+    weights = 16 * model.num_parameters() // size + (teacher.bytes if teacher is not None else 0)
     needed = memory.activations(model, rows, length)
-    if weights + needed <= ROOM * there:
+    if not shard.any_of(mesh, weights + needed > ROOM * there):
         return False
-    model.activation_checkpointing_enable({"use_reentrant": False})
     notice(
         f"Of {there / 1e9:.1f} GB of memory a step would take {(weights + needed) / 1e9:.1f}, {needed / 1e9:.1f} of them for "
         "activations: they are computed again in the backward pass, which gives the same result about a third later.",
@@ -216,15 +253,15 @@ def _recompute_if_needed(
     return True
 
 
-def _step(
+def _loss(
     model: PreTrainedModel,
     first: int,
     batch: Tensor,
     settings: Settings,
     teacher: Teacher | None = None,
     beside: Beside | None = None,
-) -> float:
-    """Forward and backward of one batch [rows, length + 1], the blocks from number `first` on; returns the loss."""
+) -> Tensor:
+    """Of one batch [rows, length + 1], the blocks from number `first` on."""
     share = SHARE[settings.objective]
     ids, targets = batch[:, :-1], batch[:, 1:].flatten()
     if beside:
@@ -240,13 +277,10 @@ def _step(
         settings.divergence,
         settings.mixture,
     ).total
-    if beside:
-        loss = loss + beside.loss()
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.item()
+    return loss + beside.loss() if beside else loss
 
 
-def _own_step(model: PreTrainedModel, batch: Tensor, settings: Settings, teacher: Live) -> float:
+def _own_loss(model: PreTrainedModel, batch: Tensor, settings: Settings, teacher: Live) -> Tensor:
     """The same on what the model itself makes of the first half of each block: it learns what the teacher says to that
     (GKD, arXiv 2306.13649, algorithm 1)."""
     given = batch.shape[1] // 2
@@ -258,9 +292,7 @@ def _own_step(model: PreTrainedModel, batch: Tensor, settings: Settings, teacher
     states, of_teacher = teacher(0, ids)
     told = states.view(*ids.shape, -1)[:, given - 1 :].flatten(0, 1), of_teacher
     hidden = _hidden(model, ids)[:, given - 1 :].flatten(0, 1)
-    loss = objective(hidden, head(model), targets, told, 1.0, settings.temperature, settings.divergence, settings.mixture).total
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.item()
+    return objective(hidden, head(model), targets, told, 1.0, settings.temperature, settings.divergence, settings.mixture).total
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -315,14 +347,21 @@ def _save(
     after_step: AfterStep | None,
     curve: list[CurvePoint],
 ) -> None:
-    tensors = {f"weight/{name}": parameter.detach() for name, parameter in parameters.items()}
+    found = {f"weight/{name}": parameter.detach() for name, parameter in parameters.items()}
     for name, state in _states(parameters, optimizers):
-        tensors |= {f"state/{name}/{key}": value for key, value in state.items()}
+        found |= {f"state/{name}/{key}": value for key, value in state.items()}
     if after_step is not None:
-        tensors |= {f"after/{key}": value for key, value in after_step.state().items()}
+        found |= {f"after/{key}": value for key, value in after_step.state().items()}
+    tensors: dict[str, Tensor] = {}
+    for name, value in found.items():
+        gathered = shard.full(value)
+        if shard.is_first():
+            tensors[name] = gathered.cpu().contiguous()
+    if not shard.is_first():
+        return
     temporary = path.with_suffix(".tmp")
     points = json.dumps([point.model_dump() for point in curve])
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"step": str(step), "curve": points})
+    save_file(tensors, temporary, {"step": str(step), "curve": points})
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -336,13 +375,14 @@ def _restore(
     with safe_open(path, "pt") as file, torch.no_grad():
         names = list(file.keys())
         for name, parameter in parameters.items():
-            parameter.copy_(file.get_tensor(f"weight/{name}"))
+            parameter.copy_(shard.like(file.get_tensor(f"weight/{name}"), parameter))
         for name, state in _states(parameters, optimizers):
             prefix = f"state/{name}/"
             for key in names:
                 if key.startswith(prefix):
                     value = file.get_tensor(key)
-                    state[key.removeprefix(prefix)] = value if value.ndim == 0 else value.to(parameters[name].device)
+                    own = parameters[name]
+                    state[key.removeprefix(prefix)] = value if value.ndim == 0 else shard.like(value.to(own.device), own)
         if after_step is not None:
             after_step.restore({k.removeprefix("after/"): file.get_tensor(k) for k in names if k.startswith("after/")})
         metadata = file.metadata()
