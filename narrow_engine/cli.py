@@ -5,7 +5,7 @@ goes on where it stopped. Exit status: 0 done, 1 failed with a sentence (also in
 read, 130 stopped on request.
 
 `torchrun --nproc-per-node N -m narrow_engine SPEC.json --out DIR` is the same on several processes, of which the first is the
-run and the only one to be heard.
+run and has its exit status. That of torchrun itself is 0 or 1.
 """
 
 import errno
@@ -35,8 +35,8 @@ LINE_SECONDS = 5.0
 """Between two lines about progress."""
 SHORT_SECONDS = 0.1
 """Stages that took less are not told."""
-LOST = "closed by peer"
-"""In what gloo raises where another process has ended."""
+LOST = "gloo/transport"
+"""In what torch raises where another process has ended."""
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Threads that wait for each other by spinning keep the ones they wait for off a core that is also wanted elsewhere: beside
 # one other busy process on two cores, a training step took more than four times as long. Sleeping costs a tenth when idle.

@@ -7,8 +7,8 @@ import tempfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["narrow_engine.pipeline", "narrow_engine.reproduce", "transformers", "runs"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["narrow_engine.pipeline", "narrow_engine.reproduce", "transformers", "runs"])
 
 
 class Run:
@@ -18,7 +18,7 @@ class Run:
         handle, self._told = tempfile.mkstemp(prefix="narrow-run-")
         os.close(handle)
         words = [str(argument) for argument in arguments]
-        self._process = _CONTEXT.Process(target=_main, args=(name, words, self._told, dict(os.environ)))
+        self._process = CONTEXT.Process(target=_main, args=(name, words, self._told, dict(os.environ)))
         self._process.start()
         self.pid = self._process.pid
 
