@@ -88,7 +88,7 @@ def steps(limit: float) -> list[dict]:
         optimizers = train._optimizers(model, settings)
 
         def step() -> None:
-            train._step(model, 0, batch, settings, base and Live(base))
+            train._loss(model, 0, batch, settings, base and Live(base)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for each in optimizers:
                 each.step()
