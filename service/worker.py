@@ -46,6 +46,9 @@ LOOK_SECONDS = 0.25
 PAUSE_SECONDS = 1.0
 """Between two tries while the database fails."""
 
+PROCESS_LOST = "process_lost"
+"""What the engine says when one of the processes that it trains on is gone."""
+
 FULL_BYTES = 2**20
 """A disk with less than this left counts as full."""
 
@@ -131,6 +134,7 @@ class _Execution:
         self.job, self.id, self.token = job, job.id, job.lease_token
         self.folder = settings.data / "runs" / job.id
         self.read, self.told = 0, job.engine_seq
+        self.processes = max(1, job.spec.get("resources", {}).get("gpus", 0))
         self.saves = Saves(storage, job.id, job.last_seq, self.folder) if settings.storage_url else None
         self.held = time.monotonic()
         self.outcome = "error"
@@ -148,7 +152,7 @@ class _Execution:
                     self._patiently(self.saves.restore)
                 spec = self._patiently(self._write_spec)
             self._patiently(self._ingest)  # what the last worker here had no time for
-            process = local.start(spec, self.folder.resolve(), shelf, self.told)
+            process = local.start(spec, self.folder.resolve(), shelf, self.told, self.processes)
         except OSError as error:
             self._failed(
                 "disk_full" if error.errno == errno.ENOSPC else "not_started",
@@ -246,6 +250,9 @@ class _Execution:
 
     def _conclude(self, code: int) -> None:
         failure = self.folder / "failure.json"
+        told = json.loads(failure.read_text()) if failure.exists() else None
+        # Of several processes torchrun only says whether all ended well.
+        lost = self.processes > 1 and code == 1
         if code == 0:
             try:
                 self._patiently(self._publish)
@@ -256,14 +263,13 @@ class _Execution:
                     "disk_full",
                     "The disk is full: the results could not be kept. Free some space and start the job again.",
                 )
-        elif code == 1 and failure.exists():
-            told = json.loads(failure.read_text())
+        elif code == 1 and told and told["code"] != PROCESS_LOST:
             self._failed(told["code"], told["message"])
-        elif code > 0 and code != 130 and shutil.disk_usage(self.folder).free < FULL_BYTES:
+        elif code > 0 and code != 130 and not lost and shutil.disk_usage(self.folder).free < FULL_BYTES:
             # On a full disk the engine cannot even write down what was wrong.
             self._failed("disk_full", "The disk was full while the job ran: free some space and start the job again.")
-        elif code < 0 or code == 130:
-            name = signal.Signals(-code).name if code < 0 else "SIGTERM"
+        elif code < 0 or code == 130 or lost:
+            name = signal.Signals(-code).name if code < 0 else "the end of one of its processes" if lost else "SIGTERM"
             if self.job.attempt < self.settings.max_attempts:
                 log.warning("%s: the job process was ended by %s, it will be started again", self.id, name)
                 self._release(counts=True)

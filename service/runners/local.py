@@ -24,14 +24,15 @@ _FIXED = {
 }
 
 
-def start(spec: Path, folder: Path, shared: Path, after: int) -> subprocess.Popen[bytes]:
+def start(spec: Path, folder: Path, shared: Path, after: int, processes: int = 1) -> subprocess.Popen[bytes]:
     """Starts the engine on a spec; what it prints goes to `folder`/stderr.log. `shared` is where jobs share stages, and `after`
-    the number of the last event that is known of the run."""
+    the number of the last event that is known of the run. With several `processes` it is torchrun, which starts them."""
+    several = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m") if processes > 1 else ()
     environment = {k: v for k, v in os.environ.items() if k in _KEPT or k.startswith(_KEPT_PREFIXES)} | _FIXED
     with (folder / "stderr.log").open("ab") as log:
         return subprocess.Popen(
             [
-                *(sys.executable, "-m", "narrow_engine", str(spec), "--out", str(folder), "--quiet"),
+                *(sys.executable, "-m", *several, "narrow_engine", str(spec), "--out", str(folder), "--quiet"),
                 *("--shared", str(shared), "--events-after", str(after)),
             ],
             stdin=subprocess.DEVNULL,

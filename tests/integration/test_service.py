@@ -11,7 +11,7 @@ import time
 
 import httpx
 import pytest
-from live import QUICK, SLOW, spec_of
+from live import QUICK, SLOW, running, spec_of
 from pydantic import TypeAdapter
 from tiny import write_jsonl
 
@@ -331,3 +331,27 @@ def test_many_at_once_make_one_job_a_key(service, done):
     ids = {a.json()["id"] for a in answers if a.status_code == 201}
     assert len(ids) == 1
     service.http.post(f"/jobs/{ids.pop()}/cancel")
+
+
+@pytest.mark.slow
+def test_a_job_with_several_processes_is_told_of_stopped_and_started_again_like_any_other(tmp_path, tiny_folder, python_file):
+    """On the CPU here: it is as many processes as the job asks for GPUs, whatever they run on."""
+    with running(tmp_path / "data") as service:
+        spec = spec_of(service, tiny_folder, python_file, SLOW, resources={"gpus": 2})
+        job_id = service.http.post("/jobs", json=spec).json()["id"]
+        service.wait(job_id, lambda j: j["phase"] == "recover" and j["progress"])
+        engines = service.children("--events-after")
+        assert len(engines) == 3, "torchrun, and two that it started"
+        assert service.http.post(f"/jobs/{job_id}/pause").json()["status"] == "pausing"
+        service.wait(job_id, lambda j: j["status"] == "paused")
+        assert not service.children("--events-after")
+        assert service.http.post(f"/jobs/{job_id}/cancel").json()["status"] == "cancelled"
+
+        quick = {**spec, "method": {**QUICK, "recover": {"tokens": 8192, "batch_tokens": 256}}}
+        job_id = service.http.post("/jobs", json=quick).json()["id"]
+        service.wait(job_id, lambda j: j["phase"] == "recover")
+        service.children("--events-after")[-1].kill()
+        done = service.wait(job_id, lambda j: j["status"] == "succeeded", seconds=240)
+        assert done["attempt"] == 2, "as when its only process is killed"
+        report = service.http.get(f"/jobs/{job_id}/report").json()
+        assert report["provenance"]["machine"]["processes"] == 2
