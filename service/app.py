@@ -50,7 +50,7 @@ def create_app(settings: Settings, keys_needed: bool = False) -> FastAPI:
     app.state.drain = asyncio.Event()
     app.state.hub = Hub(app.state.engine, settings.poll_seconds, app.state.drain)
     problems.install(app)
-    app.add_middleware(Requests)
+    app.add_middleware(Requests, silence_seconds=settings.silence_seconds)
     known = [Depends(caller)]
     # Limits belong to routes: FastAPI's limit of the whole application would answer around our error handlers.
     for router in (

@@ -31,6 +31,7 @@ TITLES = {
     404: "Not found",
     405: "Method not allowed",
     406: "Not acceptable",
+    408: "Timed out",
     409: "Conflict",
     412: "Precondition failed",
     413: "Too large",
@@ -45,7 +46,7 @@ TITLES = {
 }
 
 
-ALWAYS = (401, 403, 422, 429, 500, 503)
+ALWAYS = (401, 403, 408, 422, 429, 500, 503)
 """What any route can answer."""
 
 

@@ -1,11 +1,13 @@
 """What every request has: an id, and when it is answered a line in the log and a figure. As plain ASGI, because every request
 pays for it."""
 
+import asyncio
 import logging
 import secrets
 import time
 
 from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs, metrics
@@ -17,13 +19,14 @@ log = logging.getLogger("narrow.access")
 
 
 class Requests:
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, silence_seconds: float) -> None:
+        self.app, self.silence_seconds = app, silence_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        receive = self._patient(receive)
         state = scope.setdefault("state", {})
         state["id"] = f"req_{secrets.token_hex(8)}"
         began, replaced = time.perf_counter(), False
@@ -51,6 +54,24 @@ class Requests:
                 # It becomes a 500 outside of here.
                 self._tell(scope, 500, time.perf_counter() - began)
                 raise
+
+    def _patient(self, receive: Receive) -> Receive:
+        """A body that does not go on ends the request: else everybody who began one and left would keep a connection for ever."""
+        whole = False
+
+        async def listen() -> Message:
+            nonlocal whole
+            if whole:  # what follows is that the client leaves, whenever it likes
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), self.silence_seconds)
+            except TimeoutError:
+                detail = f"Nothing of the body came for {self.silence_seconds:g} s: send it again, or in pieces over /uploads."
+                raise HTTPException(408, detail, {"Connection": "close"}) from None
+            whole = not message.get("more_body", False)
+            return message
+
+        return listen
 
     def _tell(self, scope: Scope, status: int, seconds: float) -> None:
         # The operation, not the path, which has ids in it: there would be a figure for each job.

@@ -5,7 +5,6 @@ What arrives is kept in pieces, one for each PATCH, in the storage that all serv
 PATCH that breaks off keeps what had come. `POST /models` and `POST /datasets` take the ids of uploads that are complete.
 """
 
-import asyncio
 import base64
 import binascii
 import hashlib
@@ -20,6 +19,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from sqlmodel import select
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from service import quotas
@@ -34,8 +34,6 @@ from service.uploads import check_name, find_upload, offset_of, piece_key, requi
 
 VERSION = "1.0.0"
 ALGORITHMS = ("sha256", "sha1", "md5")
-SILENCE_SECONDS = 60.0
-"""After which a client that sends nothing counts as gone."""
 
 
 def speaks(response: Response, tus_resumable: Annotated[str, Header()] = VERSION) -> None:
@@ -177,13 +175,14 @@ def _look(request: Request, tenant: str, upload_id: str) -> UploadRow:
 
 async def _chunks(request: Request) -> AsyncIterator[bytes]:
     """What the client sends, until it ends, breaks off or falls silent: a piece may be as long as it came."""
-    stream = request.stream()
-    while True:
-        try:
-            chunk = await asyncio.wait_for(anext(stream), SILENCE_SECONDS)
-        except (StopAsyncIteration, ClientDisconnect, TimeoutError):
-            return
-        yield chunk
+    try:
+        async for chunk in request.stream():
+            yield chunk
+    except ClientDisconnect:
+        return
+    except HTTPException as error:
+        if error.status_code != 408:
+            raise
 
 
 def _metadata(header: str) -> dict[str, str]:

@@ -227,6 +227,45 @@ def test_a_slow_download_and_a_held_lock_keep_no_reader_waiting(tmp_path, python
         assert not storage.has(artifact_key(sha256))
 
 
+def test_clients_that_fall_silent_are_let_go_and_keep_nobody_waiting(tmp_path, python_file):
+    with running(tmp_path / "data", workers=0, NARROW_SILENCE_SECONDS="1") as service:
+        host, port = service.url.removeprefix("http://").split(":")
+        body = b'{"base": {"model": "mdl_'
+        head = f"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {2 * len(body)}\r\n\r\n"
+        silent = [socket.create_connection((host, int(port)), timeout=20) for _ in range(60)]
+        asked = time.monotonic()
+        for connection in silent:
+            connection.sendall(head.encode() + body)
+        assert service.http.get("/jobs").status_code == 200
+        for connection in silent:
+            with connection, connection.makefile("rb") as answer:
+                told = answer.read()  # until the server closes it
+            assert told.startswith(b"HTTP/1.1 408"), told[:200]
+            assert b"Nothing of the body came for 1 s" in told
+        assert time.monotonic() - asked < 15
+
+        headers = {"Tus-Resumable": "1.0.0", "Upload-Length": "20", "Upload-Metadata": "filename YS5qc29ubA=="}
+        place = service.http.post("/uploads", headers=headers).headers["location"].removeprefix(service.url)
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            lines = ("Host: x", "Tus-Resumable: 1.0.0", "Upload-Offset: 0", "Content-Type: application/offset+octet-stream")
+            head = "\r\n".join([f"PATCH {place} HTTP/1.1", *lines, "Content-Length: 20", "", ""])
+            connection.sendall(head.encode() + b"0123456")
+            assert connection.recv(100).startswith(b"HTTP/1.1 204")
+        assert service.http.head(place, headers={"Tus-Resumable": "1.0.0"}).headers["upload-offset"] == "7", "what came is kept"
+
+        engine, _ = database(tmp_path / "data")
+        with open_session(engine) as session:
+            job_id = ended_job(session, "running", lease_token="x", finished_at=None)
+            session.commit()
+        with service.http.stream("GET", f"/jobs/{job_id}/events", headers={"accept": "text/event-stream"}) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            time.sleep(2.5)  # it has nothing to say, and is no body
+            with open_session(engine) as session:
+                queue.finish(session, job_id, "x", "succeeded", None, [])
+            assert "event: end" in list(lines)
+
+
 def test_many_readers_at_once_do_not_starve_each_other(tmp_path):
     import concurrent.futures
     import urllib.request
