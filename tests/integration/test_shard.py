@@ -31,8 +31,9 @@ from narrow_engine.spec import Match
 
 slow = pytest.mark.slow
 LENGTH, STEPS = 32, 20
-FAR = 1e-2
-"""How far rounding to bfloat16, where that is what a machine trains in, may bring two runs apart in a hundred steps."""
+NEAR, FAR = 1e-3, 1e-2
+"""How far rounding to bfloat16, where that is what a machine trains in, may bring two runs apart in ten and in hundreds of
+steps."""
 
 
 @pytest.fixture
@@ -236,13 +237,13 @@ def trained(steps, phase="recover"):
     return lambda e: e.phase == phase and e.kind == "progress" and e.data["done"] >= steps
 
 
-def assert_same(one, other, rel=1e-4):
+def assert_same(one, other, rel=NEAR):
     """Two reports tell of the same model, to rounding."""
     assert len(one.curve) == len(other.curve)
     for a, b in zip(one.curve, other.curve, strict=True):
         assert (a.phase, a.tokens, a.sparsity) == (b.phase, b.tokens, b.sparsity)
         for x, y in ((a.loss, b.loss), (a.validation, b.validation)):
-            assert (x is None and y is None) or x == pytest.approx(y, rel=rel)
+            assert (x is None and y is None) or x == pytest.approx(y, rel=rel, abs=1e-5)
     assert one.skills.keys() == other.skills.keys()
     for name, skill in one.skills.items():
         assert skill.recovered.loss == pytest.approx(other.skills[name].recovered.loss, rel=rel)
@@ -348,7 +349,8 @@ def test_what_is_not_the_same_on_two_processes_works_as_well(spec, tmp_path, rec
     path = spec(recover=recover)
     one, two = done(path, tmp_path / "one", 1), done(path, tmp_path / "two")
     assert all(math.isfinite(point.loss) for point in two.curve[1:])
-    assert_same(one, two, rel=0.02)
+    for a, b in zip(one.curve, two.curve, strict=True):
+        assert a.validation is None or a.validation == pytest.approx(b.validation, rel=FAR)
 
 
 @slow
