@@ -308,6 +308,7 @@ def test_an_error_of_the_first_process_ends_the_others(spec, tmp_path):
     assert json.loads((tmp_path / "run" / "failure.json").read_text())["message"] in told[0]
 
 
+@slow
 def test_a_process_that_dies_is_told_of(spec, tmp_path):
     out = tmp_path / "run"
     processes = start(spec(recover={"tokens": 200_000}), out)
