@@ -1,6 +1,6 @@
 """What a job costs beside its own work, and what 10,000 a day of them make of it.
 
-    python bench/costs.py [--postgres] [--pairs 3] [--tokens 200000]
+    python bench/costs.py [--postgres] [--pairs 3] [--tokens 50000]
 
 Measured: a job of the embedded base model through the service (local runner, with and without a bucket beside it is the same
 path) against the engine alone, in turn; what the queue takes of the database for a claim, a heartbeat and a batch of events with
@@ -78,7 +78,8 @@ def pairs(folder: Path, url: str, count: int, tokens: int) -> dict:
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client,
     ):
         inputs = upload(client)
-        options = {"budget": {"parameters": 0.5}, "method": {"recover": {"tokens": tokens}}, "export": ["safetensors"]}
+        method = {"calibration_tokens": 8192, "recover": {"tokens": tokens}}
+        options = {"budget": {"parameters": 0.5}, "method": method, "skill_tokens": 8192, "export": ["safetensors"]}
         paths = {"base": {"path": str(BASE)}, "target": {"path": str(DATA / "python.jsonl.gz")}, "target_name": "python"}
         for seed in range(count):
             alone.append(engine_alone(folder / f"alone-{seed}", {**options, **paths, "seed": seed}))
@@ -152,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--postgres", action="store_true")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--tokens", type=int, default=50_000)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -8,6 +8,7 @@ read, 130 stopped on request.
 run and has its exit status. That of torchrun itself is 0 or 1.
 """
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -61,6 +62,8 @@ def run(spec: Path, out: Path, quiet: bool, shared: Path | None, events_after: i
     except NarrowError as error:
         click.echo(f"narrow run: {error}", err=True)
         sys.exit(2)
+    if "RANK" in os.environ:
+        _end_with_parent()
     if int(os.environ.get("RANK", "0")) > 0:
         _follow(wanted, out)
         return
@@ -257,6 +260,12 @@ def _follow(spec: CompressionSpec, out: Path) -> None:
     except RuntimeError as error:
         if LOST not in str(error):
             raise
+
+
+def _end_with_parent() -> None:
+    """A torchrun that is killed with -9 ends nobody, so its processes see to that themselves (PR_SET_PDEATHSIG; Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _stop_on_signals() -> threading.Event:

@@ -29,6 +29,8 @@ def start(spec: Path, folder: Path, shared: Path, after: int, processes: int = 1
     the number of the last event that is known of the run. With several `processes` it is torchrun, which starts them."""
     several = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m") if processes > 1 else ()
     environment = {k: v for k, v in os.environ.items() if k in _KEPT or k.startswith(_KEPT_PREFIXES)} | _FIXED
+    if processes > 1:  # torchrun gives each a single thread, and the first does much of a run by itself
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     with (folder / "stderr.log").open("ab") as log:
         return subprocess.Popen(
             [

@@ -67,9 +67,9 @@ class Client(threading.Thread):
 class Watch(threading.Thread):
     """Looks for a job that runs twice."""
 
-    def __init__(self) -> None:
+    def __init__(self, data: Path) -> None:
         super().__init__(daemon=True)
-        self.began = time.monotonic()
+        self.data, self.began = data, time.monotonic()
         self.known: dict[psutil.Process, str | None] = {}
         self.twice: list[str] = []
         self.enough = threading.Event()
@@ -78,7 +78,8 @@ class Watch(threading.Thread):
         while not self.enough.wait(0.05):
             alive = {p: self.known[p] if p in self.known else run_of(p) for p in psutil.process_iter()}
             self.known = alive
-            running = [(folder, process) for process, folder in alive.items() if folder and lives(process)]
+            ours = {process: folder for process, folder in alive.items() if folder and folder.startswith(str(self.data))}
+            running = [(folder, process) for process, folder in ours.items() if lives(process)]
             # What an engine starts looks like itself until it becomes another program.
             parents = {process: parent_of(process) for _, process in running}
             running = [(f, p) for f, p in running if (parent := parents[p]) is not None and run_of(parent) != f]
@@ -154,7 +155,7 @@ def test_a_hundred_kills_lose_nothing_and_change_nothing(tmp_path, tiny_folder, 
     chance = random.Random(0)
     killed: Counter[str] = Counter()
     service = Service(data, workers=2, **settings)
-    client, watch = Client(service, spec_of(service, tiny_folder, python_file, method), python_file), Watch()
+    client, watch = Client(service, spec_of(service, tiny_folder, python_file, method), python_file), Watch(data)
     client.start(), watch.start()
     try:
         while sum(killed.values()) < MOMENTS:

@@ -274,9 +274,8 @@ def test_two_processes_make_the_model_that_one_makes(spec, tmp_path):
     assert two.provenance.machine["processes"] == 2
 
 
-def test_what_torchrun_was_asked_to_stop_goes_on_on_one_process(spec, tmp_path):
-    path, out = spec(recover={"tokens": 19200}, skills=[]), tmp_path / "run"
-    process = subprocess.Popen(
+def torchrun(path, out):
+    return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())),
             *("-m", "narrow_engine", str(path), "--out", str(out), "--quiet"),
@@ -284,6 +283,22 @@ def test_what_torchrun_was_asked_to_stop_goes_on_on_one_process(spec, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@slow
+def test_processes_end_with_a_torchrun_that_is_killed(spec, tmp_path):
+    process = torchrun(spec(recover={"tokens": 200_000}), tmp_path / "run")
+    wait_for(tmp_path / "run", trained(1), process)
+    children = psutil.Process(process.pid).children()
+    assert len(children) == 2
+    process.kill()
+    process.wait()
+    assert psutil.wait_procs(children, 5)[1] == []
+
+
+def test_what_torchrun_was_asked_to_stop_goes_on_on_one_process(spec, tmp_path):
+    path, out = spec(recover={"tokens": 19200}, skills=[]), tmp_path / "run"
+    process = torchrun(path, out)
     wait_for(out, trained(10), process)
     children = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGTERM)
