@@ -11,7 +11,7 @@ what it saves is a folder as good as any, and what it removes was its own.
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,17 @@ class Saves:
                 self.saved[path] = (_version(target), key)
         mark.write_text(str(self.claim))
 
-    def save(self) -> None:
-        """Saves what has changed since the last time."""
+    def save(self, enough: Callable[[], bool]) -> None:
+        """Saves what has changed since the last time; gives it up at the next file once there is `enough`."""
         gone = {key for _, key in self.saved.values()}
         if not gone:
             self.storage.doubt(self.key)
         found: dict[str, tuple[str, str]] = {}
         sizes: dict[str, int] = {}
         for path in _files(self.folder):
+            if enough():
+                # What was stored in vain is under the run's key, and goes with it.
+                return
             name = path.relative_to(self.folder).as_posix()
             with suppress(FileNotFoundError):  # a stage that ends takes its checkpoint away
                 version = _version(path)

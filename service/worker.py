@@ -163,12 +163,12 @@ class _Execution:
             log.error("%s: its spec cannot be built: %s", self.id, error)
             self._failed("bad_spec", f"The job cannot be told to the engine: {_reason(error)} Make a new job.")
             return
-        try:
-            with self._saving():
+        with self._saving():
+            try:
                 status = self._follow(process)
-        finally:
-            # Also when the lease is lost or the worker itself fails: nothing runs on unobserved.
-            local.end(process, 0)
+            finally:
+                # Also when the lease is lost or the worker itself fails: nothing runs on unobserved.
+                local.end(process, 0)
         self._patiently(self._ingest)
         if status == "cancelling":
             self._finish("cancelled")
@@ -339,7 +339,7 @@ class _Execution:
             # At most a tenth of the time goes into it, however large the folder is.
             while not done.wait(max(SAVE_LEASES * self.settings.lease_seconds, 10 * took)):
                 began = time.monotonic()
-                self._save()
+                self._save(done.is_set)
                 took = time.monotonic() - began
 
         thread = threading.Thread(target=save)
@@ -352,11 +352,11 @@ class _Execution:
             if self.saves:
                 thread.join()
 
-    def _save(self) -> None:
+    def _save(self, enough: Callable[[], bool] = lambda: False) -> None:
         if self.saves:
             try:
                 with self._beating():
-                    self.saves.save()
+                    self.saves.save(enough)
             except (StorageAway, OSError) as error:
                 log.warning("the run folder is not saved this time: %s", error)
 
