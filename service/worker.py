@@ -36,7 +36,7 @@ from narrow_engine.spec import INPUTS, PLACING, CompressionSpec, DatasetId, JobS
 from service import janitor, logs, metrics, queue, traces
 from service.db import session as db
 from service.db.session import connect, open_session, publishing, read_session
-from service.db.tables import ArtifactRow, DatasetRow, JobRow, ModelRow, OutcomeRow, now
+from service.db.tables import TERMINAL, ArtifactRow, DatasetRow, JobRow, ModelRow, OutcomeRow, now
 from service.runners import local, ray
 from service.saves import Saves
 from service.settings import Settings
@@ -103,6 +103,9 @@ def _run(execution: "_Execution", stop: threading.Event) -> None:
     try:
         execution.run()
         outcome = execution.outcome
+        if outcome in TERMINAL:
+            # Only now: in a bucket it takes a while, and while a result is being published nobody else can remove anything.
+            janitor.remove_run(execution.settings, execution.storage, job.id)
     except queue.LeaseLost:
         log.warning("%s was taken over by another worker", job.id)
         outcome = "lost"
@@ -421,7 +424,6 @@ class _Execution:
 
         self._patiently(finish)
         self.outcome, self.error = status, error
-        janitor.remove_run(self.settings, self.storage, self.id)
 
     def _release(self, counts: bool) -> None:
         def release() -> None:
