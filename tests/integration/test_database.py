@@ -3,7 +3,8 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, timedelta, timezone
+from email.utils import format_datetime
 from pathlib import Path
 
 import postgres
@@ -164,6 +165,19 @@ def test_many_workers_claim_each_job_once_and_oldest_first(settings):
     assert sorted(identifier for mine in claimed for identifier in mine) == wanted
     for mine in claimed:
         assert mine == sorted(mine)
+
+
+def test_times_come_back_as_they_went_and_in_utc(settings):
+    """Not in another zone that is as far from Greenwich: what writes HTTP's dates refuses those."""
+    migrate(settings)
+    engine, made = connect(settings), now()
+    with open_session(engine) as session:
+        session.add(job(id="job_a", created_at=made.astimezone(timezone(timedelta(hours=2)))))
+        session.commit()
+    with open_session(engine) as session:
+        found = session.get_one(JobRow, "job_a").created_at
+    assert (found, found.tzinfo) == (made, UTC)
+    assert format_datetime(found, usegmt=True).endswith("GMT")
 
 
 def test_a_tenant_with_many_jobs_keeps_no_other_waiting(settings):
