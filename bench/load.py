@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from sqlmodel import col, select
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from ports import free_port  # noqa: E402
 
 from service import auth, queue  # noqa: E402
 from service.db.session import connect, migrate, open_session, tenant_session  # noqa: E402
@@ -85,12 +87,6 @@ def serving(command: list[str], port: int, **environment: str):
     finally:
         process.terminate()
         process.wait(60)
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def rate(port: int, path: str, key: str = "", seconds: float = 5, connections: int = 8) -> float:

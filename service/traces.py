@@ -1,8 +1,8 @@
 """OpenTelemetry traces: of requests, and of jobs as what the request that made them led to.
 
     POST /jobs                              (FastAPI's own)
-    └─ job                                  one for each time that a worker had it
-       ├─ load, score, ... report           the stages of its process, from its events
+    ├─ job                                  one for each time that a worker had it
+    │  └─ load, score, ... report           the stages of its process, from its events
     └─ queued                               until a worker first took it
 
 They are sent where OTEL_EXPORTER_OTLP_ENDPOINT says, by OpenTelemetry's SDK, which is the extra `otel`; all its variables count.

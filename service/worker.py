@@ -89,12 +89,16 @@ def work(settings: Settings, stop: threading.Event) -> None:
         if job is None:
             stop.wait(settings.poll_seconds)
             continue
-        with logs.concerning(job=job.id, tenant=job.tenant, attempt=job.attempt), traces.of_job(job) as span:
-            _run(_Execution(settings, engine, storage, job, span, stop), stop)
+        _run(settings, engine, storage, job, stop)
     engine.dispose()
 
 
-def _run(execution: "_Execution", stop: threading.Event) -> None:
+def _run(settings: Settings, engine: Engine, storage: Storage, job: JobRow, stop: threading.Event) -> None:
+    with logs.concerning(job=job.id, tenant=job.tenant, attempt=job.attempt), traces.of_job(job) as span:
+        _carry(_Execution(settings, engine, storage, job, span, stop), stop)
+
+
+def _carry(execution: "_Execution", stop: threading.Event) -> None:
     job, began, outcome = execution.job, time.monotonic(), "error"
     metrics.claims.labels("first" if job.attempt == 1 else "later").inc()
     if job.attempt == 1:
@@ -455,8 +459,7 @@ def work_on(settings: Settings, job_id: str, stop: threading.Event) -> None:
         if job is not None or stop.wait(PAUSE_SECONDS):  # the row may be locked by who looks after it
             break
     if job is not None:
-        with logs.concerning(job=job.id, tenant=job.tenant, attempt=job.attempt), traces.of_job(job) as span:
-            _run(_Execution(settings, engine, storage, job, span, stop), stop)
+        _run(settings, engine, storage, job, stop)
         with suppress(*AWAY, OSError):
             janitor.tidy(engine, settings, storage)
     engine.dispose()

@@ -4,7 +4,6 @@ own: NARROW_TEST_RAY names its `ray`."""
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from ports import free_port
 
 RAY = os.environ.get("NARROW_TEST_RAY") or shutil.which("ray", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 needed = pytest.mark.skipif(RAY is None, reason="there is no Ray here: pip install 'narrow[ray]'")
@@ -105,9 +105,3 @@ class Cluster:
     def remove(self) -> None:
         self.kill_all()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

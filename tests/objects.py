@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from ports import free_port
 
 USER, SECRET = "test:tester", "testing"
 
@@ -79,7 +80,7 @@ class Server:
             "[swift-hash]\nswift_hash_path_suffix = narrow\n[storage-policy:0]\nname = all\ndefault = yes\n"
         )
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.ports = {name: _free_port() for name in ("account", "container", "object", "proxy")}
+        self.ports = {name: free_port() for name in ("account", "container", "object", "proxy")}
         for name in ("account", "container", "object"):
             self._ring(name)
             text = (_COMMON + _STORE).format(port=self.ports[name], folder=self.folder, name=name, kind=name)
@@ -151,12 +152,6 @@ class Server:
     def remove(self) -> None:
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _listens(port: int) -> bool:

@@ -3,13 +3,14 @@
 import atexit
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from contextlib import suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+
+from ports import free_port
 
 _PLACES = (*sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True), Path(shutil.which("initdb") or "/nowhere").parent)
 BINARIES = next((folder for folder in _PLACES if (folder / "initdb").exists()), None)
@@ -24,9 +25,7 @@ class Cluster:
         self.owner = next((name for name in ("postgres", "nobody") if _exists(name)), None) if os.geteuid() == 0 else None
         if self.owner:
             shutil.chown(self.folder, self.owner)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self._run("initdb", "-D", str(self.folder / "data"), "-A", "trust", "-U", "narrow", "-E", "UTF8")
         self.start()
         atexit.register(self.remove)

@@ -4,8 +4,11 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
 from importlib.metadata import entry_points
 from pathlib import Path
+
+from narrow_engine.events import read_events
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["narrow_engine.pipeline", "narrow_engine.reproduce", "transformers", "runs"])
@@ -59,3 +62,14 @@ def _main(name: str, arguments: list[str], told: str, environment: dict[str, str
     sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     command = next(entry.load() for entry in entry_points(group="narrow.commands") if entry.name == name)
     command.main(arguments, prog_name=f"narrow {name}")
+
+
+def wait_for(out, condition, process):
+    """Until an event of the run that `process` is at fulfils the condition."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any(condition(event) for event in read_events(out / "events.jsonl")):
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("it did not come so far")

@@ -2,13 +2,11 @@
 
 from fastapi import APIRouter, Request
 
-from narrow_engine.model_files import DTYPES
-from narrow_engine.sizing import plan_sizes
 from narrow_engine.spec import JobSpec
 from service.api.jobs import check_spec
 from service.api.schemas import Plan
 from service.api.sessions import ReadDb
-from service.db.tables import ModelRow
+from service.estimates import estimate
 from service.problems import responses
 
 router = APIRouter(prefix="/plans", tags=["plans"])
@@ -18,9 +16,7 @@ router = APIRouter(prefix="/plans", tags=["plans"])
 def create_plan(spec: JobSpec, request: Request, session: ReadDb) -> Plan:
     """The sizes before and after, what is kept, and estimates of memory and time."""
     base = check_spec(session, spec, request.app.state.storage)
-    teacher = session.get_one(ModelRow, spec.teacher.model).info["config"] if spec.teacher else None
-    roles = [skill.role for skill in spec.skills]
-    sizes = plan_sizes(base.info["config"], spec, DTYPES[base.info["dtype"]], roles, teacher)
+    sizes = estimate(session, spec)
     return Plan(
         family=base.info["family"],
         before=sizes.before,

@@ -217,7 +217,7 @@ class JobRow(Owned, table=True):
     seconds: float = Field(default=0.0, sa_column_kwargs={"server_default": "0"}, description="That workers had it, in all.")
     claimed_at: datetime | None = _time()
     last_seq: int = Field(default=0, description="Number of the job's newest event.")
-    engine_seq: int = Field(default=0, description="Lines of the run's events.jsonl that are in the event table.")
+    engine_seq: int = Field(default=0, description="Number of the run's last event that is in the event table.")
     lease_token: str | None = Field(default=None, description="Who holds the job; every write of a worker is guarded by it.")
     lease_until: datetime | None = _time()
     created_at: datetime = _time(nullable=False)

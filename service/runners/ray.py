@@ -22,12 +22,11 @@ from sqlalchemy.exc import NoResultFound
 from sqlmodel import col, select
 
 from narrow_engine.errors import NarrowError
-from narrow_engine.model_files import DTYPES
-from narrow_engine.sizing import plan_sizes
 from narrow_engine.spec import JobSpec
 from service import queue
 from service.db.session import open_session, read_session
-from service.db.tables import JobRow, ModelRow
+from service.db.tables import JobRow
+from service.estimates import estimate
 from service.settings import Settings
 
 SECONDS = 10.0
@@ -140,16 +139,9 @@ def resources(settings: Settings, engine: Engine, job: JobRow) -> tuple[int, int
     """CPUs, GPUs and bytes of memory: what the job asks for, or what it is thought to need."""
     try:
         spec = JobSpec.model_validate(job.spec)
-        memory = spec.resources.memory or _estimate(engine, spec)
+        with read_session(engine) as session:
+            memory = spec.resources.memory or estimate(session, spec).memory_bytes
     except (ValueError, NarrowError, NoResultFound):
         # It cannot run, and its worker is who tells why.
         return settings.ray_cpus, 0, 0
     return spec.resources.cpus or settings.ray_cpus, spec.resources.gpus, memory
-
-
-def _estimate(engine: Engine, spec: JobSpec) -> int:
-    with read_session(engine) as session:
-        base = session.get_one(ModelRow, spec.base.model).info
-        teacher = session.get_one(ModelRow, spec.teacher.model).info["config"] if spec.teacher else None
-    roles = [skill.role for skill in spec.skills]
-    return plan_sizes(base["config"], spec, DTYPES[base["dtype"]], roles, teacher).memory_bytes

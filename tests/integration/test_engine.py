@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from runs import Run
+from runs import Run, wait_for
 from tiny import documents, tiny_model, write_jsonl
 from tokenizers import Tokenizer
 
@@ -53,16 +53,6 @@ def start(spec, out):
 def finish(process):
     out, err = process.communicate(timeout=240)
     return process.returncode, out + err
-
-
-def wait_for(out, condition, process):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if any(condition(event) for event in read_events(out / "events.jsonl")):
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    raise AssertionError("it did not come so far")
 
 
 def numbered(out):

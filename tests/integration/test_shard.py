@@ -5,17 +5,16 @@ import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from runs import CONTEXT, Run
+from ports import free_port
+from runs import CONTEXT, Run, wait_for
 from tiny import tiny_model
 
 from narrow_engine import matching, memory, muon, shard, teacher, train
@@ -60,12 +59,6 @@ def spec(tmp_path, tiny_folder, python_file, german_file):
         return path
 
     return make
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def told_of(rank, count, port):
@@ -221,16 +214,6 @@ def done(spec, out, count=2, *options):
     codes, told = finish(start(spec, out, count, *options))
     assert codes == [0] * count, told
     return Report.model_validate_json((out / "result" / "report.json").read_text())
-
-
-def wait_for(out, condition, process):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if any(condition(event) for event in read_events(out / "events.jsonl")):
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    raise AssertionError("it did not come so far")
 
 
 def trained(steps, phase="recover"):
