@@ -47,6 +47,7 @@ def create_app(settings: Settings, keys_needed: bool = False) -> FastAPI:
     app.state.engine = connect(settings)
     app.state.storage = open_storage(settings)
     app.state.limiter = RateLimiter(settings.max_requests)
+    app.state.known_keys = {}
     app.state.drain = asyncio.Event()
     app.state.hub = Hub(app.state.engine, settings.poll_seconds, app.state.drain)
     problems.install(app)

@@ -125,7 +125,7 @@ def list_keys(as_json: bool) -> None:
 @keys.command("revoke")
 @click.argument("key_id")
 def revoke_key(key_id: str) -> None:
-    """End a key at once."""
+    """End a key: within a second, which is how long servers remember one."""
     with _keys() as session:
         row = session.get(KeyRow, key_id)
         if row is None:

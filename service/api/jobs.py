@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from sqlalchemy import Engine, Row, bindparam
+from sqlalchemy import select as sql_select
 from sqlmodel import Session, col, delete, select
 
 from narrow_engine.documents import read_documents
@@ -17,7 +20,8 @@ from service import janitor, queue, quotas
 from service.api import idempotency
 from service.api.paging import Cursor, Limit, page
 from service.api.schemas import Job, JobError, Page, Progress, Status
-from service.api.sessions import Db, ReadDb
+from service.api.sessions import Db, ReadDb, Who
+from service.db.session import reading
 from service.db.tables import TERMINAL, ArtifactRow, DatasetRow, JobRow, ModelRow
 from service.problems import ApiError, not_found, responses
 from service.storage import Storage, artifact_key
@@ -26,7 +30,11 @@ from service.uploads import require_space
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 
-def as_job(row: JobRow) -> Job:
+_JOBS: Any = JobRow.__table__  # type: ignore[attr-defined]
+_BY_ID = sql_select(_JOBS).where(_JOBS.c.id == bindparam("id"), _JOBS.c.tenant == bindparam("tenant"))
+
+
+def as_job(row: JobRow | Row[Any]) -> Job:
     return Job(
         id=row.id,
         status=row.status,
@@ -79,8 +87,18 @@ def list_jobs(
 
 
 @router.get("/{job_id}", responses=responses(404))
-def get_job(job_id: str, session: ReadDb) -> Job:
-    return as_job(queue.find(session, job_id))
+async def get_job(job_id: str, request: Request, who: Who) -> Job:
+    # What is asked most. It is one visit to a thread, where FastAPI makes three of a plain handler with a session, and asks the
+    # table and not the mapper: together that is half of what a request took.
+    return await run_in_threadpool(_read, request.app.state.engine, who.tenant, job_id)
+
+
+def _read(engine: Engine, tenant: str, job_id: str) -> Job:
+    with reading(engine).connect() as connection:
+        row = connection.execute(_BY_ID, {"id": job_id, "tenant": tenant}).first()
+    if row is None:
+        raise not_found("job", job_id)
+    return as_job(row)
 
 
 @router.post("/{job_id}/cancel", responses=responses(404, 409, 507))

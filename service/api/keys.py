@@ -3,7 +3,7 @@
 from datetime import timedelta
 from typing import Annotated
 
-from fastapi import APIRouter, Body
+from fastapi import APIRouter, Body, Request
 from sqlmodel import Session, select
 
 from service import auth
@@ -37,6 +37,7 @@ def list_keys(session: ReadDb, cursor: Cursor = None, limit: Limit = 20) -> Page
 @router.post("/{key_id}/renew", status_code=201, responses=responses(404, 409, 413))
 def renew_key(
     key_id: str,
+    request: Request,
     session: Db,
     overlap_hours: Annotated[float, Body(ge=0, le=24 * 30, embed=True, description="How long the old one still counts.")] = 24.0,
 ) -> SecretKey:
@@ -48,15 +49,17 @@ def renew_key(
     until = now() + timedelta(hours=overlap_hours)
     old.expires_at = min(old.expires_at or until, until)
     session.commit()
+    auth.forget(request)
     return SecretKey(**as_key(row).model_dump(), key=secret)
 
 
 @router.delete("/{key_id}", status_code=204, responses=responses(404))
-def revoke_key(key_id: str, session: Db) -> None:
-    """End a key at once. It stays in the list."""
+def revoke_key(key_id: str, request: Request, session: Db) -> None:
+    """End a key at once; other servers of the same database take it for a second more. It stays in the list."""
     row = _find(session, key_id)
     row.revoked_at = row.revoked_at or now()
     session.commit()
+    auth.forget(request)
 
 
 def _find(session: Session, key_id: str) -> KeyRow:

@@ -130,7 +130,10 @@ def open_session(engine: Engine) -> Session:
 
 @lru_cache(maxsize=100)
 def reading(engine: Engine) -> Engine:
-    """The engine for what only reads: on SQLite it takes no lock. Kept, because making one costs more than a query."""
+    """The engine for what only reads: on SQLite it takes no lock, and on Postgres no transaction, which would be two more trips
+    and, at its isolation, shows no more than its statements alone. Kept, because making one costs more than a query."""
+    if engine.dialect.name == "postgresql":
+        return engine.execution_options(isolation_level="AUTOCOMMIT")
     return engine.execution_options(reads=True)
 
 
