@@ -29,7 +29,7 @@ def done(service, tiny_folder, python_file):
     assert answer.status_code == 201, answer.text
     assert answer.headers["location"] == f"/jobs/{answer.json()['id']}"
     job = service.wait(answer.json()["id"], lambda j: j["status"] in TERMINAL)
-    assert job["status"] == "succeeded", job
+    assert job["status"] == "succeeded", job["error"]
     return job
 
 
