@@ -22,6 +22,7 @@ from narrow_engine.spec import Name
 from service.api.schemas import Dataset, Model, Page
 from service.db.tables import DatasetRow, ModelRow, UploadRow, new_id, now
 from service.problems import ApiError, not_found
+from service.runners import local
 from service.settings import Settings
 from service.storage import Storage
 
@@ -57,6 +58,7 @@ def store_model(
         for upload in complete:
             _assemble(storage, upload, folder / upload.name)
         info = inspect_model(folder)
+        local.try_model(folder, info.config["vocab_size"])
         try:
             row = ModelRow(
                 id=identifier,

@@ -299,6 +299,9 @@ class _Execution:
                 )
         else:
             last = ((self.folder / "stderr.log").read_text("utf-8", "replace").strip().splitlines() or [""])[-1]
+            if any(word in last for word in ("MemoryError", "bad_alloc", "allocate memory")):
+                self._failed("out_of_memory", "The job ran out of memory as it began: give it more, in resources.memory.")
+                return
             log.error("%s failed: %s", self.id, last[:500])
             self._failed("engine_error", f"The engine failed, which must not happen: {last[:200]}")
 

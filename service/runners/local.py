@@ -6,16 +6,19 @@ in before it begins (`sandbox`), and is ended together with everything that it s
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import narrow_engine
+from narrow_engine.errors import NarrowError
 from service.runners import sandbox
 from service.settings import Settings
 
@@ -33,6 +36,12 @@ _SHUT_IN = (sys.executable, "-I", "-S", str(Path(sandbox.__file__).resolve()))
 FILE_PER_MODEL = 8
 """A checkpoint of a model in bfloat16 holds its weights and two moments of each in float32; and a little room."""
 FILES = 4096
+TRIAL_BYTES, TRIAL_SECONDS, TRIAL_RATE = 2 * 2**30, 30.0, 50e6
+"""What trying a model out may take: memory, seconds, and one more for so many bytes of it, as a slow disk reads."""
+_TRIALS = threading.BoundedSemaphore(2)
+"""How many at a time: they are the only thing that the server itself spends a core on."""
+
+log = logging.getLogger("narrow.local")
 
 
 def start(
@@ -83,6 +92,38 @@ def start(
             cwd=_ENGINE.parent,
             start_new_session=True,
         )
+
+
+def try_model(folder: Path, tokens: int) -> None:
+    """Has the engine try the files of a model out that knows so many tokens. Raises NarrowError (bad_tokenizer,
+    non_finite_weights), also where the tokenizer keeps it busy for ever or takes its memory."""
+    limits = {**shown([folder]), "memory": TRIAL_BYTES, "files": FILES, "parent": os.getpid()}
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    with _TRIALS:
+        process = subprocess.Popen(
+            [*_SHUT_IN, json.dumps(limits), sys.executable, "-m", "narrow_engine.trial", str(folder), str(tokens)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={"TOKENIZERS_PARALLELISM": "false"},
+            cwd=_ENGINE.parent,
+            start_new_session=True,
+        )
+        end_in_time = threading.Timer(TRIAL_SECONDS + size / TRIAL_RATE, process.kill)
+        end_in_time.start()
+        told = process.communicate()[0].splitlines()
+        end_in_time.cancel()
+    if process.returncode == 0:
+        fault = json.loads(told[-1])
+        if fault:
+            raise NarrowError(fault["code"], fault["message"])
+    elif told:
+        # The tokenizer has passed. Weights are read once more before a job uses them, so a slow disk refuses nobody.
+        log.warning("the weights of a model could not be looked at: status %d", process.returncode)
+    else:
+        detail = "tokenizer.json takes too long, too much memory, or crashes what reads it, on a page of text."
+        raise NarrowError("bad_tokenizer", detail)
 
 
 def shown(inputs: Iterable[Path]) -> dict[str, Any]:

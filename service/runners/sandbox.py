@@ -145,12 +145,11 @@ def _files(limits: dict[str, Any]) -> bool:
 
     for path in (*SYSTEM, *(f"/etc/{name}" for name in ETC), *limits.get("read", ())):
         allow(path, READ)
-    for path in limits.get("list", ()):
+    for path in ("/dev", *limits.get("list", ())):
         allow(path, READ_DIR)
     for path in limits.get("write", ()):
         allow(path, WRITE)
-    devices = os.listdir("/dev") if os.path.isdir("/dev") else []  # noqa: PTH112, PTH208
-    for name in devices:
+    for name in os.listdir("/dev"):  # noqa: PTH208
         if name in DEVICES or name.startswith(GPUS):
             allow(f"/dev/{name}", READ_DIR | READ_FILE | WRITE_FILE | IOCTL_DEV)
     if limits.get("network"):  # what NCCL and gloo share memory in
