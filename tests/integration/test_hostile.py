@@ -1,0 +1,60 @@
+"""Everything in the hostile corpus is refused with a sentence, in bounded time and memory, and disturbs nobody."""
+
+import re
+import time
+from pathlib import Path
+
+import hostile
+import psutil
+import pytest
+from live import SLOW, running, spec_of
+
+SECONDS = 45
+"""For one of them, on a busy machine; a tokenizer that never ends takes the thirty that it is given."""
+MEMORY = 300 * 2**20
+"""By which the server may grow in all."""
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory, tiny_folder, python_file):
+    """A service with a job that goes on all the while."""
+    data = tmp_path_factory.mktemp("hostile") / "data"
+    with running(data, NARROW_MAX_DATASET_BYTES=str(2**26), NARROW_LEASE_SECONDS="20") as service:
+        spec = spec_of(service, tiny_folder, python_file, SLOW)
+        service.running_job = service.http.post("/jobs", json=spec).json()["id"]
+        service.wait(service.running_job, lambda job: job["phase"] == "recover")
+        yield service
+        service.http.post(f"/jobs/{service.running_job}/cancel")
+
+
+def test_every_hostile_file_is_refused_with_a_sentence(house, tiny_folder):
+    server = psutil.Process(house.process.pid)
+    kept = {kind: len(house.http.get(f"/{kind}").json()["data"]) for kind in ("models", "datasets")}
+    before, faults, count = server.memory_info().rss, [], 0
+    cases = [("/models", "files", case) for case in hostile.models(tiny_folder)]
+    cases += [("/datasets", "file", case) for case in hostile.datasets()]
+    for path, field, case in cases:
+        began = time.monotonic()
+        answer = house.http.post(path, files=[(field, file) for file in case.files])
+        seconds, count = time.monotonic() - began, count + 1
+        told = answer.json()
+        if not (
+            400 <= answer.status_code < 500
+            and answer.headers["content-type"] == "application/problem+json"
+            and re.fullmatch(case.code, told["code"])
+            and re.search(case.words, told["detail"])
+            and seconds < SECONDS
+        ):
+            faults.append((case.name, answer.status_code, told.get("code"), told.get("detail"), round(seconds, 1)))
+    assert not faults, "\n".join(map(str, faults))
+    assert count >= 60
+    assert server.memory_info().rss - before < MEMORY
+    assert {kind: len(house.http.get(f"/{kind}").json()["data"]) for kind in kept} == kept
+    assert not Path("/tmp/narrow-was-here").exists()
+    log = Path(house.log.name).read_text()
+    assert "Traceback" not in log
+    assert " 500" not in log
+    job = house.job(house.running_job)
+    assert (job["status"], job["attempt"]) == ("running", 1)
+    for folder in (house.data / "models", house.data / "datasets", house.data / "uploads"):
+        assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
