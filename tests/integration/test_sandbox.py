@@ -142,7 +142,7 @@ def test_what_a_system_lacks_is_said_and_can_be_insisted_on(tmp_path):
 
 
 def test_the_service_shuts_its_jobs_in(tmp_path, tiny_folder, python_file):
-    secrets = {"NARROW_TEST_SECRET": "nrw_secret", "AWS_SECRET_ACCESS_KEY": "secret"}
+    secrets = {"NARROW_TEST_SECRET": "nrw_secret", "AWS_SECRET_ACCESS_KEY": "secret"}  # pragma: allowlist secret
     with running(tmp_path / "data", NARROW_MAX_JOB_MEMORY=str(8 << 30), **secrets) as service:
         job_id = start(service, tiny_folder, python_file, SLOW)
         service.wait(job_id, lambda job: job["phase"] == "recover")

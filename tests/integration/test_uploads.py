@@ -126,6 +126,7 @@ def test_what_is_wrong_is_told_and_keeps_nothing(service, body):
     refused(send(service, upload, 0, body, **{"Content-Type": "text/plain"}), 415, "not_a_piece")
     refused(send(service, upload, 0, body, **{"Upload-Checksum": "crc32 AAAA"}), 422, "bad_checksum")
     refused(send(service, upload, 0, body, **{"Upload-Checksum": "md5 !"}), 422, "bad_checksum")
+    refused(send(service, upload, 0, body, **{"Upload-Checksum": "md5 größer".encode("latin-1")}), 422, "bad_checksum")
     assert offset(service, upload) == 0
     assert send(service, upload, 0, body).status_code == 204
     refused(service.http.post("/datasets", data={"upload": upload}), 422, "wrong_digest")
