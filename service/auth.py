@@ -6,6 +6,7 @@ to ask. Whose rows it sees follows from its session (`db.session`), so no query 
 """
 
 import hashlib
+import ipaddress
 import secrets
 import time
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ async def caller(request: Request, credentials: Annotated[HTTPAuthorizationCrede
     elif request.app.state.keys_needed:
         raise _unknown("key_needed", "This service needs an API key: send it as `Authorization: Bearer nrw_...`.")
     else:
-        _same_origin(request)
+        _from_here(request)
         found = Caller(DEFAULT_TENANT, "admin")
     request.state.caller = found
     needed = needs(request.method, request.scope["path"])
@@ -154,12 +155,35 @@ def _unknown(code: str, detail: str) -> ApiError:
     return ApiError(401, code, detail, headers={"WWW-Authenticate": "Bearer"})
 
 
-def _same_origin(request: Request) -> None:
-    """Without keys a page of any site that the user looks at could send forms here."""
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+def _from_here(request: Request) -> None:
+    """Without keys a page of any site that the user looks at could send forms here; and where its own name is made to lead to
+    this machine (DNS rebinding), it could read the answers too. That name is what such a request has as its host."""
+    host, origin, bound = request.headers.get("host"), request.headers.get("origin"), request.app.state.host
+    if bound is not None and host is not None and not _loopback(_hostname(host), bound):
+        detail = (
+            f"This service has no keys and listens on loopback, where {host[:80]!r} is nobody's name: ask for localhost, or "
+            "start it with NARROW_KEYS=always."
+        )
+        raise ApiError(403, "wrong_host", detail)
+    # A link of another site that somebody follows is no harm, and comes without an origin.
+    site = "none" if request.method in ("GET", "HEAD") else request.headers.get("sec-fetch-site", "none")
+    if (origin is not None and (not host or origin.partition("://")[2] != host)) or site not in ("none", "same-origin"):
         detail = "The request comes from a page of another site, and this service has no keys to know it by."
         raise ApiError(403, "cross_origin", detail)
+
+
+def _hostname(netloc: str) -> str:
+    try:
+        return urlsplit(f"//{netloc}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _loopback(name: str, bound: str) -> bool:
+    try:
+        return name in ("localhost", bound.lower()) or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def any_key(session: Session) -> bool:

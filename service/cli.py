@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -35,6 +36,7 @@ from service.runners.local import die_with_parent
 from service.settings import Settings
 from service.storage import open_storage
 from service.webhooks import Courier
+from service.wire import Connection
 
 REQUEST_SECONDS = 10
 """What open requests have to end when the service is asked to stop."""
@@ -63,7 +65,7 @@ def serve(host: str, port: int, data: Path | None, workers: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     keys_needed = settings.keys == "always" or (settings.keys == "auto" and not _on_loopback(listener))
-    server = Server(settings, keys_needed)
+    server = Server(settings, keys_needed, host if _on_loopback(listener) else None)
     # One is enough to keep a cluster's jobs placed.
     supervisor = Supervisor(min(workers, 1) if settings.runner == "ray" else workers, settings)
     courier = Courier(server.app.state.engine, settings)
@@ -238,9 +240,16 @@ def _listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """Says its URL when it is ready, and ends event streams as soon as it is asked to stop."""
 
-    def __init__(self, settings: Settings, keys_needed: bool) -> None:
-        self.app, self.drain_seconds = create_app(settings, keys_needed), settings.drain_seconds
-        config = uvicorn.Config(self.app, log_level="warning", timeout_graceful_shutdown=REQUEST_SECONDS, server_header=False)
+    def __init__(self, settings: Settings, keys_needed: bool, host: str | None) -> None:
+        self.app, self.drain_seconds = create_app(settings, keys_needed, host), settings.drain_seconds
+        config = uvicorn.Config(
+            self.app,
+            http=partial(Connection, settings.silence_seconds),  # type: ignore[arg-type]
+            ws="none",
+            log_level="warning",
+            timeout_graceful_shutdown=REQUEST_SECONDS,
+            server_header=False,
+        )
         super().__init__(config)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

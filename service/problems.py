@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError, OperationalError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import Scope
 
 from narrow_engine.errors import NarrowError
@@ -22,6 +23,7 @@ from service.api.schemas import FieldError, Problem
 from service.storage import StorageAway
 
 MEDIA_TYPE = "application/problem+json"
+METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
 log = logging.getLogger("narrow.api")
 
 TITLES = {
@@ -104,7 +106,7 @@ def install(app: FastAPI) -> None:
             return disk_error(request, error.__cause__)
         title = TITLES.get(error.status_code, "Error")
         sentences = {
-            404: f"There is nothing at {request.url.path[:200]}.",
+            404: f"There is nothing at {request.scope['path'][:200]}.",
             405: f"{request.method} is not possible here.",
         }
         if error.__cause__ is not None and error.status_code == 400:
@@ -112,6 +114,8 @@ def install(app: FastAPI) -> None:
         detail = sentences.get(error.status_code, str(error.detail)[:300])
         answer = _answer(request, error.status_code, title.lower().replace(" ", "_"), detail)
         answer.headers.update(error.headers or {})
+        if error.status_code == 405:
+            answer.headers["Allow"] = ", ".join(_methods(request))
         return answer
 
     @app.exception_handler(OSError)
@@ -129,13 +133,13 @@ def install(app: FastAPI) -> None:
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or state in BUSY:
             return _answer(request, 503, "database_busy", "The database is busy with another request: send it again.")
         if error.connection_invalidated or not name:
-            log.error("%s %s %s: %s", request.state.id, request.method, request.url.path, error.orig)
+            log.error("%s %s %s: %s", request.state.id, request.method, request.scope["path"], error.orig)
             return _answer(request, 503, "database_away", "The database cannot be reached: send the request again in a moment.")
         return unforeseen(request, error)
 
     @app.exception_handler(StorageAway)
     def storage_error(request: Request, error: StorageAway) -> Response:
-        log.error("%s %s %s: %s", request.state.id, request.method, request.url.path, error)
+        log.error("%s %s %s: %s", request.state.id, request.method, request.scope["path"], error)
         return _answer(request, 503, "storage_away", "The storage cannot be reached: send the request again in a moment.")
 
     @app.exception_handler(DataError)
@@ -148,8 +152,15 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     def unforeseen(request: Request, error: Exception) -> Response:
-        log.error("%s %s %s", request.state.id, request.method, request.url.path, exc_info=error)
+        log.error("%s %s %s", request.state.id, request.method, request.scope["path"], exc_info=error)
         return _answer(request, 500, "internal_error", "Something went wrong inside the server; it was logged under this id.")
+
+
+def _methods(request: Request) -> list[str]:
+    """What is possible at a path. The router says only what its first route there can."""
+    asked = {"type": "http", "path": request.scope["path"], "root_path": ""}
+    routes = request.app.router.routes
+    return [name for name in METHODS if any(r.matches({**asked, "method": name})[0] is Match.FULL for r in routes)]
 
 
 BUSY = ("55P03", "40P01", "40001", "53300")
@@ -206,7 +217,7 @@ def _answer(request: Request, status: int, code: str, detail: str, errors: list[
         title=TITLES.get(status, "Error"),
         status=status,
         detail=detail,
-        instance=request.url.path,
+        instance=request.scope["path"],
         code=code,
         errors=errors or [],
         request_id=identifier,

@@ -11,9 +11,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs, metrics
-from service.problems import replacement
+from service.problems import METHODS, replacement
 
-METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
+PAGE = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+"""The Content-Security-Policy of our pages, which are whole in one file and run nothing."""
 
 log = logging.getLogger("narrow.access")
 
@@ -39,6 +40,8 @@ class Requests:
                 headers = MutableHeaders(scope=message)
                 other = replacement(scope, message["status"], headers)
                 headers["X-Request-Id"] = state["id"]
+                # What users sent is never taken by a browser for anything else than what it is called.
+                headers["X-Content-Type-Options"] = "nosniff"
                 headers.update(state.get("allowance", {}))
                 self._tell(scope, message["status"], time.perf_counter() - began)
                 if other:
