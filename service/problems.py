@@ -101,9 +101,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     def http_error(request: Request, error: HTTPException) -> Response:
+        # FastAPI calls everything that happens while a body is read a bad request.
         if isinstance(error.__cause__, OSError):
-            # FastAPI calls everything that happens while a body is spooled a bad request.
             return disk_error(request, error.__cause__)
+        if isinstance(error.__cause__, ApiError):
+            return api_error(request, error.__cause__)
         title = TITLES.get(error.status_code, "Error")
         sentences = {
             404: f"There is nothing at {request.scope['path'][:200]}.",

@@ -8,9 +8,11 @@ import time
 
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs, metrics
+from service.auth import know
 from service.problems import METHODS, replacement
 
 PAGE = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -27,7 +29,7 @@ class Requests:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        receive = self._patient(receive)
+        receive = self._careful(scope, receive)
         state = scope.setdefault("state", {})
         state["id"] = f"req_{secrets.token_hex(8)}"
         began, replaced = time.perf_counter(), False
@@ -58,14 +60,18 @@ class Requests:
                 self._tell(scope, 500, time.perf_counter() - began)
                 raise
 
-    def _patient(self, receive: Receive) -> Receive:
-        """A body that does not go on ends the request: else everybody who began one and left would keep a connection for ever."""
-        whole = False
+    def _careful(self, scope: Scope, receive: Receive) -> Receive:
+        """Of nobody who may not send it a body is read, which would go to the disk. And one that does not go on ends the request:
+        else everybody who began one and left would keep a connection for ever."""
+        begun, whole = False, False
 
         async def listen() -> Message:
-            nonlocal whole
+            nonlocal begun, whole
             if whole:  # what follows is that the client leaves, whenever it likes
                 return await receive()
+            if not begun:
+                begun = True
+                await know(Request(scope))
             try:
                 message = await asyncio.wait_for(receive(), self.silence_seconds)
             except TimeoutError:
