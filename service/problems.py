@@ -48,6 +48,8 @@ TITLES = {
 }
 
 
+TOO_LARGE = "What was sent is larger than the server takes: send less."
+
 ALWAYS = (401, 403, 408, 422, 429, 500, 503)
 """What any route can answer."""
 
@@ -109,7 +111,8 @@ def install(app: FastAPI) -> None:
         title = TITLES.get(error.status_code, "Error")
         sentences = {
             404: f"There is nothing at {request.scope['path'][:200]}.",
-            405: f"{request.method} is not possible here.",
+            405: f"{request.method[:20]} is not possible here.",
+            413: TOO_LARGE,
         }
         if error.__cause__ is not None and error.status_code == 400:
             sentences[400] = "The body cannot be read: send what the contract asks for, JSON in UTF-8 or a form with files."
@@ -202,7 +205,7 @@ def replacement(scope: Scope, status: int, headers: Mapping[str, str]) -> Respon
     if not headers.get("content-type", "").startswith("text/plain"):
         return None
     if status == 413:
-        return _answer(Request(scope), 413, "too_large", "What was sent is larger than the server takes: send less.")
+        return _answer(Request(scope), 413, "too_large", TOO_LARGE)
     if status == 416:
         size = headers.get("content-range", "").rpartition("/")[2]
         error = beyond_end(size)

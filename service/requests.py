@@ -88,6 +88,6 @@ class Requests:
         method = scope["method"] if scope["method"] in METHODS else "other"
         metrics.requests_.labels(method, operation, status).observe(seconds)
         caller = scope["state"].get("caller")
-        fields = {"method": scope["method"], "path": scope["path"], "status": status, "ms": round(1000 * seconds, 1)}
+        fields = {"method": scope["method"][:20], "path": scope["path"][:500], "status": status, "ms": round(1000 * seconds, 1)}
         fields |= {"tenant": caller.tenant, "key": caller.key} if caller and caller.key else {}
-        log.info("%s %s", scope["method"], operation, extra={"fields": fields})
+        log.info("%s %s", method, operation, extra={"fields": fields})

@@ -9,14 +9,29 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from service.api.schemas import Problem
 from service.problems import MEDIA_TYPE, TITLES
 
+MOST_HEAD = 16 * 2**10
+"""Of a head that comes in pieces."""
+
 _NO_REQUEST = Problem(
     type="urn:narrow:problem:bad_request",
     title=TITLES[400],
     status=400,
-    detail="What came is no request of HTTP/1.1 that can be read, or its head is longer than 16 KiB.",
+    detail=f"What came is no request of HTTP/1.1 that can be read, or its head is longer than {MOST_HEAD >> 10} KiB.",
     code="bad_request",
     request_id="",
 )
+
+
+class Strict(h11.Connection):
+    """Refuses a body of two lengths. h11 takes the one that a proxy in front may not take, which is how requests are smuggled."""
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = {name for name, _ in event.headers}
+            if b"transfer-encoding" in names and b"content-length" in names:
+                raise h11.RemoteProtocolError("two lengths")
+        return event
 
 
 class Connection(H11Protocol):
@@ -24,6 +39,7 @@ class Connection(H11Protocol):
 
     def __init__(self, silence_seconds: float, **given: Any) -> None:
         super().__init__(**given)
+        self.conn = Strict(h11.SERVER, MOST_HEAD)
         self.silence_seconds = silence_seconds
         self.patience: asyncio.TimerHandle | None = None
 
