@@ -91,7 +91,7 @@ def serving(command: list[str], port: int, **environment: str):
 
 def rate(port: int, path: str, key: str = "", seconds: float = 5, connections: int = 8) -> float:
     """Requests a second over connections that stay open, each with its next request as soon as it is answered."""
-    head = f"GET {path} HTTP/1.1\r\nHost: x\r\n" + (f"Authorization: Bearer {key}\r\n" if key else "") + "\r\n"
+    head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n" + (f"Authorization: Bearer {key}\r\n" if key else "") + "\r\n"
     counts: list[int] = []
 
     def ask() -> None:

@@ -275,9 +275,10 @@ class Method(Model):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_kind(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or given.get("kind") not in DEFAULTS:
+        kind = given.get("kind") if isinstance(given, dict) else None
+        if not isinstance(kind, str) or kind not in DEFAULTS:
             return given
-        defaults = DEFAULTS[given["kind"]]
+        defaults = DEFAULTS[kind]
         made = {**defaults, **given}
         if isinstance(made["recover"], dict):
             made["recover"] = {**defaults["recover"], **made["recover"]}

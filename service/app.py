@@ -32,18 +32,21 @@ from service.storage import open_storage
 from service.streams import Hub
 
 
-def create_app(settings: Settings, keys_needed: bool = False) -> FastAPI:
-    """The API over migrated tables in `settings.data`. `keys_needed`: whether a request without an API key is refused."""
+def create_app(settings: Settings, keys_needed: bool = False, host: str | None = None) -> FastAPI:
+    """The API over migrated tables in `settings.data`. `keys_needed`: whether a request without an API key is refused. `host`:
+    where it listens, if that is loopback: then it answers to no other name, unless there is a key."""
     settings.prepare()
     app = FastAPI(
         title="Narrow",
         version="0.1.0",
         description="Turns a general language model into a small one for one domain, and says which skills it kept.",
         generate_unique_id_function=_operation_id,
+        # It would send clients to whatever they have called this host.
+        redirect_slashes=False,
         # Its logs have what was raised, in which there may be what a user sent.
         telemetry={"logs": False, "metrics": False, "operation_spans": False},
     )
-    app.state.settings, app.state.keys_needed = settings, keys_needed
+    app.state.settings, app.state.keys_needed, app.state.host = settings, keys_needed, host
     app.state.engine = connect(settings)
     app.state.storage = open_storage(settings)
     app.state.limiter = RateLimiter(settings.max_requests)

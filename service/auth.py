@@ -6,6 +6,7 @@ to ask. Whose rows it sees follows from its session (`db.session`), so no query 
 """
 
 import hashlib
+import ipaddress
 import secrets
 import time
 from dataclasses import dataclass
@@ -48,14 +49,16 @@ class Caller:
 
 async def caller(request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> Caller:
     """The tenant and role behind a request. Raises ApiError: 401 without a key that counts, 403 where its role is not enough."""
-    if credentials is not None:
+    if "caller" in request.scope["state"]:  # by `know`
+        found: Caller = request.state.caller
+    elif credentials is not None:
         digest = _digest(credentials.credentials)
         found = await _holder(request, digest)
         _take(request, digest)
     elif request.app.state.keys_needed:
         raise _unknown("key_needed", "This service needs an API key: send it as `Authorization: Bearer nrw_...`.")
     else:
-        _same_origin(request)
+        _from_here(request)
         found = Caller(DEFAULT_TENANT, "admin")
     request.state.caller = found
     needed = needs(request.method, request.scope["path"])
@@ -63,6 +66,11 @@ async def caller(request: Request, credentials: Annotated[HTTPAuthorizationCrede
         detail = f"The key's role is {found.role!r}, and this takes {needed!r}: use another key, or ask for one."
         raise ApiError(403, "not_allowed", detail)
     return found
+
+
+async def know(request: Request) -> None:
+    """As `caller`, before FastAPI asks: it reads the whole body first."""
+    await caller(request, await _bearer(request))
 
 
 def needs(method: str, path: str) -> Role:
@@ -154,12 +162,35 @@ def _unknown(code: str, detail: str) -> ApiError:
     return ApiError(401, code, detail, headers={"WWW-Authenticate": "Bearer"})
 
 
-def _same_origin(request: Request) -> None:
-    """Without keys a page of any site that the user looks at could send forms here."""
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+def _from_here(request: Request) -> None:
+    """Without keys a page of any site that the user looks at could send forms here; and where its own name is made to lead to
+    this machine (DNS rebinding), it could read the answers too. That name is what such a request has as its host."""
+    host, origin, bound = request.headers.get("host"), request.headers.get("origin"), request.app.state.host
+    if bound is not None and host is not None and not _loopback(_hostname(host), bound):
+        detail = (
+            f"This service has no keys and listens on loopback, where {host[:80]!r} is nobody's name: ask for localhost, or "
+            "start it with NARROW_KEYS=always."
+        )
+        raise ApiError(403, "wrong_host", detail)
+    # A link of another site that somebody follows is no harm, and comes without an origin.
+    site = "none" if request.method in ("GET", "HEAD") else request.headers.get("sec-fetch-site", "none")
+    if (origin is not None and (not host or origin.partition("://")[2] != host)) or site not in ("none", "same-origin"):
         detail = "The request comes from a page of another site, and this service has no keys to know it by."
         raise ApiError(403, "cross_origin", detail)
+
+
+def _hostname(netloc: str) -> str:
+    try:
+        return urlsplit(f"//{netloc}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _loopback(name: str, bound: str) -> bool:
+    try:
+        return name in ("localhost", bound.lower()) or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 def any_key(session: Session) -> bool:

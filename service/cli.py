@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -37,6 +38,7 @@ from service.runners import local
 from service.settings import Settings
 from service.storage import open_storage
 from service.webhooks import Courier
+from service.wire import Connection
 
 REQUEST_SECONDS = 10
 """What open requests have to end when the service is asked to stop."""
@@ -70,7 +72,7 @@ def serve(host: str, port: int, data: Path | None, workers: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     keys_needed = settings.keys == "always" or (settings.keys == "auto" and not _on_loopback(listener))
-    server = Server(settings, keys_needed)
+    server = Server(settings, keys_needed, host if _on_loopback(listener) else None)
     # One is enough to keep a cluster's jobs placed.
     supervisor = Supervisor(min(workers, 1) if settings.runner == "ray" else workers, settings)
     courier = Courier(server.app.state.engine, settings)
@@ -245,9 +247,16 @@ def _listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """Says its URL when it is ready, and ends event streams as soon as it is asked to stop."""
 
-    def __init__(self, settings: Settings, keys_needed: bool) -> None:
-        self.app, self.drain_seconds = create_app(settings, keys_needed), settings.drain_seconds
-        config = uvicorn.Config(self.app, log_level="warning", timeout_graceful_shutdown=REQUEST_SECONDS, server_header=False)
+    def __init__(self, settings: Settings, keys_needed: bool, host: str | None) -> None:
+        self.app, self.drain_seconds = create_app(settings, keys_needed, host), settings.drain_seconds
+        config = uvicorn.Config(
+            self.app,
+            http=partial(Connection, settings.silence_seconds),  # type: ignore[arg-type]
+            ws="none",
+            log_level="warning",
+            timeout_graceful_shutdown=REQUEST_SECONDS,
+            server_header=False,
+        )
         super().__init__(config)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -42,7 +42,9 @@ def _attach(record: logging.LogRecord) -> bool:
 class Text(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
         told = super().formatMessage(record)
-        return " ".join([told, *(f"{name}={value}" for name, value in record.fields.items())])  # type: ignore[attr-defined]
+        line = " ".join([told, *(f"{name}={value}" for name, value in record.fields.items())])  # type: ignore[attr-defined]
+        # A path may have line breaks and commands to a terminal in it.
+        return line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 class Json(logging.Formatter):

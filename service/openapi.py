@@ -8,6 +8,10 @@ from typing import Any
 import yaml
 from fastapi import FastAPI
 
+from service.problems import MEDIA_TYPE, TITLES
+
+_PROBLEM = {"$ref": "#/components/schemas/Problem"}
+
 
 def describe(app: FastAPI) -> None:
     """Makes the document say what the handlers do: every error is a problem+json."""
@@ -18,12 +22,20 @@ def describe(app: FastAPI) -> None:
             document = original()
             for path in document["paths"].values():
                 for operation in path.values():
+                    if not app.state.keys_needed and "security" in operation:
+                        operation["security"].append({})
+                    if "requestBody" in operation:
+                        # What FastAPI says to bytes that are neither JSON nor a form.
+                        operation["responses"]["400"] = {
+                            "description": TITLES[400],
+                            "content": {MEDIA_TYPE: {"schema": _PROBLEM}},
+                        }
                     for status, response in operation["responses"].items():
                         if status[0] in "45" and "HTTPValidationError" in str(response):
-                            response["content"] = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+                            response["content"] = {"application/json": {"schema": _PROBLEM}}
                         content = response.get("content", {})
                         if "#/components/schemas/Problem" in str(content.get("application/json")):
-                            response["content"] = {"application/problem+json": content["application/json"]}
+                            response["content"] = {MEDIA_TYPE: content["application/json"]}
             for unused in ("HTTPValidationError", "ValidationError"):
                 document["components"]["schemas"].pop(unused, None)
         return app.openapi_schema or {}
@@ -38,7 +50,7 @@ def document() -> str:
 
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(data=Path(folder), database_url="sqlite://")
-        return yaml.safe_dump(create_app(settings).openapi(), sort_keys=False, allow_unicode=True, width=120)
+        return yaml.safe_dump(create_app(settings, keys_needed=True).openapi(), sort_keys=False, allow_unicode=True, width=120)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DataError, OperationalError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import Scope
 
 from narrow_engine.errors import NarrowError
@@ -22,6 +23,7 @@ from service.api.schemas import FieldError, Problem
 from service.storage import StorageAway
 
 MEDIA_TYPE = "application/problem+json"
+METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
 log = logging.getLogger("narrow.api")
 
 TITLES = {
@@ -45,6 +47,8 @@ TITLES = {
     507: "Out of space",
 }
 
+
+TOO_LARGE = "What was sent is larger than the server takes: send less."
 
 ALWAYS = (401, 403, 408, 422, 429, 500, 503)
 """What any route can answer."""
@@ -99,19 +103,24 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     def http_error(request: Request, error: HTTPException) -> Response:
+        # FastAPI calls everything that happens while a body is read a bad request.
         if isinstance(error.__cause__, OSError):
-            # FastAPI calls everything that happens while a body is spooled a bad request.
             return disk_error(request, error.__cause__)
+        if isinstance(error.__cause__, ApiError):
+            return api_error(request, error.__cause__)
         title = TITLES.get(error.status_code, "Error")
         sentences = {
-            404: f"There is nothing at {request.url.path[:200]}.",
-            405: f"{request.method} is not possible here.",
+            404: f"There is nothing at {request.scope['path'][:200]}.",
+            405: f"{request.method[:20]} is not possible here.",
+            413: TOO_LARGE,
         }
         if error.__cause__ is not None and error.status_code == 400:
             sentences[400] = "The body cannot be read: send what the contract asks for, JSON in UTF-8 or a form with files."
         detail = sentences.get(error.status_code, str(error.detail)[:300])
         answer = _answer(request, error.status_code, title.lower().replace(" ", "_"), detail)
         answer.headers.update(error.headers or {})
+        if error.status_code == 405:
+            answer.headers["Allow"] = ", ".join(_methods(request))
         return answer
 
     @app.exception_handler(OSError)
@@ -129,13 +138,13 @@ def install(app: FastAPI) -> None:
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or state in BUSY:
             return _answer(request, 503, "database_busy", "The database is busy with another request: send it again.")
         if error.connection_invalidated or not name:
-            log.error("%s %s %s: %s", request.state.id, request.method, request.url.path, error.orig)
+            log.error("%s %s %s: %s", request.state.id, request.method, request.scope["path"], error.orig)
             return _answer(request, 503, "database_away", "The database cannot be reached: send the request again in a moment.")
         return unforeseen(request, error)
 
     @app.exception_handler(StorageAway)
     def storage_error(request: Request, error: StorageAway) -> Response:
-        log.error("%s %s %s: %s", request.state.id, request.method, request.url.path, error)
+        log.error("%s %s %s: %s", request.state.id, request.method, request.scope["path"], error)
         return _answer(request, 503, "storage_away", "The storage cannot be reached: send the request again in a moment.")
 
     @app.exception_handler(DataError)
@@ -148,8 +157,15 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     def unforeseen(request: Request, error: Exception) -> Response:
-        log.error("%s %s %s", request.state.id, request.method, request.url.path, exc_info=error)
+        log.error("%s %s %s", request.state.id, request.method, request.scope["path"], exc_info=error)
         return _answer(request, 500, "internal_error", "Something went wrong inside the server; it was logged under this id.")
+
+
+def _methods(request: Request) -> list[str]:
+    """What is possible at a path. The router says only what its first route there can."""
+    asked = {"type": "http", "path": request.scope["path"], "root_path": ""}
+    routes = request.app.router.routes
+    return [name for name in METHODS if any(r.matches({**asked, "method": name})[0] is Match.FULL for r in routes)]
 
 
 BUSY = ("55P03", "40P01", "40001", "53300")
@@ -189,7 +205,7 @@ def replacement(scope: Scope, status: int, headers: Mapping[str, str]) -> Respon
     if not headers.get("content-type", "").startswith("text/plain"):
         return None
     if status == 413:
-        return _answer(Request(scope), 413, "too_large", "What was sent is larger than the server takes: send less.")
+        return _answer(Request(scope), 413, "too_large", TOO_LARGE)
     if status == 416:
         size = headers.get("content-range", "").rpartition("/")[2]
         error = beyond_end(size)
@@ -206,7 +222,7 @@ def _answer(request: Request, status: int, code: str, detail: str, errors: list[
         title=TITLES.get(status, "Error"),
         status=status,
         detail=detail,
-        instance=request.url.path,
+        instance=request.scope["path"],
         code=code,
         errors=errors or [],
         request_id=identifier,

@@ -38,7 +38,9 @@ class Settings(BaseSettings):
     )
     max_job_seconds: float = Field(604_800.0, gt=0, description="How long the process of a job may run, all attempts together.")
     min_free_bytes: int = Field(256 * 2**20, ge=0, description="Uploads and new jobs are refused below this free space.")
-    silence_seconds: float = Field(60.0, gt=0, description="Who sends nothing more of a body for so long counts as gone.")
+    silence_seconds: float = Field(
+        60.0, gt=0, description="Who sends nothing more of a body, or no whole head of a request, for so long counts as gone."
+    )
     log: Literal["text", "json"] = Field("text", description="Lines of the log: for people, or for programs.")
     audit_days: float = Field(365.0, gt=0, description="How long the audit log is kept.")
     webhook_private: bool = Field(False, description="Webhooks may also go to private addresses, and over plain HTTP.")

@@ -45,11 +45,11 @@ log = logging.getLogger("narrow.webhooks")
 
 def check_url(url: str, private: bool) -> str:
     """Refuses what could never be sent to; where a name leads is looked at when something is sent. Raises ApiError."""
-    parts = urlsplit(url)
     try:
+        parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
     except ValueError as error:
-        raise ApiError(422, "bad_url", f"The port of the URL is none: {url[:80]!r}.") from error
+        raise ApiError(422, "bad_url", f"The host or port of the URL is none: {url[:80]!r}.") from error
     if parts.scheme != "https" and not (private and parts.scheme == "http"):
         raise ApiError(422, "bad_url", "A webhook's URL begins with https://.")
     if not host or parts.username or parts.password or port == 0 or any(c <= " " for c in url):

@@ -15,6 +15,7 @@ from service.api.schemas import Artifact, Page
 from service.api.sessions import ReadDb
 from service.db.tables import ArtifactRow
 from service.problems import ApiError, beyond_end, responses
+from service.requests import PAGE
 from service.storage import Storage, StorageAway, artifact_key
 
 router = APIRouter(prefix="/jobs/{job_id}", tags=["artifacts"])
@@ -40,11 +41,7 @@ def get_report(job_id: str, request: Request, session: ReadDb) -> Response:
     path = "report.html" if "text/html" in request.headers.get("accept", "") else "report.json"
     row = _artifact(session, job_id, path)
     media_type = "text/html; charset=utf-8" if path.endswith("html") else "application/json"
-    headers = {
-        "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:",
-        "Vary": "Accept",
-    }
-    return _file(request, row, media_type, headers)
+    return _file(request, row, media_type, {"Content-Security-Policy": PAGE, "Vary": "Accept"})
 
 
 @router.get("/artifacts", responses=responses(404))
@@ -80,7 +77,6 @@ def download_artifact(
         "ETag": f'"{row.sha256}"',
         "Repr-Digest": f"sha-256=:{digest}:",
         "Cache-Control": "private, max-age=31536000, immutable",
-        "X-Content-Type-Options": "nosniff",
         "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'",
     }
     if if_none_match and (row.sha256 in if_none_match or if_none_match.strip() == "*"):

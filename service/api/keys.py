@@ -39,7 +39,9 @@ def renew_key(
     key_id: str,
     request: Request,
     session: Db,
-    overlap_hours: Annotated[float, Body(ge=0, le=24 * 30, embed=True, description="How long the old one still counts.")] = 24.0,
+    overlap_hours: Annotated[
+        float, Body(ge=0, le=24 * 30, strict=True, embed=True, description="How long the old one still counts.")
+    ] = 24.0,
 ) -> SecretKey:
     """A new key with the same name and role; the old one counts a while longer, so that it can be replaced where it is used."""
     old = _find(session, key_id)

@@ -250,7 +250,9 @@ class NewKey(BaseModel):
     role: Role = Field(
         "write", description="`read` looks, `write` makes and ends things too, `admin` makes and revokes keys too."
     )
-    expires_in_days: float | None = Field(None, gt=0, le=3650, description="By default it counts until it is revoked.")
+    expires_in_days: float | None = Field(
+        None, gt=0, le=3650, strict=True, description="By default it counts until it is revoked."
+    )
 
 
 class Key(BaseModel):

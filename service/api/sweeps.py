@@ -17,6 +17,7 @@ from service.api.schemas import JobError, Page, Point, Status, Sweep, SweepPoint
 from service.api.sessions import Db, ReadDb
 from service.db.tables import TERMINAL, JobRow, OutcomeRow, SweepRow
 from service.problems import ApiError, responses
+from service.requests import PAGE
 from service.storage import Storage
 from service.uploads import require_space
 
@@ -102,8 +103,7 @@ def get_frontier(sweep_id: str, request: Request, session: ReadDb) -> Response:
     # Imported here: it brings matplotlib, which the service needs for nothing else.
     from narrow_engine.report.frontier_page import render_frontier
 
-    headers = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:", "Vary": "Accept"}
-    return HTMLResponse(render_frontier(found), headers=headers)
+    return HTMLResponse(render_frontier(found), headers={"Content-Security-Policy": PAGE, "Vary": "Accept"})
 
 
 def _check(session: Session, spec: SweepSpec, storage: Storage) -> None:

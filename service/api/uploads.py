@@ -35,7 +35,7 @@ VERSION = "1.0.0"
 ALGORITHMS = ("sha256", "sha1", "md5")
 
 
-def speaks(response: Response, tus_resumable: Annotated[str, Header()] = VERSION) -> None:
+def speaks(response: Response, tus_resumable: Annotated[str, Header(json_schema_extra={"enum": [VERSION]})] = VERSION) -> None:
     if tus_resumable != VERSION:
         detail = f"This server speaks tus {VERSION}, and the request {tus_resumable[:20]}."
         raise ApiError(412, "tus_version", detail, headers={"Tus-Version": VERSION})
@@ -94,7 +94,7 @@ def create_upload(
     return as_upload(row, request.app.state.storage)
 
 
-@router.get("", responses=responses())
+@router.get("", responses=responses(412))
 def list_uploads(request: Request, session: ReadDb, cursor: Cursor = None, limit: Limit = 20) -> Page[Upload]:
     """Uploads that no model or dataset has been made of, newest first."""
     return page(session, select(UploadRow), UploadRow, cursor, limit, lambda row: as_upload(row, request.app.state.storage))

@@ -216,7 +216,7 @@ def test_a_slow_download_and_a_held_lock_keep_no_reader_waiting(tmp_path, python
             session.commit()
         host, port = service.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as slow:
-            slow.sendall(f"GET /jobs/{job_id}/artifacts/large HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            slow.sendall(f"GET /jobs/{job_id}/artifacts/large HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             assert slow.recv(300).startswith(b"HTTP/1.1 200")
             asked = time.monotonic()
             with locked(settings.data):
@@ -231,7 +231,7 @@ def test_clients_that_fall_silent_are_let_go_and_keep_nobody_waiting(tmp_path, p
     with running(tmp_path / "data", workers=0, NARROW_SILENCE_SECONDS="1") as service:
         host, port = service.url.removeprefix("http://").split(":")
         body = b'{"base": {"model": "mdl_'
-        head = f"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {2 * len(body)}\r\n\r\n"
+        head = f"POST /jobs HTTP/1.1\r\nHost: [::1]\r\nContent-Type: application/json\r\nContent-Length: {2 * len(body)}\r\n\r\n"
         silent = [socket.create_connection((host, int(port)), timeout=20) for _ in range(60)]
         asked = time.monotonic()
         for connection in silent:
@@ -247,7 +247,7 @@ def test_clients_that_fall_silent_are_let_go_and_keep_nobody_waiting(tmp_path, p
         headers = {"Tus-Resumable": "1.0.0", "Upload-Length": "20", "Upload-Metadata": "filename YS5qc29ubA=="}
         place = service.http.post("/uploads", headers=headers).headers["location"].removeprefix(service.url)
         with socket.create_connection((host, int(port)), timeout=20) as connection:
-            lines = ("Host: x", "Tus-Resumable: 1.0.0", "Upload-Offset: 0", "Content-Type: application/offset+octet-stream")
+            lines = ("Host: [::1]", "Tus-Resumable: 1.0.0", "Upload-Offset: 0", "Content-Type: application/offset+octet-stream")
             head = "\r\n".join([f"PATCH {place} HTTP/1.1", *lines, "Content-Length: 20", "", ""])
             connection.sendall(head.encode() + b"0123456")
             assert connection.recv(100).startswith(b"HTTP/1.1 204")

@@ -94,7 +94,7 @@ def test_what_came_before_a_break_is_kept(service, body):
     upload = begin(service, body)
     host, port = service.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as broken:
-        head = f"PATCH /uploads/{upload} HTTP/1.1\r\nHost: x\r\nUpload-Offset: 0\r\nContent-Length: {len(body)}\r\n"
+        head = f"PATCH /uploads/{upload} HTTP/1.1\r\nHost: localhost\r\nUpload-Offset: 0\r\nContent-Length: {len(body)}\r\n"
         lines = "".join(f"{name}: {value}\r\n" for name, value in PIECE.items())
         broken.sendall((head + lines + "\r\n").encode() + body[:700])
         time.sleep(0.5)
