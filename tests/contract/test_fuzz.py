@@ -5,7 +5,6 @@ The fast tests ask the same in every run. `pytest -m slow tests/contract/test_fu
 """
 
 import random
-import re
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +12,6 @@ from pathlib import Path
 import pytest
 import schemathesis
 from fastapi.testclient import TestClient
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from live import QUICK, settings_of
 from schemathesis.engine import Status, events, from_schema
 from unit.test_report import EVIL, example
