@@ -58,3 +58,37 @@ def test_every_hostile_file_is_refused_with_a_sentence(house, tiny_folder):
     assert (job["status"], job["attempt"]) == ("running", 1)
     for folder in (house.data / "models", house.data / "datasets", house.data / "uploads"):
         assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+TEMPLATE = (
+    "{{ cycler.__init__.__globals__.os.popen('touch /tmp/narrow-was-here').read() }}"
+    "{% for a in range(10**9) %}{% for b in range(10**9) %}x{% endfor %}{% endfor %}"
+)
+
+
+def test_a_chat_template_is_text_that_nobody_renders(house, tiny_folder):
+    files = [("files", (path.name, path.read_bytes())) for path in sorted(tiny_folder.iterdir())]
+    answer = house.http.post("/models", files=[*files, ("files", ("chat_template.jinja", TEMPLATE.encode()))])
+    assert answer.status_code == 201, answer.text
+    assert not Path("/tmp/narrow-was-here").exists()
+    house.http.delete(f"/models/{answer.json()['id']}").raise_for_status()
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        {"hub": "nobody/model"},
+        {"path": "/etc"},
+        {"model": "http://169.254.169.254/latest/meta-data"},
+        {"model": "file:///etc/passwd"},
+        {"model": "../models/other"},
+        {"model": "mdl_" + "0" * 26, "path": "/etc"},
+        "nobody/model",
+    ],
+)
+def test_a_job_names_what_was_uploaded_and_nothing_else(house, base):
+    spec = house.job(house.running_job)["spec"]
+    for part in ("base", "teacher"):
+        answer = house.http.post("/jobs", json={**spec, part: base})
+        assert answer.status_code == 422, answer.text
+        assert part in answer.json()["detail"]
