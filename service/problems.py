@@ -227,4 +227,6 @@ def _answer(request: Request, status: int, code: str, detail: str, errors: list[
         errors=errors or [],
         request_id=identifier,
     )
-    return JSONResponse(problem.model_dump(mode="json"), status, media_type=MEDIA_TYPE, headers={"X-Request-Id": identifier})
+    # Every answer has these (`requests`); one that nobody foresaw is made outside of there.
+    headers = {"X-Request-Id": identifier, "X-Content-Type-Options": "nosniff"}
+    return JSONResponse(problem.model_dump(mode="json"), status, media_type=MEDIA_TYPE, headers=headers)

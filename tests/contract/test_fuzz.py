@@ -4,14 +4,20 @@ contract promises. What schemathesis finds is a fault of the service or of its c
 The fast tests ask the same in every run. `pytest -m slow tests/contract/test_fuzz.py` asks forty times as much, by another seed.
 """
 
+import json
 import random
+import re
 import traceback
 from collections.abc import Iterator
+from html import escape as html_escape
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import pytest
 import schemathesis
 from fastapi.testclient import TestClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from live import QUICK, settings_of
 from schemathesis.engine import Status, events, from_schema
 from unit.test_report import EVIL, example
@@ -172,3 +178,142 @@ def test_without_a_key_nothing_is_told(locked):
 def test_much_of_all_that(request, keys, phases):
     house: House = request.getfixturevalue(keys)
     assert not found(house, house.key if keys == "locked" else None, 150, phases, seed=random.randrange(2**32))
+
+
+LISTS = (
+    "/jobs",
+    "/models",
+    "/datasets",
+    "/sweeps",
+    "/uploads",
+    "/webhooks",
+    "/keys",
+    "/audit",
+    "/webhooks/{webhook_id}/messages",
+)
+SMALL = settings(max_examples=60, derandomize=True, deadline=None, database=None)
+
+
+def test_whatever_a_cursor_is_a_list_shows_ones_own(locked):
+    """Any text, ids of others among it, is a place in one's own list or no cursor."""
+    theirs = {"Authorization": f"Bearer {locked.other}"}
+    mine = [locked.client.post("/webhooks", json={"url": "https://example.com/"}, headers=theirs).json()["id"] for _ in range(3)]
+    known = st.sampled_from([*locked.ids.values(), *mine])
+    bent = st.builds(lambda text, place, more: text[:place] + more + text[place:], known, st.integers(0, 30), st.text(max_size=2))
+
+    @SMALL
+    @given(
+        st.one_of(known, known.map(str.upper), bent, st.text(max_size=70)), st.sampled_from(LISTS), st.sampled_from((1, 2, 100))
+    )
+    def ask(cursor, path, limit):
+        place = path.replace("{webhook_id}", mine[0])
+        answer = locked.client.get(place, params={"cursor": cursor, "limit": limit}, headers=theirs)
+        assert answer.status_code in (200, 422), answer.text
+        if answer.status_code == 422:
+            assert answer.json()["errors"][0]["pointer"] == "/cursor"
+            return
+        page = answer.json()
+        shown = {row["id"] for row in page["data"]} | {page["next_cursor"]}
+        assert shown.isdisjoint(locked.ids.values()), page
+        assert path not in LISTS[:5] or page == {"data": [], "next_cursor": None}
+        assert all(row["id"] < cursor for row in page["data"])
+
+    ask()
+    for after in ("-1", "1e3", "9" * 30, "٣", "0x1", "", "1\0"):
+        job = locked.ids["job"]
+        assert locked.client.get(f"/jobs/{job}/events", params={"after": after}).status_code in (200, 422), after
+        assert locked.client.get(f"/jobs/{job}/events", params={"after": 1}, headers=theirs).status_code == 404
+
+
+TRICKS = {
+    "as it is": lambda text: text,
+    "capitals": lambda text: quote(text.upper()),
+    "escaped": lambda text: "".join(f"%{byte:02x}" for byte in text.encode()),
+    "a space": lambda text: text + "%20",
+    "a line break": lambda text: text + "%0a",
+    "NUL": lambda text: text + "%00",
+    "full width": lambda text: quote("".join(chr(ord(c) + 0xFEE0) for c in text)),
+    "a letter of another alphabet": lambda text: quote(
+        text.replace("d", "ԁ").replace("o", "о").replace("s", "ѕ").replace("k", "к")
+    ),
+    "an accent": lambda text: quote(text + "\u0301"),
+    "a character without width": lambda text: quote("\u200b" + text),
+    "a wildcard": lambda text: text[:-1] + "%25",
+    "another wildcard": lambda text: text[:-1] + "_",
+    "no end": lambda text: text[:-1],
+    "SQL": lambda text: quote(text + "' OR '1'='1"),
+    "a parameter": lambda text: text + ";x",
+    "dots": lambda text: quote(f"x/../{text}", safe=""),
+}
+
+
+def test_ids_of_others_are_ids_of_nobody_in_every_disguise(locked):
+    """In every path, to the letter of the answer; and in disguise one's own id is no id either."""
+    theirs = {"Authorization": f"Bearer {locked.other}"}
+    nobodys = {name: text[:-10] + "0" * 10 for name, text in locked.ids.items()}
+    routes = [(m.upper(), path) for path, operations in locked.app.openapi()["paths"].items() for m in operations if "{" in path]
+
+    def ask(method: str, path: str, ids: dict[str, str], trick, headers: dict[str, str]) -> tuple[int, str]:
+        name = re.search(r"{(\w+)_id}", path)[1]
+        place = path.replace(f"{{{name}_id}}", trick(ids[name])).replace("{path}", "report.json")
+        sent = {"json": {}} if method == "POST" else {}
+        answer = locked.client.request(method, place, headers={"Upload-Offset": "0", **headers}, **sent)
+        told = (
+            "" if answer.status_code == 200 else "|".join(answer.json()[key] for key in ("code", "title", "detail", "instance"))
+        )
+        given = unquote(trick(ids[name]))
+        return answer.status_code, told.replace(given, "ID").replace(repr(given)[1:-1], "ID")
+
+    for name, trick in TRICKS.items():
+        for method, path in routes:
+            one = ask(method, path, locked.ids, trick, theirs)
+            assert one[0] in (404, 405), (name, method, path, one)
+            assert one == ask(method, path, nobodys, trick, theirs), (name, method, path)
+            if method == "GET" and name not in ("as it is", "escaped"):
+                assert ask(method, path, locked.ids, trick, {})[0] == 404, (name, path)
+
+
+def test_what_a_body_refers_to_is_ones_own(locked):
+    """Inputs of jobs, plans and sweeps, and files of models and datasets."""
+    theirs = {"Authorization": f"Bearer {locked.other}"}
+    nobody = {text: text[:-10] + "0" * 10 for text in locked.ids.values()}
+    skill = {"dataset": locked.ids["dataset"], "name": "skill"}
+    sent = [
+        *(("/jobs", {"json": locked.job}), ("/plans", {"json": locked.job}), ("/sweeps", {"json": locked.sweep})),
+        ("/jobs", {"json": {**locked.job, "skills": [skill], "teacher": locked.job["base"]}}),
+        ("/models", {"data": {"uploads": [locked.ids["upload"]]}}),
+        ("/datasets", {"data": {"upload": locked.ids["upload"]}}),
+    ]
+    for path, body in sent:
+        other = json.loads(re.sub("|".join(nobody), lambda match: nobody[match[0]], json.dumps(body)))
+        one, two = (locked.client.post(path, headers=theirs, **given) for given in (body, other))
+        assert (one.status_code, two.status_code) == (404, 404), (one.text, two.text)
+        said = re.sub("|".join(nobody), lambda match: nobody[match[0]], one.text)
+        assert re.sub(r"req_\w+", "", said) == re.sub(r"req_\w+", "", two.text)
+    assert locked.client.get("/jobs", params={"sweep": locked.ids["sweep"]}, headers=theirs).json()["data"] == []
+
+
+def test_pages_run_nothing_and_every_answer_is_what_it_is_called(free):
+    """A page has nothing in it that a user wrote but as text, and would not run it if it had."""
+    html = {"Accept": "text/html"}
+    for path in (f"/jobs/{free.ids['job']}/report", f"/sweeps/{free.ids['sweep']}/frontier"):
+        page = free.client.get(path, headers=html)
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        assert EVIL not in page.text
+        assert html_escape(EVIL) in page.text
+        policy = dict(part.strip().partition(" ")[::2] for part in page.headers["content-security-policy"].split(";"))
+        assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == policy["frame-ancestors"] == "'none'"
+        assert set(policy) == {"default-src", "base-uri", "form-action", "frame-ancestors", "style-src", "img-src"}
+    file = free.client.get(f"/jobs/{free.ids['job']}/artifacts/report.html", headers=html)
+    assert file.headers["content-disposition"].startswith("attachment")
+    assert file.headers["content-security-policy"].startswith("sandbox; default-src 'none'")
+    seen = set()
+    for path in (*free.app.openapi()["paths"], "/nothing", "/docs", "/openapi.json"):
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"):
+            answer = free.client.request(method, re.sub(r"{(\w+)_id}", lambda match: free.ids[match[1]], path))
+            assert answer.headers["x-content-type-options"] == "nosniff", (method, path)
+            seen.add(answer.status_code)
+    free.app.state.engine = None
+    assert free.client.get("/jobs").status_code == 500
+    assert free.client.get("/jobs").headers["x-content-type-options"] == "nosniff"
+    assert seen >= {200, 204, 404, 405, 409, 422}, seen
