@@ -39,8 +39,8 @@ VALUES_LIMIT = 100_000
 ROW_LIMIT = 50_000_000
 """Rows or lines. Empty ones take time as well, some 5 µs each, but no room: gzip packs a billion in a megabyte."""
 TOTAL_LIMIT = 8 * 2**30
-WINDOW_LIMIT = 2**27
-"""Of Zstandard, whose window is held in memory: as large as its own program takes without being asked to."""
+MEMORY_LIMIT = 2 * 2**30
+"""Address space of the process that reads Parquet; 330 MiB are its own. A page of 500 MB took 1.5 GB in all."""
 PASSAGE = 2000
 """Plain text has no documents: it is cut at blank lines into passages of at least this many characters."""
 
@@ -235,7 +235,10 @@ def _unpacked(raw: IO[bytes]) -> IO[bytes]:
 
 
 class _Zstandard(io.RawIOBase):
-    """The content of a file in Zstandard. zstandard's own reader takes a torn file for a whole one."""
+    """The content of a file in Zstandard, whose window, held in memory, may be of 128 MiB.
+
+    zstandard's own reader takes a torn file for a whole one.
+    """
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw, self._packed, self._content = raw, b"", memoryview(b"")
@@ -250,7 +253,7 @@ class _Zstandard(io.RawIOBase):
             packed = self._packed or self._raw.read(512)
             if not packed:
                 break
-            frame = self._frame or zstandard.ZstdDecompressor(max_window_size=WINDOW_LIMIT).decompressobj()
+            frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
             self._content = memoryview(frame.decompress(packed))
             self._frame, self._packed = (None, frame.unused_data) if frame.eof else (frame, b"")
         if not self._content and self._frame:
@@ -310,7 +313,7 @@ def _table_rows(path: Path, delimiter: str, columns: list[str]) -> Iterator[tupl
             damage, text = error, line.decode(errors="replace")
         if size > VALUES_LIMIT:
             begun = _FIELDS[delimiter].finditer('"' + text if within else text)
-            values += sum(1 for _ in islice(begun, VALUES_LIMIT + 1)) - within
+            values += sum(1 for _ in islice(begun, VALUES_LIMIT + 2)) - within
             if values > VALUES_LIMIT:
                 raise _too_many(where)
         return text
@@ -354,8 +357,9 @@ def _place(header: list[str], column: str, where: str) -> int:
 def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[Row, str]]:
     if find_spec("pyarrow") is None:
         raise NarrowError("missing_extra", f"{path.name} takes pyarrow to read: pip install 'narrow[parquet]'.")
+    # -P: the modules beside it are not to be taken for others of their names.
     process = subprocess.Popen(
-        [sys.executable, "-P", parquet.__file__, str(path), str(LINE_LIMIT), json.dumps(columns)],
+        [sys.executable, "-P", parquet.__file__, str(path), json.dumps(columns), str(LINE_LIMIT), str(MEMORY_LIMIT)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

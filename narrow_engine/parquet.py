@@ -1,9 +1,9 @@
-"""The texts of a Parquet file, read by a process of its own: `python parquet.py FILE LONGEST COLUMNS`.
+"""The texts of a Parquet file, read by a process of its own: `python parquet.py FILE COLUMNS LONGEST MEMORY`.
 
 What decodes Parquet is a large library in C++ that takes a page at once, however large, and all that a file says of its sizes
-may be a lie: kilobytes can stand for terabytes. So nothing is believed. This process has limits of memory and time, is the first
-to go where the machine runs short, and may crash: who started it (`documents`) sees that and says so. It needs nothing else of
-Narrow, so that it starts quickly.
+may be a lie: kilobytes can stand for terabytes. So nothing is believed. This process has MEMORY bytes and some time, is the
+first to go where the machine runs short, and may crash: who started it (`documents`) sees that and says so. It needs nothing
+else of Narrow, so that it starts quickly.
 
 COLUMNS are a list in JSON. On stdout are their values, row by row: of each its length (4 bytes, signed) and so many bytes, which
 should be UTF-8. A negative length stands for itself: NULL; TOO_LONG, more than LONGEST bytes; after the last row END; or FAILED
@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 NULL, TOO_LONG, END, FAILED = -1, -2, -3, -4
-MEMORY = 2 * 2**30
-"""Bytes of address space, of which Python and pyarrow take 330 MiB. A page of 500 MB was read within 1.5 GB."""
-SECONDS = 1800
-"""Of a processor. 8 GiB of text take about 100."""
+SECONDS = 900
+"""Of a processor. 8 GiB of long texts took 50, and so many rows as may be 150."""
 _ROWS = 64
 """Decoded at once: few, since each may be as long as LONGEST."""
 
@@ -31,16 +29,14 @@ class _Refused(Exception):
     """With a code and a sentence."""
 
 
-def main(path: str, longest: str, columns: str) -> None:
+def main(path: str, columns: list[str], longest: int, memory: int) -> None:
     try:
-        _limit()
-        limit = int(longest)
-        for row in _rows(path, json.loads(columns)):
-            _say(*(TOO_LONG if value is not None and len(value) > limit else value for value in row))
+        _limit(memory)
+        for row in _rows(path, columns):
+            _say(*(TOO_LONG if value is not None and len(value) > longest else value for value in row))
         _say(END)
     except MemoryError:
-        refusal = f"takes more than {MEMORY >> 30} GiB of memory to read: write it with smaller pages and row groups."
-        _say(FAILED, "bad_parquet", refusal)
+        _say(FAILED, "bad_parquet", f"takes more than {memory >> 20:,} MiB of memory to read: write it with smaller pages.")
     except _Refused as error:
         _say(FAILED, *error.args)
     except Exception as error:  # of which pyarrow has many kinds
@@ -49,10 +45,10 @@ def main(path: str, longest: str, columns: str) -> None:
     sys.stdout.flush()
 
 
-def _limit() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    with suppress(ValueError, OSError):  # macOS has no such limit
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+def _limit(memory: int) -> None:
+    for kind, limit in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, memory)):
+        with suppress(ValueError, OSError):  # a lower one holds already, or there is none of this kind, as on macOS
+            resource.setrlimit(kind, (limit, limit))
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 
@@ -100,4 +96,4 @@ def _say(*values: bytes | str | int | None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
