@@ -59,7 +59,8 @@ def upload_sweep(client: Narrow, spec: dict[str, Any]) -> dict[str, Any]:
     known: dict[tuple[str, ...], str] = {}
 
     def upload(kind: str, item: dict[str, Any]) -> str:
-        path, column, bad_rows = str(item["path"]), str(item.get("column", "text")), item.get("bad_rows", "stop")
+        path, column = str(item["path"]), str(item.get("column", "text"))
+        bad_rows: Any = str(item.get("bad_rows", "stop"))
         key = (kind, path, column, bad_rows)
         if key not in known:
             made = client.models.upload(path) if kind == "model" else client.datasets.upload(path, None, column, bad_rows)
