@@ -35,7 +35,7 @@ from narrow_engine.errors import NarrowError
 LINE_LIMIT = 16 * 2**20
 """Bytes of a line, of a row of a table and of a value of Parquet."""
 VALUES_LIMIT = 100_000
-"""Values in a row, of which each takes up to 90 bytes of memory: 16 MiB of `[],` would take 400 MB."""
+"""Values in a row, which take many times their room in the file: 16 MiB of `[],` took 435 MB."""
 ROW_LIMIT = 50_000_000
 """Rows or lines. Empty ones take time as well, some 5 µs each, but no room: gzip packs a billion in a megabyte."""
 TOTAL_LIMIT = 8 * 2**30
