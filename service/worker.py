@@ -406,7 +406,8 @@ class _Execution:
             def dataset(given: DatasetId) -> dict[str, Any]:
                 row = session.get_one(DatasetRow, given.dataset)
                 path = self.storage.folder(f"datasets/{row.id}").resolve() / row.file
-                return {"path": str(path), "column": row.text_column, "answer": given.answer and given.answer.model_dump()}
+                answer = given.answer and given.answer.model_dump()
+                return {"path": str(path), "column": row.text_column, "answer": answer, "bad_rows": row.bad_rows}
 
             def model(reference: ModelId) -> dict[str, str]:
                 return {"path": str(self.storage.folder(f"models/{reference.model}").resolve())}
