@@ -15,7 +15,6 @@ import csv
 import gzip
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from typing import IO, Any, NamedTuple
 
 import zstandard
 
-from narrow_engine import parquet
+from narrow_engine import parquet, sandbox
 from narrow_engine.errors import NarrowError
 
 LINE_LIMIT = 16 * 2**20
@@ -55,7 +54,6 @@ _JSON_VALUES = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{,]', re.DOTALL)
 # Quotes quote only where a field begins, as `csv` has it.
 _FIELDS = {delimiter: re.compile(rf'(?:^|{delimiter})(?:"(?:[^"]++|"")*+"?)?') for delimiter in _TABLES.values()}
 csv.field_size_limit(LINE_LIMIT)
-_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH")
 
 
 class BadRow(NarrowError):
@@ -357,14 +355,25 @@ def _place(header: list[str], column: str, where: str) -> int:
 def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[Row, str]]:
     if find_spec("pyarrow") is None:
         raise NarrowError("missing_extra", f"{path.name} takes pyarrow to read: pip install 'narrow[parquet]'.")
-    # -P: the modules beside it are not to be taken for others of their names.
     process = subprocess.Popen(
-        [sys.executable, "-P", parquet.__file__, str(path), json.dumps(columns), str(LINE_LIMIT), str(MEMORY_LIMIT)],
+        [
+            *sandbox.before(read=[parquet.__file__, path.resolve()], memory=MEMORY_LIMIT),
+            # -P: the modules beside it are not to be taken for others of their names.
+            *(
+                sys.executable,
+                "-P",
+                parquet.__file__,
+                str(path.resolve()),
+                json.dumps(columns),
+                str(LINE_LIMIT),
+                str(MEMORY_LIMIT),
+            ),
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         # Nothing of the service's settings, and memory that counts where it is limited.
-        env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | {"ARROW_DEFAULT_MEMORY_POOL": "system"},
+        env={"ARROW_DEFAULT_MEMORY_POOL": "system"},
     )
     assert process.stdout is not None
     name, total = path.name, 0

@@ -1,9 +1,9 @@
 """The texts of a Parquet file, read by a process of its own: `python parquet.py FILE COLUMNS LONGEST MEMORY`.
 
 What decodes Parquet is a large library in C++ that takes a page at once, however large, and all that a file says of its sizes
-may be a lie: kilobytes can stand for terabytes. So nothing is believed. This process has MEMORY bytes and some time, is the
-first to go where the machine runs short, and may crash: who started it (`documents`) sees that and says so. It needs nothing
-else of Narrow, so that it starts quickly.
+may be a lie: kilobytes can stand for terabytes. So nothing is believed. This process is shut in (`sandbox`), has MEMORY bytes and
+some time, and may crash: who started it (`documents`) sees that and says so. It needs nothing else of Narrow, so that it starts
+quickly.
 
 COLUMNS are a list in JSON. On stdout are their values, row by row: of each its length (4 bytes, signed) and so many bytes, which
 should be UTF-8. A negative length stands for itself: NULL; TOO_LONG, more than LONGEST bytes; after the last row END; or FAILED
@@ -15,7 +15,6 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 NULL, TOO_LONG, END, FAILED = -1, -2, -3, -4
@@ -49,8 +48,6 @@ def _limit(memory: int) -> None:
     for kind, limit in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, memory)):
         with suppress(ValueError, OSError):  # a lower one holds already, or there is none of this kind, as on macOS
             resource.setrlimit(kind, (limit, limit))
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _rows(path: str, columns: list[str]) -> Iterator[tuple[bytes | None, ...]]:

@@ -27,6 +27,7 @@ from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import Session, col, select
 
+from narrow_engine import sandbox
 from narrow_engine.spec import wording
 from service import auth, logs, metrics, quotas, traces
 from service.api.keys import as_key
@@ -34,7 +35,6 @@ from service.api.schemas import NewKey, Role
 from service.app import create_app
 from service.db.session import connect, migrate, open_session, read_session
 from service.db.tables import DEFAULT_TENANT, KeyRow, TenantRow, now
-from service.runners import local
 from service.settings import Settings
 from service.storage import open_storage
 from service.webhooks import Courier
@@ -59,7 +59,7 @@ def serve(host: str, port: int, data: Path | None, workers: int) -> None:
     listener = _listen(host, port)
     _prepare(settings)
     logs.configure(settings.log)
-    lacking = local.lacking() if workers and settings.runner == "local" else []
+    lacking = sandbox.lacking() if workers and settings.runner == "local" else []
     if lacking and settings.sandbox == "require":
         raise click.ClickException(f"NARROW_SANDBOX=require, but {'; '.join(lacking)}.")
     for sentence in lacking:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import narrow_engine
+from narrow_engine import sandbox
 from narrow_engine.errors import NarrowError
-from service.runners import sandbox
 from service.settings import Settings
 
 _KEPT = ("PATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
@@ -31,8 +31,6 @@ _FIXED = {
     "PYTHONUNBUFFERED": "1",
 }
 _ENGINE = Path(narrow_engine.__file__).resolve().parent
-_SHUT_IN = (sys.executable, "-I", "-S", str(Path(sandbox.__file__).resolve()))
-"""What a command is put behind, with its limits, to be shut in. Without site-packages: it starts in a tenth of the time."""
 FILE_PER_MODEL = 8
 """A checkpoint of a model in bfloat16 holds its weights and two moments of each in float32; and a little room."""
 FILES = 4096
@@ -67,20 +65,19 @@ def start(
     environment |= {"TMPDIR": str(scratch), "HOME": str(home)}
     if processes > 1:  # torchrun gives each a single thread, and the first does much of a run by itself
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    limits = {
-        **shown(inputs),
-        "write": [str(folder), str(shared)],
-        "memory": min(memory or sys.maxsize, settings.max_job_memory or _memory()),
-        "file": FILE_PER_MODEL * settings.max_model_bytes,
-        "files": FILES,
-        "network": processes > 1,
-        "require": settings.sandbox == "require",
-        "parent": os.getpid(),
-    }
+    shut_in = sandbox.before(
+        **_shown(inputs),
+        write=[str(folder), str(shared)],
+        memory=min(memory or sys.maxsize, settings.max_job_memory or _memory()),
+        file=FILE_PER_MODEL * settings.max_model_bytes,
+        files=FILES,
+        network=processes > 1,
+        require=settings.sandbox == "require",
+    )
     with (folder / "stderr.log").open("ab") as log:
         return subprocess.Popen(
             [
-                *(*_SHUT_IN, json.dumps(limits)),
+                *shut_in,
                 *(sys.executable, "-m", *several, "narrow_engine", str(spec), "--out", str(folder), "--quiet"),
                 *("--shared", str(shared), "--events-after", str(after)),
             ],
@@ -97,11 +94,11 @@ def start(
 def try_model(folder: Path, tokens: int) -> None:
     """Has the engine try the files of a model out that knows so many tokens. Raises NarrowError (bad_tokenizer,
     non_finite_weights), also where the tokenizer keeps it busy for ever or takes its memory."""
-    limits = {**shown([folder]), "memory": TRIAL_BYTES, "files": FILES, "parent": os.getpid()}
+    shut_in = sandbox.before(**_shown([folder]), memory=TRIAL_BYTES, files=FILES)
     size = sum(path.stat().st_size for path in folder.iterdir())
     with _TRIALS:
         process = subprocess.Popen(
-            [*_SHUT_IN, json.dumps(limits), sys.executable, "-m", "narrow_engine.trial", str(folder), str(tokens)],
+            [*shut_in, sys.executable, "-m", "narrow_engine.trial", str(folder), str(tokens)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -126,18 +123,10 @@ def try_model(folder: Path, tokens: int) -> None:
         raise NarrowError("bad_tokenizer", detail)
 
 
-def shown(inputs: Iterable[Path]) -> dict[str, Any]:
-    """Of a process's limits: that it reads Python, its libraries, the engine's code, and `inputs`."""
-    libraries = [sys.prefix, sys.base_prefix, *filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":"))]
+def _shown(inputs: Iterable[Path]) -> dict[str, Any]:
+    """Of a process's limits: that it reads the engine's code and `inputs`."""
     # Beside a checkout's code lie others' files, perhaps the service's data: of these only the names, for `import`.
-    code = [_ENGINE, *_ENGINE.parent.glob("narrow*-info")]
-    return {"read": [*libraries, *map(str, code), *map(str, inputs)], "list": [str(_ENGINE.parent)]}
-
-
-def lacking() -> list[str]:
-    """What this machine cannot shut jobs in with, as sentences."""
-    told = subprocess.run([*_SHUT_IN, "--probe"], capture_output=True, check=False).stdout
-    return list(json.loads(told)) if told else ["jobs are not shut in at all: this is not Linux"]
+    return {"read": [_ENGINE, *_ENGINE.parent.glob("narrow*-info"), *inputs], "list": [str(_ENGINE.parent)]}
 
 
 def _memory() -> int:
