@@ -6,6 +6,7 @@ The body has been spooled to disk by the time this runs, within the route's size
 import hashlib
 import os
 import shutil
+import threading
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +30,8 @@ from service.storage import Storage
 PREVIEW_DOCUMENTS, PREVIEW_CHARACTERS = 3, 300
 NAME_BYTES = 200
 _NAME = TypeAdapter(Name)
+_READING = threading.BoundedSemaphore(4)
+"""Datasets that are read at a time, each of which may take a core and, as Parquet, 2 GiB."""
 
 
 def as_model(row: ModelRow) -> Model:
@@ -101,12 +104,13 @@ def store_dataset(
         documents, size, skipped = 0, 0, Skipped()
         preview: list[str] = []
         try:
-            for text in read_documents(path, column, bad=skipped if bad_rows == "skip" else None):
-                if not text:
-                    continue
-                documents, size = documents + 1, size + len(text.encode())
-                if len(preview) < PREVIEW_DOCUMENTS:
-                    preview.append(text[:PREVIEW_CHARACTERS])
+            with _READING:
+                for text in read_documents(path, column, bad=skipped if bad_rows == "skip" else None):
+                    if not text:
+                        continue
+                    documents, size = documents + 1, size + len(text.encode())
+                    if len(preview) < PREVIEW_DOCUMENTS:
+                        preview.append(text[:PREVIEW_CHARACTERS])
         except NarrowError as error:
             raise NarrowError(error.code, str(error).replace(stored, given)) from error
         skipped.first = skipped.first.replace(stored, given)

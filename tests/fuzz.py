@@ -24,6 +24,7 @@ with atheris.instrument_imports(include=["narrow_engine", "service"]):
     from service.api import uploads as tus
     from service.problems import ApiError
 
+import zstandard  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
 
 FOLDER = Path(tempfile.mkdtemp())
@@ -57,6 +58,16 @@ def rows(body: bytes) -> None:
 
 def zipped_rows(body: bytes) -> None:
     for _ in documents.read_documents(_file("data.jsonl.gz", body)):
+        pass
+
+
+def zstandard_rows(body: bytes) -> None:
+    for _ in documents.read_documents(_file("data.jsonl.zst", body)):
+        pass
+
+
+def table(body: bytes) -> None:
+    for _ in documents.read_documents(_file("data.csv", body)):
         pass
 
 
@@ -96,6 +107,8 @@ PARSERS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
     "config": (config, [CONFIG]),
     "rows": (rows, [ROWS]),
     "zipped_rows": (zipped_rows, [b"\x1f\x8b\x08" + bytes(20)]),
+    "zstandard_rows": (zstandard_rows, [zstandard.compress(ROWS)]),
+    "table": (table, [b'text,n\n"a ""quoted""\nline",1\nx,2\n']),
     "text": (text, [ROWS]),
     "job": (job, [SPEC + b'"budget": {"parameters": 0.5}}', json.dumps({"method": {"units": ["neuron"]}}).encode()]),
     "name": (name, [b"model.safetensors", "Modell größer".encode()]),

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import zstandard
+from pyarrow.parquet import write_table
+
 Files = list[tuple[str, bytes]]
 
 
@@ -57,6 +61,16 @@ def tarred() -> bytes:
         outside = tarfile.TarInfo("../../config.json")
         outside.size = 2
         archive.addfile(outside, io.BytesIO(b"{}"))
+    return out.getvalue()
+
+
+def parquet(values: list[Any], times: int = 1) -> bytes:
+    """A column `text`. With `times` each value is in the file once and stands for so many rows."""
+    column = pyarrow.array(values)
+    if times > 1:
+        column = pyarrow.DictionaryArray.from_arrays(pyarrow.array(list(range(len(values))) * times, pyarrow.int32()), column)
+    out = io.BytesIO()
+    write_table(pyarrow.table({"text": column}), out)
     return out.getvalue()
 
 
@@ -223,10 +237,29 @@ def datasets() -> Iterator[Hostile]:
     yield one("a text that is a number", row * 2 + b'{"text": 5}\n', "bad_row", "line 3 .* int")
     yield one("a text that is a list", row * 2 + b'{"text": ["a"]}\n', "bad_row", "line 3 .* list")
     yield one("columns that change", row * 2 + b'{"content": "x"}\n', "wrong_column", "line 3 .* 'content'")
-    yield one("gzip that is cut short", gzip.compress(row * 10_000)[:-20], "bad_gzip", "breaks off", "data.jsonl.gz")
-    yield one("gzip of garbage", b"\x1f\x8b" + bytes(100), "bad_gzip", "gzip", "data.jsonl.gz")
+    yield one("gzip that is cut short", gzip.compress(row * 10_000)[:-20], "bad_compression", "breaks off", "data.jsonl.gz")
+    yield one("gzip of garbage", b"\x1f\x8b" + bytes(100), "bad_compression", "breaks off", "data.jsonl.gz")
     yield one("gzip bomb in a line", gzip.compress(bytes(2**28)), "bad_row", "longer", "data.jsonl.gz")
     yield one("gzip within gzip", gzip.compress(gzip.compress(row * 1000)), "bad_encoding|bad_row", "line 1", "data.jsonl.gz")
+    packed = zstandard.compress(row * 10_000)
+    yield one("Zstandard that is cut short", packed[:-5], "bad_compression", "breaks off", "data.jsonl.zst")
+    yield one("Zstandard bomb in a line", zstandard.compress(bytes(2**28)), "bad_row", "longer", "data.jsonl.zst")
+    wide = zstandard.ZstdCompressionParameters(window_log=31, compression_level=1)
+    body = zstandard.ZstdCompressor(compression_params=wide).compressobj().compress(bytes(2**20))
+    yield one("Zstandard with a window of 2 GiB", body + bytes(100), "bad_compression", "breaks off", "data.jsonl.zst")
+    yield one("CSV without its column", b"a,b\n1,2\n", "wrong_column", "'text'", "data.csv")
+    yield one("CSV with two columns of a name", b"text,text\n1,2\n", "wrong_column", "rename", "data.csv")
+    yield one("CSV with a field too many", b"text,n\nx,1\ny,2,3\n", "bad_row", "line 3 .* 3 fields", "data.csv")
+    yield one("CSV with a quote that never ends", b'text,n\nx,1\n"' + b"y\n" * 100_000, "bad_row", "line 3", "data.csv")
+    yield one("CSV of a row with a million fields", b"text\n" + b"," * 10**6 + b"\n", "bad_row", "line 2", "data.csv")
+    yield one("CSV that is no UTF-8", b"text\nx\n\xff\xfe\n", "bad_encoding", "line 3", "data.csv")
+    yield one("Parquet that is none", b"PAR1" + bytes(100) + b"PAR1", "bad_parquet", "Parquet", "data.parquet")
+    yield one("Parquet with a footer of 4 GiB", b"PAR1" + b"\xff" * 8 + b"PAR1", "bad_parquet", "Parquet", "data.parquet")
+    yield one("Parquet that is cut short", parquet(["x"] * 1000)[:-50], "bad_parquet", "Parquet", "data.parquet")
+    yield one("Parquet of numbers", parquet([1, 2, 3]), "bad_parquet", "no texts", "data.parquet")
+    yield one("Parquet of lists", parquet([["a"], ["b"]]), "bad_parquet", "no texts", "data.parquet")
+    yield one("Parquet with nothing in a row", parquet(["x", None]), "bad_row", "row 2 .* null", "data.parquet")
+    yield one("Parquet bomb", parquet(["x" * 2**23], 2000), "dataset_too_large|bad_parquet", "more than", "data.parquet")
     yield one("zip", zipped(data=row), "unknown_format", "ending", "data.zip")
     yield one("a program", b"\x7fELF" + bytes(1000), "bad_encoding|bad_row|unknown_format", ".", "data.exe")
     yield one("pickle", pickle.dumps(Payload()), "unknown_format", "ending", "data.pkl")
