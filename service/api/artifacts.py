@@ -23,8 +23,8 @@ router = APIRouter(prefix="/jobs/{job_id}", tags=["artifacts"])
 _RANGE = re.compile(r"(?=.?[0-9])([0-9]{0,18})-([0-9]{0,18})")
 
 _BINARY = {
-    "description": "The file.",
-    "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    "description": "The file, of whatever type it is.",
+    "content": {"*/*": {"schema": {}}},
 }
 
 

@@ -19,6 +19,8 @@ from service.streams import BATCH, Hub, read, sent
 router = APIRouter(prefix="/jobs/{job_id}", tags=["events"])
 
 PING_SECONDS = 15.0
+LAST = 2**31 - 1
+"""Number of the last event that the table could hold."""
 
 
 @router.get(
@@ -36,7 +38,7 @@ async def list_events(
     job_id: str,
     request: Request,
     session: ReadDb,
-    after: Annotated[int, Query(ge=0, le=2**53, description="Number of the last event that is known.")] = 0,
+    after: Annotated[int, Query(ge=0, le=LAST, description="Number of the last event that is known.")] = 0,
     limit: Annotated[int, Query(ge=1, le=BATCH)] = 100,
     last_event_id: Annotated[str | None, Header(max_length=20)] = None,
 ) -> object:
@@ -55,7 +57,7 @@ async def list_events(
 def _number(last_event_id: str | None, after: int) -> int:
     """The number in a `Last-Event-ID`; what cannot be one of ours counts as none."""
     known = int(last_event_id) if last_event_id and last_event_id.isascii() and last_event_id.isdigit() else after
-    return known if known <= 2**53 else after
+    return known if known <= LAST else after
 
 
 async def _stream(request: Request, job_id: str, known: int) -> AsyncIterator[bytes]:
