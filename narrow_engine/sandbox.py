@@ -9,9 +9,9 @@ far as the kernel lets anybody without rights do so, and then becomes it:
     limits    memory, size of a file, number of files; no core dumps, no capabilities, first to go when memory runs out
 
 LIMITS is JSON, which `before` makes: `read` and `write` (paths), `list` (folders whose names may be read), `memory` and `file`
-(bytes), `files`, `network` (whether processes talk to each other), `require` (end with status 1 if a layer is missing), `parent`
-(the process that it dies with). `--probe` instead prints what this machine lacks, as JSON. It runs without the program's
-libraries, so it starts in milliseconds, and imports nothing of Narrow's.
+(bytes), `files`, `processes`, `network` (whether processes talk to each other), `require` (end with status 1 if a layer is
+missing), `parent` (the process that it dies with). `--probe` instead prints what this machine lacks, as JSON. It runs without the
+program's libraries, so it starts in milliseconds, and imports nothing of Narrow's.
 
 https://docs.kernel.org/userspace-api/landlock.html, https://docs.kernel.org/userspace-api/seccomp_filter.html
 """
@@ -62,8 +62,8 @@ GPUS = ("nvidia", "dri", "kfd")
 
 MACHINES = {
     # The kernel's number of the machine, and of the calls.
-    "x86_64": (0xC000003E, {"socket": 41}),
-    "aarch64": (0xC00000B7, {"socket": 198}),
+    "x86_64": (0xC000003E, {"socket": 41, "setsid": 112, "setpgid": 109}),
+    "aarch64": (0xC00000B7, {"socket": 198, "setsid": 157, "setpgid": 154}),
 }
 REFUSED = {
     "x86_64": (101, 310, 311, 321, 248, 249, 250, 323, 298, 165, 166, 155, 272, 308, 175, 313, 176, 246, 320, 304),
@@ -99,7 +99,7 @@ def shut_in(limits: dict[str, Any]) -> list[str]:
     apart = _network_of_its_own() if limits.get("network") else False
     if not _files(limits):
         lacking.append("jobs can read every file that the service can: the kernel has no Landlock")
-    if not _calls(sockets=bool(limits.get("network"))):
+    if not _calls(alone=not limits.get("network")):
         lacking.append(f"jobs can make every system call: seccomp is not there (on {platform.machine()})")
     if limits.get("network") and not apart:
         lacking.append("jobs on several processes can reach the network: network namespaces are not allowed here")
@@ -108,7 +108,12 @@ def shut_in(limits: dict[str, Any]) -> list[str]:
 
 
 def _limit(limits: dict[str, Any]) -> None:
-    kinds = {"memory": resource.RLIMIT_DATA, "file": resource.RLIMIT_FSIZE, "files": resource.RLIMIT_NOFILE}
+    kinds = {
+        "memory": resource.RLIMIT_DATA,
+        "file": resource.RLIMIT_FSIZE,
+        "files": resource.RLIMIT_NOFILE,
+        "processes": resource.RLIMIT_NPROC,
+    }
     for name, kind in kinds.items():
         if limits.get(name):
             _, most = resource.getrlimit(kind)
@@ -176,13 +181,15 @@ def _files(limits: dict[str, Any]) -> bool:
     return bool(done)
 
 
-def _calls(sockets: bool) -> bool:
-    """The filter: a small program for each call's number, `(code, steps if so, steps if not, value)`."""
+def _calls(alone: bool) -> bool:
+    """The filter. A process that is `alone` needs no sockets, and leaves no group of processes: so it ends as a whole.
+
+    It is a small program for each call's number, `(code, steps if so, steps if not, value)`."""
     machine = platform.machine()
     if machine not in MACHINES:
         return False
     number, names = MACHINES[machine]
-    refused = [*REFUSED[machine], *REFUSED_EVERYWHERE, *([] if sockets else [names["socket"]])]
+    refused = [*REFUSED[machine], *REFUSED_EVERYWHERE, *(names.values() if alone else ())]
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
     allowed, denied = 0x7FFF0000, 0x00050000 | 13  # EACCES
     program = [

@@ -55,6 +55,11 @@ FULL_BYTES = 2**20
 SAVE_LEASES = 1.5
 """Between two saves of a run folder, in lengths of a lease: so long nobody hears of a lost machine, and as much is lost again."""
 
+EVENT_BYTES = 16 * 2**20
+"""Of a job's events that are read at a time, and the most that one may have."""
+TOLD_BYTES = 2**16
+"""Of what a process that fails says."""
+
 PATIENCE = 5
 """Tries that are left to a worker that is to stop."""
 
@@ -250,14 +255,22 @@ class _Execution:
             return
         with path.open("rb") as file:
             file.seek(self.read)
-            whole = file.read()
-        whole = whole[: whole.rfind(b"\n") + 1]
-        if not whole:
-            return
-        events = [Event.model_validate_json(line) for line in whole.splitlines()]
+            while whole := self._whole_lines(file.read(EVENT_BYTES)):
+                self._tell([Event.model_validate_json(line) for line in whole.splitlines()])
+                self.read += len(whole)
+                file.seek(self.read)
+
+    @staticmethod
+    def _whole_lines(read: bytes) -> bytes:
+        whole = read[: read.rfind(b"\n") + 1]
+        if not whole and len(read) == EVENT_BYTES:
+            raise ValueError(f"an event of more than {EVENT_BYTES} bytes")
+        return whole
+
+    def _tell(self, events: list[Event]) -> None:
         with open_session(self.engine) as session:
             queue.ingest(session, self.id, self.token, events)
-        self.read, self.told = self.read + len(whole), max(self.told, events[-1].seq)
+        self.told = max(self.told, events[-1].seq)
         for item in events:
             if item.kind == "started":
                 self.started[item.phase] = item
@@ -268,7 +281,7 @@ class _Execution:
 
     def _conclude(self, code: int) -> None:
         failure = self.folder / "failure.json"
-        told = json.loads(failure.read_text()) if failure.exists() else None
+        told = json.loads(failure.read_text()) if failure.exists() and failure.stat().st_size < TOLD_BYTES else None
         # Of several processes torchrun only says whether all ended well.
         lost = self.processes > 1 and code == 1
         if code == 0:
@@ -298,7 +311,7 @@ class _Execution:
                     "lower method.recover.batch_tokens or block_tokens, or take a machine with more.",
                 )
         else:
-            last = ((self.folder / "stderr.log").read_text("utf-8", "replace").strip().splitlines() or [""])[-1]
+            last = (_end_of(self.folder / "stderr.log").strip().splitlines() or [""])[-1]
             if any(word in last for word in ("MemoryError", "bad_alloc", "allocate memory")):
                 self._failed("out_of_memory", "The job ran out of memory as it began: give it more, in resources.memory.")
                 return
@@ -454,6 +467,12 @@ class _Execution:
         self.outcome = "released"
 
 
+def _end_of(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TOLD_BYTES))
+        return file.read(TOLD_BYTES).decode("utf-8", "replace")
+
+
 def _reason(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return "a model or dataset that it names is gone."
@@ -490,6 +509,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     os.nice(5)  # the API answers first
+    local.adopt()
     if len(sys.argv) > 1:
         work_on(settings, sys.argv[1], stop)
     else:

@@ -5,6 +5,7 @@ in before it begins (`sandbox`), and is ended together with everything that it s
 """
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
@@ -33,7 +34,10 @@ _FIXED = {
 _ENGINE = Path(narrow_engine.__file__).resolve().parent
 FILE_PER_MODEL = 8
 """A checkpoint of a model in bfloat16 holds its weights and two moments of each in float32; and a little room."""
-FILES = 4096
+FILES, PROCESSES = 4096, 16_384
+"""Open files of a job's process; processes and threads of the user that it is, if that is not root."""
+LEFT_SECONDS = 10.0
+"""For how long what a job left behind is ended: something that starts others as fast could go on for ever."""
 TRIAL_BYTES, TRIAL_SECONDS, TRIAL_RATE = 2 * 2**30, 30.0, 50e6
 """What trying a model out may take: memory, seconds, and one more for so many bytes of it, as a slow disk reads."""
 _TRIALS = threading.BoundedSemaphore(2)
@@ -71,6 +75,7 @@ def start(
         memory=min(memory or sys.maxsize, settings.max_job_memory or _memory()),
         file=FILE_PER_MODEL * settings.max_model_bytes,
         files=FILES,
+        processes=PROCESSES,
         network=processes > 1,
         require=settings.sandbox == "require",
     )
@@ -94,7 +99,7 @@ def start(
 def try_model(folder: Path, tokens: int) -> None:
     """Has the engine try the files of a model out that knows so many tokens. Raises NarrowError (bad_tokenizer,
     non_finite_weights), also where the tokenizer keeps it busy for ever or takes its memory."""
-    shut_in = sandbox.before(**_shown([folder]), memory=TRIAL_BYTES, files=FILES)
+    shut_in = sandbox.before(**_shown([folder]), memory=TRIAL_BYTES, files=FILES, processes=PROCESSES)
     size = sum(path.stat().st_size for path in folder.iterdir())
     with _TRIALS:
         process = subprocess.Popen(
@@ -107,7 +112,7 @@ def try_model(folder: Path, tokens: int) -> None:
             cwd=_ENGINE.parent,
             start_new_session=True,
         )
-        end_in_time = threading.Timer(TRIAL_SECONDS + size / TRIAL_RATE, process.kill)
+        end_in_time = threading.Timer(TRIAL_SECONDS + size / TRIAL_RATE, os.killpg, (process.pid, signal.SIGKILL))
         end_in_time.start()
         told = process.communicate()[0].splitlines()
         end_in_time.cancel()
@@ -134,7 +139,7 @@ def _memory() -> int:
 
 
 def end(process: subprocess.Popen[bytes], seconds: float) -> None:
-    """Asks a process to end, and after `seconds` ends it and all of its group."""
+    """Asks a process to end, and after `seconds` ends it and everything that it started."""
     if process.poll() is None:
         process.terminate()
     deadline = time.monotonic() + seconds
@@ -144,3 +149,36 @@ def end(process: subprocess.Popen[bytes], seconds: float) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    deadline = time.monotonic() + LEFT_SECONDS
+    while adopts and (left := _below(os.getpid())) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+
+
+adopts = False
+
+
+def adopt() -> None:
+    """For a process that runs one job at a time and has no other children: what a job's processes leave behind becomes its own
+    (PR_SET_CHILD_SUBREAPER; Linux only), and `end` ends that too, also what began a session to get away, as torchrun does."""
+    global adopts
+    if sys.platform == "linux":
+        adopts = ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0
+
+
+def _below(pid: int) -> list[int]:
+    """The processes that one has started, and they, and so on, but for those that have ended."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                if state != "Z":
+                    parents.setdefault(int(parent), []).append(int(entry.name))
+    found = list(parents.get(pid, []))
+    for child in found:
+        found += parents.get(child, [])
+    return found

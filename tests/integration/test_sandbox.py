@@ -50,6 +50,7 @@ attacks = {
     "debugs the worker": lambda: call(PTRACE, 16, int(parent), 0, 0),
     "makes an io_uring": lambda: call(425, 1, ctypes.create_string_buffer(256)),
     "makes a namespace": lambda: call(UNSHARE, 0x10000000),
+    "begins a session": lambda: call(SETSID),
     "becomes somebody else": lambda: os.setuid(12345),
     "takes all memory": lambda: bytearray(4 << 30),
     "fills the disk": lambda: write_much(work + "/much"),
@@ -73,7 +74,7 @@ for name, attack in attacks.items():
         found[name] = type(error).__name__
 print(json.dumps(found))
 """
-NUMBERS = {"x86_64": ("101", "272"), "aarch64": ("117", "97")}
+NUMBERS = {"x86_64": ("101", "272", "112"), "aarch64": ("117", "97", "157")}
 
 
 def start(service, model, data, method) -> str:
@@ -96,8 +97,8 @@ def attacked(tmp_path, port, **limits) -> dict[str, str]:
     (tmp_path / "others").mkdir()
     secret = tmp_path / "others" / "secret"
     secret.write_text("narrow.db")
-    ptrace, unshare = NUMBERS[os.uname().machine]
-    code = ATTACKS.replace("PTRACE", ptrace).replace("UNSHARE", unshare)
+    ptrace, unshare, setsid = NUMBERS[os.uname().machine]
+    code = ATTACKS.replace("PTRACE", ptrace).replace("UNSHARE", unshare).replace("SETSID", setsid)
     shut_in = sandbox.before(write=[str(tmp_path / "work")], memory=1 << 30, file=1 << 20, files=256, **limits)
     done = subprocess.run(
         [*shut_in, sys.executable, "-c", code, str(tmp_path / "work"), str(secret), str(os.getpid())],
@@ -118,7 +119,8 @@ def test_nothing_gets_out_of_a_job(tmp_path, listening):
 
 def test_processes_that_train_together_reach_each_other_and_nobody_else(tmp_path, listening):
     assert {name for name, answer in attacked(tmp_path, listening, network=True).items() if answer == "done"} <= {
-        "writes to shared memory"
+        "writes to shared memory",
+        "begins a session",
     }
     code = (
         "import socket; s = socket.create_server(('127.0.0.1', 0)); c = socket.create_connection(s.getsockname());"
@@ -126,6 +128,40 @@ def test_processes_that_train_together_reach_each_other_and_nobody_else(tmp_path
     )
     command = [*sandbox.before(network=True), sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "b'x'\n"
+
+
+ESCAPE = """
+import os, sys, time
+if os.fork() == 0:
+    if len(sys.argv) > 1:
+        os.setsid()
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
+        time.sleep(600)
+    os._exit(0)
+os.wait()
+time.sleep(600)
+"""
+END = """
+import subprocess, sys
+from narrow_engine import sandbox
+from service.runners import local
+local.adopt()
+together = sys.argv[1:]
+command = [*sandbox.before(network=bool(together)), sys.executable, "-c", ESCAPE, *together]
+process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+print(process.stdout.readline().strip(), flush=True)
+local.end(process, 0)
+"""
+
+
+@pytest.mark.parametrize("together", [[], ["together"]])
+def test_nothing_outlives_a_job_that_is_ended(together):
+    """Not even what its own parent has left alone, in a session of its own where it may begin one."""
+    code = END.replace("ESCAPE", repr(ESCAPE))
+    done = subprocess.run([sys.executable, "-c", code, *together], capture_output=True, text=True, check=True, timeout=60)
+    left = [process for process in psutil.process_iter() if process.pid == int(done.stdout)]
+    assert all(process.status() == psutil.STATUS_ZOMBIE for process in left)
 
 
 def test_what_a_system_lacks_is_said_and_can_be_insisted_on(tmp_path):
