@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-postgres test-all check bench openapi lock clean
+.PHONY: setup demo test test-postgres test-all check fuzz audit bench openapi lock clean
 
 setup: .venv/ready
 
@@ -21,6 +21,7 @@ check: setup           ## lint, format, strict types, contract
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
+	git ls-files -z | grep -zvE '\.(gz|npz|png|svg|lock|safetensors)$$|^demo/|^openapi.yaml' | xargs -0 $(BIN)/detect-secrets-hook
 	$(BIN)/python -m service.openapi | diff - openapi.yaml
 	$(BIN)/python -m narrow_engine.report.schema | diff - docs/report.schema.json
 	$(BIN)/python -m service.settings | diff - docs/reference/settings.md
@@ -36,6 +37,14 @@ test-all: check        ## all tests, with the extras that they need
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e client -e '.[eval,ray]'
 	$(BIN)/python -m pytest
 	$(MAKE) test-postgres
+
+fuzz: setup            ## ten minutes of each parser
+	for parser in $$($(BIN)/python tests/fuzz.py --list); do \
+	    (cd $$(mktemp -d) && $(CURDIR)/$(BIN)/python $(CURDIR)/tests/fuzz.py $$parser -max_total_time=600) || exit 1; done
+
+audit: setup           ## known faults of the dependencies, by PyPI's advisories
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/python -m pip_audit --requirement requirements.lock --no-deps --disable-pip
 
 bench: setup           ## the figures of the README; more than an hour
 	$(BIN)/python bench/training.py

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from narrow_engine.corpus import Documents, text_hash
-from narrow_engine.documents import read_answers
+from narrow_engine.documents import Skipped, read_answers
 from narrow_engine.earlier import Reader
 from narrow_engine.report.model import Answers, Interval
 from narrow_engine.spec import Answer, DatasetPath
@@ -37,7 +37,8 @@ def pick(data: DatasetPath, held_out: Documents, training: Documents | None) -> 
     seen = set(training.hashes.tolist()) if training else set()
     wanted = set(held_out.hashes.tolist()) - seen
     found: list[Prompt] = []
-    for prompt, answer in read_answers(data.path, data.column, data.answer.column):
+    bad = Skipped() if data.bad_rows == "skip" else None  # which a notice told of when they were tokenized
+    for prompt, answer in read_answers(data.path, data.column, data.answer.column, bad):
         if text_hash(prompt + answer) in wanted:
             found.append(Prompt(prompt, answer))
         if len(found) == data.answer.prompts:

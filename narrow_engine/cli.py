@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import ValidationError
 
-from narrow_engine.errors import Cancelled, NarrowError
+from narrow_engine.errors import Cancelled, NarrowError, out_of_memory
 from narrow_engine.events import EventLog
 from narrow_engine.spec import CompressionSpec, clear, printable, sentence, wording
 
@@ -299,7 +299,7 @@ def _known(error: Exception) -> NarrowError | None:
             "process_lost",
             "Another process of this run has ended; what it said is above. Start the run again: it goes on where it was.",
         )
-    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+    if out_of_memory(error):
         return NarrowError(
             "out_of_memory",
             "The job ran out of memory: lower method.recover.batch_tokens or block_tokens, or take a machine with more.",

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from narrow_engine.documents import read_documents
+from narrow_engine.documents import Skipped, nothing_left, read_documents
 from narrow_engine.errors import NarrowError
 from narrow_engine.events import Sink
 
@@ -74,16 +74,17 @@ def tokenize(
     check: Callable[[], None],
     emit: Sink,
     answer: str | None = None,
+    skip: bool = False,
 ) -> Documents:
-    """Reads and tokenizes a dataset. Blank documents are left out, with a notice.
+    """Reads and tokenizes a dataset. Blank documents are left out, with a notice, and so are bad rows if they are to `skip`.
 
     `check` is called between batches and may raise to stop. Raises NarrowError (empty_dataset, bad_tokenizer and
     those of `read_documents`).
     """
     pieces: list[NDArray[np.uint32]] = []
     hashes: list[int] = []
-    blank = 0
-    texts = iter(read_documents(path, column, answer))
+    blank, skipped = 0, Skipped()
+    texts = iter(read_documents(path, column, answer, skipped if skip else None))
     while batch := list(islice(texts, _BATCH)):
         check()
         filled = [text for text in batch if text]
@@ -99,7 +100,10 @@ def tokenize(
     if blank:
         emit("notice", "load", f"{blank} blank documents of {path.name} were left out.", {"code": "blank_documents"})
     if not pieces:
-        raise NarrowError("empty_dataset", f"{path.name} holds no text: bring at least one document.")
+        raise nothing_left(path.name, skipped)
+    if skipped.count:
+        message = f"{skipped.count:,} bad rows of {path.name} were left out. The first: {skipped.first}"
+        emit("notice", "load", message, {"code": "skipped_rows"})
     return Documents(np.concatenate(pieces), np.cumsum([0, *map(len, pieces)], dtype=np.int64), np.array(hashes, np.uint64))
 
 

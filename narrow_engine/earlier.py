@@ -25,6 +25,7 @@ from narrow_engine.report.model import Allocation, CurvePoint
 from narrow_engine.run import Run
 from narrow_engine.slice import slice_model
 from narrow_engine.spec import DatasetPath, Role
+from narrow_engine.trial import read_tokenizer
 
 VALIDATION_TOKENS = 8192
 """Held-out tokens that the curve is drawn from; the table of skills uses all of them."""
@@ -46,15 +47,8 @@ class Reader(NamedTuple):
 
 
 def reader(folder: Path, config: dict[str, Any]) -> Reader:
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise NarrowError("bad_tokenizer", f"tokenizer.json cannot be read: {str(error)[:200]}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    highest, size = max(tokenizer.get_vocab().values(), default=-1), config["vocab_size"]
-    if highest >= size:
-        raise NarrowError("bad_tokenizer", f"The tokenizer knows token {highest}, but the model has only {size}.")
+    size = config["vocab_size"]
+    tokenizer = read_tokenizer(folder, size)
     for key in ("bos_token_id", "eos_token_id"):
         value = config.get(key)
         value = value[0] if isinstance(value, list) and value else value

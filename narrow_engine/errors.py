@@ -18,3 +18,9 @@ class Cancelled(NarrowError):
 
     def __init__(self) -> None:
         super().__init__("cancelled", "The run was cancelled. What it had finished is kept.")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether that is why it was raised. torch says it in words only."""
+    told = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in told or "can't allocate memory" in told

@@ -85,8 +85,7 @@ def inspect_model(folder: Path) -> ModelInfo:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise NarrowError("bad_config", "config.json is not a JSON object.")
-    if "auto_map" in config:
-        raise NarrowError("remote_code", "config.json has an 'auto_map': models that bring code of their own are not taken.")
+    _check_small_files(folder)
     if config.get("quantization_config"):
         raise NarrowError("bad_config", "config.json says that the weights are quantized: bring the unquantized model.")
     family, dims = family_of(config), dimensions(config)
@@ -117,6 +116,20 @@ def inspect_model(folder: Path) -> ModelInfo:
         sha256=files_sha256(files),
         units=list(family.units),
     )
+
+
+def _check_small_files(folder: Path) -> None:
+    """What goes into the result as it came must be what its name says, and ask for no code."""
+    for name in (*_JSON_FILES, *TOKENIZER_FILES):
+        path = folder / name
+        if not path.is_file():
+            continue
+        if path.stat().st_size > JSON_LIMIT:
+            raise NarrowError("bad_config", f"{name} is larger than {JSON_LIMIT >> 20} MiB.")
+        if name.endswith(".json") and name != "tokenizer.json":
+            value = read_json(path)
+            if isinstance(value, dict) and "auto_map" in value:
+                raise NarrowError("remote_code", f"{name} has an 'auto_map': models that bring code of their own are not taken.")
 
 
 def read_json(path: Path) -> Any:

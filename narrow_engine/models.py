@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from narrow_engine.errors import NarrowError
+from narrow_engine.errors import NarrowError, out_of_memory
 from narrow_engine.families import PARTS, Axis, Family, dimensions, family_of, present
 from narrow_engine.losses import Head
 
@@ -32,6 +32,8 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     except Exception as error:  # what a wrong value in config.json raises is up to the code that meets it
+        if out_of_memory(error):
+            raise
         raise NarrowError("bad_model", f"transformers cannot build the model from its config: {_first_line(error)}") from error
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
@@ -60,6 +62,8 @@ def _try_out(model: PreTrainedModel) -> None:
         model.train()(input_ids=ids)
         logits = model.eval()(input_ids=ids).logits
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise NarrowError("bad_model", f"The model does not run as its config says: {_first_line(error)}") from error
     if not torch.isfinite(logits).all():
         raise NarrowError(

@@ -277,6 +277,7 @@ def _inputs(spec: CompressionSpec) -> str:
     for data in spec.data:
         parts += [data.path.name, earlier.dataset_sha256(data.path), data.column]
         parts += [data.answer.model_dump_json()] if data.answer else []
+        parts += [data.bad_rows] if data.bad_rows != "stop" else []
     parts += [f"{skill.name} {skill.role}" for skill in spec.skills]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

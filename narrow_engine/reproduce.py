@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from narrow_engine.documents import ending
 from narrow_engine.earlier import dataset_sha256
 from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import inspect_model
@@ -72,12 +73,15 @@ def _by_bytes(places: list[Path]) -> tuple[dict[str, Path], dict[str, list[Path]
 def _dataset(item: Input, files: dict[str, list[Path]]) -> dict[str, Any]:
     """The file of an input, whose name's ending says how it is read."""
     same = files.get(item.sha256, [])
-    zipped = ".gz" if item.name.endswith(".gz") else ""
-    ending = Path(item.name.removesuffix(zipped)).suffix + zipped
-    fitting = [path for path in same if path.name == item.name] + [path for path in same if path.name.endswith(ending)]
+    wanted = ending(item.name)
+    fitting = [path for path in same if path.name == item.name] + [path for path in same if ending(path.name) == wanted]
     if same and not fitting:
-        raise NarrowError("missing_input", f"{same[0]} has the bytes of {item.name!r}: give it the ending {ending!r} as well.")
-    found = {"path": fitting[0] if fitting else None, "answer": item.answer and item.answer.model_dump()}
+        raise NarrowError("missing_input", f"{same[0]} has the bytes of {item.name!r}: give it the ending {wanted!r} as well.")
+    found = {
+        "path": fitting[0] if fitting else None,
+        "answer": item.answer and item.answer.model_dump(),
+        "bad_rows": item.bad_rows,
+    }
     return found | ({"column": item.column} if item.column else {})
 
 

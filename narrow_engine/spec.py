@@ -21,6 +21,8 @@ Objective = Literal["next_token", "distill", "mixed"]
 Divergence = Literal["kl", "reverse_kl", "js", "skew_kl", "skew_reverse_kl"]
 Cache = Literal["hidden", "top"]
 Role = Literal["keep", "forget", "watch"]
+BadRows = Literal["stop", "skip"]
+"""What a bad row of a dataset does: refuse all of it, or be left out and counted."""
 Format = Literal["safetensors", "onnx"]
 
 Quantity = Literal["parameters", "bytes", "flops"]
@@ -373,7 +375,7 @@ class Options(Model):
 
 
 class Answer(Model):
-    """Rows of JSON Lines that hold an answer beside the text, which is its prompt as models see it. Prompt and answer together
+    """Rows that hold an answer beside the text, which is its prompt as models see it. Prompt and answer together
     are what is trained and measured on, and of held-out rows it is counted how often a model writes the answer itself.
     """
 
@@ -411,8 +413,9 @@ Answered = Annotated[
 
 
 class DatasetPath(Model):
-    path: Path = Field(description="JSONL or plain text, also .gz.")
+    path: Path = Field(description="JSON Lines, CSV, TSV or plain text, also .gz or .zst, or Parquet.")
     column: str = Field("text", min_length=1, max_length=200)
+    bad_rows: BadRows = Field("stop", description="What a bad row does: stop the run, or be left out and counted.")
     answer: Answered = None
 
 

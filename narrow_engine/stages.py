@@ -145,8 +145,9 @@ def _keep_to_relearn(run: Run, text: corpus.Documents, name: str, file: str, out
 
 def _tokenize(run: Run, data: DatasetPath, reader: earlier.Reader, quiet: bool = False) -> corpus.Documents:
     emit = (lambda *_: None) if quiet else run.emit
+    answer = data.answer.column if data.answer else None
     found = corpus.tokenize(
-        data.path, data.column, reader.tokenizer, reader.start, run.check, emit, data.answer.column if data.answer else None
+        data.path, data.column, reader.tokenizer, reader.start, run.check, emit, answer, skip=data.bad_rows == "skip"
     )
     if int(found.tokens.max()) >= reader.size:
         raise NarrowError("bad_tokenizer", f"The tokenizer makes token {found.tokens.max()}, which the model does not have.")
@@ -617,6 +618,7 @@ def _inputs(run: Run) -> list[Input]:
             skill=skill,
             column=item.column,
             answer=item.answer,
+            bad_rows=item.bad_rows,
         )
         for part, skill, item in data
     ]

@@ -1,6 +1,7 @@
 """`narrow serve`: the API and its workers on this machine, with nothing to configure; `narrow keys`: who may use it."""
 
 import asyncio
+import ctypes
 import errno
 import ipaddress
 import json
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -25,6 +27,7 @@ from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import Session, col, select
 
+from narrow_engine import sandbox
 from narrow_engine.spec import wording
 from service import auth, logs, metrics, quotas, traces
 from service.api.keys import as_key
@@ -32,7 +35,6 @@ from service.api.schemas import NewKey, Role
 from service.app import create_app
 from service.db.session import connect, migrate, open_session, read_session
 from service.db.tables import DEFAULT_TENANT, KeyRow, TenantRow, now
-from service.runners.local import die_with_parent
 from service.settings import Settings
 from service.storage import open_storage
 from service.webhooks import Courier
@@ -57,6 +59,11 @@ def serve(host: str, port: int, data: Path | None, workers: int) -> None:
     listener = _listen(host, port)
     _prepare(settings)
     logs.configure(settings.log)
+    lacking = sandbox.lacking() if workers and settings.runner == "local" else []
+    if lacking and settings.sandbox == "require":
+        raise click.ClickException(f"NARROW_SANDBOX=require, but {'; '.join(lacking)}.")
+    for sentence in lacking:
+        log.warning(sentence)
     traces.configure("narrow-api")
     metrics.begin(settings)
     # The form parser spools bodies here: on the data disk and under its limits, not in /tmp.
@@ -308,7 +315,7 @@ class Supervisor:
             stdin=subprocess.DEVNULL,
             env=metrics.environment(self.settings),
             start_new_session=True,
-            preexec_fn=die_with_parent(),
+            preexec_fn=_die_with_parent(),
         )
 
     def _watch(self) -> None:
@@ -332,3 +339,16 @@ class Supervisor:
         self.seconds = seconds
         self.closing.set()
         self.thread.join()
+
+
+def _die_with_parent() -> Callable[[], None]:
+    """What a new child does to be killed when its parent dies, even by kill -9 (PR_SET_PDEATHSIG; Linux only)."""
+    parent = os.getpid()
+
+    def ask() -> None:
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+            if os.getppid() != parent:  # it was killed before this was asked for
+                os._exit(1)
+
+    return ask

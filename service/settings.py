@@ -30,6 +30,13 @@ class Settings(BaseSettings):
     max_model_bytes: int = Field(64 * 2**30, gt=0, description="Largest upload of a model, all files together.")
     max_dataset_bytes: int = Field(4 * 2**30, gt=0, description="Largest upload of a dataset.")
     max_body_bytes: int = Field(2**20, gt=0, description="Largest body of every other request.")
+    sandbox: Literal["auto", "require"] = Field(
+        "auto", description="Jobs are shut in as far as the system allows it, which is said at start; or not started at all."
+    )
+    max_job_memory: int | None = Field(
+        None, gt=0, description="Bytes of main memory of a job's process; by default the machine's. A job can ask for less."
+    )
+    max_job_seconds: float = Field(604_800.0, gt=0, description="How long the process of a job may run, all attempts together.")
     min_free_bytes: int = Field(256 * 2**20, ge=0, description="Uploads and new jobs are refused below this free space.")
     silence_seconds: float = Field(
         60.0, gt=0, description="Who sends nothing more of a body, or no whole head of a request, for so long counts as gone."

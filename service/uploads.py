@@ -6,6 +6,7 @@ The body has been spooled to disk by the time this runs, within the route's size
 import hashlib
 import os
 import shutil
+import threading
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,20 +16,22 @@ from fastapi import UploadFile
 from pydantic import TypeAdapter, ValidationError
 from sqlmodel import Session
 
-from narrow_engine.documents import read_documents
+from narrow_engine.documents import Skipped, ending, nothing_left, read_documents
 from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import accepted_name, inspect_model, refuse_name
-from narrow_engine.spec import Name
+from narrow_engine.spec import BadRows, Name
 from service.api.schemas import Dataset, Model, Page
 from service.db.tables import DatasetRow, ModelRow, UploadRow, new_id, now
 from service.problems import ApiError, not_found
+from service.runners import local
 from service.settings import Settings
 from service.storage import Storage
 
 PREVIEW_DOCUMENTS, PREVIEW_CHARACTERS = 3, 300
 NAME_BYTES = 200
-_ENDINGS = (".jsonl", ".ndjson", ".txt", ".text", ".md")
 _NAME = TypeAdapter(Name)
+_READING = threading.BoundedSemaphore(4)
+"""Datasets that are read at a time, each of which may take a core and, as Parquet, 2 GiB."""
 
 
 def as_model(row: ModelRow) -> Model:
@@ -57,6 +60,7 @@ def store_model(
         for upload in complete:
             _assemble(storage, upload, folder / upload.name)
         info = inspect_model(folder)
+        local.try_model(folder, info.config["vocab_size"])
         try:
             row = ModelRow(
                 id=identifier,
@@ -78,36 +82,43 @@ def store_model(
 
 
 def store_dataset(
-    session: Session, storage: Storage, file: UploadFile | None, upload: str | None, name: str | None, column: str
+    session: Session,
+    storage: Storage,
+    file: UploadFile | None,
+    upload: str | None,
+    name: str | None,
+    column: str,
+    bad_rows: BadRows,
 ) -> Dataset:
     """Keeps a dataset that came in the form or before, read through once: every row is checked before a job can meet it."""
     if (file is None) == (upload is None):
         raise ApiError(422, "invalid_request", "Send the dataset as 'file', or name with 'upload' one that is complete.")
     complete = [_complete(session, storage, upload)] if upload else []
     given = complete[0].name if complete else check_name((file and file.filename) or "")
-    plain = given.lower().removesuffix(".gz")
-    ending = next((e for e in _ENDINGS if plain.endswith(e)), "")
+    known = ending(given)
     # Without an ending that is known the name stays, for the sentence that says so.
-    stored = "data" + ending + (".gz" if given.lower().endswith(".gz") else "") if ending else given
+    stored = f"data{known}" if known else given
     with _folder(session, storage, "datasets", "ds") as (identifier, folder):
         path = folder / stored
         sha256 = _assemble(storage, complete[0], path) if complete else _write(_sent(file), path)  # type: ignore[arg-type]
-        documents, size = 0, 0
+        documents, size, skipped = 0, 0, Skipped()
         preview: list[str] = []
         try:
-            for text in read_documents(path, column):
-                if not text:
-                    continue
-                documents, size = documents + 1, size + len(text.encode())
-                if len(preview) < PREVIEW_DOCUMENTS:
-                    preview.append(text[:PREVIEW_CHARACTERS])
+            with _READING:
+                for text in read_documents(path, column, bad=skipped if bad_rows == "skip" else None):
+                    if not text:
+                        continue
+                    documents, size = documents + 1, size + len(text.encode())
+                    if len(preview) < PREVIEW_DOCUMENTS:
+                        preview.append(text[:PREVIEW_CHARACTERS])
         except NarrowError as error:
             raise NarrowError(error.code, str(error).replace(stored, given)) from error
+        skipped.first = skipped.first.replace(stored, given)
         if not documents:
-            raise NarrowError("empty_dataset", f"{given} holds no text: bring at least one document.")
+            raise nothing_left(given, skipped)
         row = DatasetRow(
             id=identifier,
-            name=_clean(name) or _clean(given.removesuffix(".gz").removesuffix(ending)) or "dataset",
+            name=_clean(name) or _clean(given[: len(given) - len(known)]) or "dataset",
             file=stored,
             text_column=column,
             documents=documents,
@@ -115,6 +126,9 @@ def store_dataset(
             stored=path.stat().st_size,
             sha256=sha256,
             preview=preview,
+            bad_rows=bad_rows,
+            skipped=skipped.count,
+            skipped_reason=skipped.first or None,
             created_at=now(),
         )
         answer = as_dataset(row)

@@ -157,9 +157,10 @@ class _Execution:
             with self._beating():
                 if self.saves:
                     self._patiently(self.saves.restore)
-                spec = self._patiently(self._write_spec)
+                spec, inputs = self._patiently(self._write_spec)
             self._patiently(self._ingest)  # what the last worker here had no time for
-            process = local.start(spec, self.folder.resolve(), shelf, self.told, self.processes)
+            memory = self.job.spec.get("resources", {}).get("memory")
+            process = local.start(self.settings, spec, inputs, self.folder.resolve(), shelf, self.told, self.processes, memory)
         except OSError as error:
             self._failed(
                 "disk_full" if error.errno == errno.ENOSPC else "not_started",
@@ -179,6 +180,12 @@ class _Execution:
         self._patiently(self._ingest)
         if status == "cancelling":
             self._finish("cancelled")
+        elif status == "overdue":
+            self._failed(
+                "too_long",
+                f"The job has run for {self.settings.max_job_seconds:g} s, which is all that this service gives one: recover on "
+                "fewer tokens, or cut by an importance that costs less.",
+            )
         elif process.returncode != 0 and (self.stop.is_set() or status in ("pausing", "away")):
             self._save()
             self._release(counts=False)
@@ -186,8 +193,9 @@ class _Execution:
             self._conclude(process.returncode)
 
     def _follow(self, process: subprocess.Popen[bytes]) -> str:
-        """Waits for the process, with an eye on who wants it to end; returns the job's last status, or "away"."""
+        """Waits for the process, with an eye on who wants it to end; returns the job's last status, "away" or "overdue"."""
         status, beaten, self.held = "running", 0.0, time.monotonic()
+        began = self.held
         threading.Thread(target=self._guard, args=(process,), daemon=True).start()
         while process.poll() is None:
             try:
@@ -203,6 +211,9 @@ class _Execution:
                     # From now on another worker may have the job, and two must not run in one folder.
                     return "away"
                 time.sleep(PAUSE_SECONDS)
+            if self.job.seconds + time.monotonic() - began > self.settings.max_job_seconds:
+                local.end(process, 0)
+                return "overdue"
             if status == "cancelling":
                 local.end(process, self.settings.cancel_seconds)
             elif self.stop.is_set() or status == "pausing":
@@ -288,6 +299,9 @@ class _Execution:
                 )
         else:
             last = ((self.folder / "stderr.log").read_text("utf-8", "replace").strip().splitlines() or [""])[-1]
+            if any(word in last for word in ("MemoryError", "bad_alloc", "allocate memory")):
+                self._failed("out_of_memory", "The job ran out of memory as it began: give it more, in resources.memory.")
+                return
             log.error("%s failed: %s", self.id, last[:500])
             self._failed("engine_error", f"The engine failed, which must not happen: {last[:200]}")
 
@@ -296,7 +310,7 @@ class _Execution:
         result = self.folder / "result"
         with publishing(self.engine, self.settings.data) as held, self._beating():
             files: list[ArtifactRow] = []
-            for path in sorted(p for p in result.rglob("*") if p.is_file()):
+            for path in sorted(p for p in result.rglob("*") if p.is_file() and not p.is_symlink()):
                 name = path.relative_to(result).as_posix()
                 media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
                 files.append(
@@ -384,15 +398,16 @@ class _Execution:
         with read_session(self.engine) as session:
             return f"{self._target_name(session)} from {session.get_one(ModelRow, self.job.spec['base']['model']).name}"
 
-    def _write_spec(self) -> Path:
-        """The engine's spec: the job's, with ids replaced by paths."""
+    def _write_spec(self) -> tuple[Path, list[Path]]:
+        """The engine's spec: the job's, with ids replaced by paths; and these."""
         spec = JobSpec.model_validate(self.job.spec)
         with read_session(self.engine) as session:
 
             def dataset(given: DatasetId) -> dict[str, Any]:
                 row = session.get_one(DatasetRow, given.dataset)
                 path = self.storage.folder(f"datasets/{row.id}").resolve() / row.file
-                return {"path": str(path), "column": row.text_column, "answer": given.answer and given.answer.model_dump()}
+                answer = given.answer and given.answer.model_dump()
+                return {"path": str(path), "column": row.text_column, "answer": answer, "bad_rows": row.bad_rows}
 
             def model(reference: ModelId) -> dict[str, str]:
                 return {"path": str(self.storage.folder(f"models/{reference.model}").resolve())}
@@ -413,7 +428,8 @@ class _Execution:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(made.model_dump_json())
         temporary.rename(path)
-        return path
+        models = [made.base, made.teacher] if made.teacher else [made.base]
+        return path, [*(model.path for model in models), *(data.path for data in made.data)]
 
     def _target_name(self, session: Session) -> str:
         return session.get_one(DatasetRow, self.job.spec["target"]["dataset"]).name

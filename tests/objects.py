@@ -17,7 +17,7 @@ import httpx
 import pytest
 from ports import free_port
 
-USER, SECRET = "test:tester", "testing"
+USER, SECRET = "test:tester", "testing"  # pragma: allowlist secret
 
 _COMMON = "[DEFAULT]\nbind_ip = 127.0.0.1\nbind_port = {port}\nworkers = 0\nswift_dir = {folder}\nlog_name = {name}\n"
 _STORE = """devices = {folder}/devices

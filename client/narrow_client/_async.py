@@ -191,10 +191,15 @@ class AsyncDatasets:
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport = transport
 
-    async def upload(self, path: Path | str, name: str | None = None, column: str = "text") -> Dataset:
-        """Uploads JSON Lines or plain text, also gzipped. `column` names the text in JSON Lines. As resumable as models."""
+    async def upload(
+        self, path: Path | str, name: str | None = None, column: str = "text", bad_rows: _calls.BadRows = "stop"
+    ) -> Dataset:
+        """Uploads JSON Lines, CSV, TSV or plain text, also packed with gzip or Zstandard, or Parquet. As resumable as models.
+
+        `column` names the text in each row. A bad row refuses the dataset, or with "skip" is left out and counted.
+        """
         upload = await self._transport.upload(Path(path)) if _calls.is_large(Path(path)) else None
-        return await self._transport.send(_calls.upload_dataset(Path(path), upload, name, column))
+        return await self._transport.send(_calls.upload_dataset(Path(path), upload, name, column, bad_rows))
 
     async def get(self, dataset_id: str) -> Dataset:
         return await self._transport.send(_calls.get_dataset(dataset_id))

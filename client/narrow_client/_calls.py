@@ -7,7 +7,7 @@ from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -38,6 +38,7 @@ from narrow_client.models import (
 
 T = TypeVar("T")
 Result = TypeVar("Result", covariant=True)
+BadRows = Literal["stop", "skip"]
 
 PREFIXES = {"job": "job_", "sweep": "swp_", "model": "mdl_", "dataset": "ds_", "upload": "upl_", "key": "key_"}
 LARGE = 64 * 2**20
@@ -223,9 +224,10 @@ def delete_model(model_id: str) -> Call[None]:
     return Call("DELETE", path_of("model", model_id), _nothing, safe=False)
 
 
-def upload_dataset(path: Path, upload: str | None, name: str | None, column: str) -> Call[Dataset]:
+def upload_dataset(path: Path, upload: str | None, name: str | None, column: str, bad_rows: BadRows) -> Call[Dataset]:
     files = () if upload else (("file", path),)
-    return Call("POST", "/datasets", _as(Dataset), files=files, form=_given(name=name, column=column, upload=upload), safe=False)
+    form = _given(name=name, column=column, bad_rows=bad_rows, upload=upload)
+    return Call("POST", "/datasets", _as(Dataset), files=files, form=form, safe=False)
 
 
 def list_datasets(cursor: str | None) -> Call[PageDataset]:

@@ -44,6 +44,7 @@ def compress(
     options: Mapping[str, Any] | None = None,
     broad: str | Path | None = None,
     teacher: str | Path | None = None,
+    bad_rows: _calls.BadRows = "stop",
     client: Narrow | None = None,
     progress: bool | Callable[[Event], None] = True,
 ) -> Result:
@@ -54,7 +55,8 @@ def compress(
     Where rows hold prompts in `column` and their answers beside them, `answer` says where the target's are and how to judge
     what models write, as the API does ({"column": "answer"}); for a skill it is a third item beside its role.
     `method` and `options` are merged into the job spec as they are; `broad` is the text of a curriculum (file or id),
-    `teacher` a model that teaches in the base's place (folder or id).
+    `teacher` a model that teaches in the base's place (folder or id). A bad row of a file refuses it, or with `bad_rows="skip"`
+    is left out and counted.
     Results lie in `out`: model/, onnx/, report.json, report.html, plan.json. `progress` prints to the
     terminal, or takes a function of each event.
 
@@ -65,7 +67,9 @@ def compress(
     out = Path(out)
     try:
         check_out(out)
-        spec = upload_spec(client, base, target, budget, skills, method, export, column, answer, seed, options, broad, teacher)
+        spec = upload_spec(
+            client, base, target, budget, skills, method, export, column, answer, seed, options, broad, teacher, bad_rows
+        )
         key = secrets.token_hex(16)
         try:
             job = client.jobs.create(spec, key)
@@ -150,17 +154,22 @@ def upload_spec(
     options: Mapping[str, Any] | None = None,
     broad: str | Path | None = None,
     teacher: str | Path | None = None,
+    bad_rows: _calls.BadRows = "stop",
 ) -> dict[str, Any]:
     """The job spec, for which everything local is uploaded, once all of it has been found."""
     for model in (base, *([teacher] if teacher else [])):
         check_model(model)
     for data in (target, *(skill[0] for skill in (skills or {}).values()), *([broad] if broad else [])):
         check_data(data)
+
+    def dataset(data: str | Path) -> str:
+        return client.datasets.upload(data, column=column, bad_rows=bad_rows).id if Path(data).is_file() else str(data)
+
     return {
         "base": {"model": _model_id(client, base)},
-        "target": {"dataset": _dataset_id(client, target, column), **({"answer": dict(answer)} if answer else {})},
+        "target": {"dataset": dataset(target), **({"answer": dict(answer)} if answer else {})},
         "skills": [
-            {"name": name, "dataset": _dataset_id(client, skill[0], column), "role": skill[1]}
+            {"name": name, "dataset": dataset(skill[0]), "role": skill[1]}
             | ({"answer": dict(skill[2])} if len(skill) > 2 else {})
             for name, skill in (skills or {}).items()
         ],
@@ -168,14 +177,10 @@ def upload_spec(
         "method": dict(method or {}),
         "export": list(export),
         "seed": seed,
-        **({"broad": {"dataset": _dataset_id(client, broad, column)}} if broad else {}),
+        **({"broad": {"dataset": dataset(broad)}} if broad else {}),
         **({"teacher": {"model": _model_id(client, teacher)}} if teacher else {}),
         **(options or {}),
     }
-
-
-def _dataset_id(client: Narrow, data: str | Path, column: str) -> str:
-    return client.datasets.upload(data, column=column).id if Path(data).is_file() else str(data)
 
 
 def _model_id(client: Narrow, model: str | Path) -> str:

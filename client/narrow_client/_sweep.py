@@ -56,14 +56,16 @@ def read_sweep(path: Path) -> dict[str, Any]:
 
 def upload_sweep(client: Narrow, spec: dict[str, Any]) -> dict[str, Any]:
     """The spec with everything local uploaded, each file once."""
-    known: dict[tuple[str, str, str], str] = {}
+    known: dict[tuple[str, ...], str] = {}
 
     def upload(kind: str, item: dict[str, Any]) -> str:
         path, column = str(item["path"]), str(item.get("column", "text"))
-        if (kind, path, column) not in known:
-            made = client.models.upload(path) if kind == "model" else client.datasets.upload(path, column=column)
-            known[kind, path, column] = made.id
-        return known[kind, path, column]
+        bad_rows: Any = str(item.get("bad_rows", "stop"))
+        key = (kind, path, column, bad_rows)
+        if key not in known:
+            made = client.models.upload(path) if kind == "model" else client.datasets.upload(path, None, column, bad_rows)
+            known[key] = made.id
+        return known[key]
 
     return _with_ids(spec, upload)
 
@@ -81,7 +83,7 @@ def _with_ids(spec: dict[str, Any], identify: Callable[[str, dict[str, Any]], st
     def replace(kind: str, item: Any) -> Any:
         if not (isinstance(item, dict) and "path" in item):
             return item
-        rest = {name: value for name, value in item.items() if name not in ("path", "column")}
+        rest = {name: value for name, value in item.items() if name not in ("path", "column", "bad_rows")}
         return {**rest, kind: identify(kind, item)}
 
     made = {**spec}

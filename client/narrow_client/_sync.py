@@ -190,10 +190,15 @@ class Datasets:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    def upload(self, path: Path | str, name: str | None = None, column: str = "text") -> Dataset:
-        """Uploads JSON Lines or plain text, also gzipped. `column` names the text in JSON Lines. As resumable as models."""
+    def upload(
+        self, path: Path | str, name: str | None = None, column: str = "text", bad_rows: _calls.BadRows = "stop"
+    ) -> Dataset:
+        """Uploads JSON Lines, CSV, TSV or plain text, also packed with gzip or Zstandard, or Parquet. As resumable as models.
+
+        `column` names the text in each row. A bad row refuses the dataset, or with "skip" is left out and counted.
+        """
         upload = self._transport.upload(Path(path)) if _calls.is_large(Path(path)) else None
-        return self._transport.send(_calls.upload_dataset(Path(path), upload, name, column))
+        return self._transport.send(_calls.upload_dataset(Path(path), upload, name, column, bad_rows))
 
     def get(self, dataset_id: str) -> Dataset:
         return self._transport.send(_calls.get_dataset(dataset_id))

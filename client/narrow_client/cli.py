@@ -18,6 +18,7 @@ import click
 from pydantic import BaseModel
 from rich.console import Console
 
+from narrow_client._calls import BadRows
 from narrow_client._compress import check_data, check_model, upload_spec
 from narrow_client._compress import compress as run_compress
 from narrow_client._errors import InvalidRequest, NarrowClientError
@@ -25,7 +26,7 @@ from narrow_client._files import check_out
 from narrow_client._render import ProgressDisplay, frontier_view, jobs_table, plain, plan_view, report_view
 from narrow_client._sweep import create_sweep, follow, is_sweep, keep_frontier, read_sweep, shortfall, upload_sweep
 from narrow_client._sync import Narrow
-from narrow_client.models import Budget, Event, Job, JobSpec, Method, SkillId
+from narrow_client.models import Budget, Dataset, Event, Job, JobSpec, Method, SkillId
 
 
 def words(model: type[BaseModel], field: str) -> tuple[str, ...]:
@@ -47,6 +48,14 @@ FULL = {
     "compare": "Compare two reports.",
     "evaluate": "Put tasks of lm-evaluation-harness to two model folders.",
 }
+COLUMN = click.option("--column", default="text", show_default=True, help="Field of the text in each row.")
+BAD_ROWS = click.option(
+    "--bad-rows",
+    type=click.Choice(words(Dataset, "bad_rows")),
+    default="stop",
+    show_default=True,
+    help="What a bad row of a file does: refuse the file, or be left out and counted.",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
 
 
@@ -179,7 +188,7 @@ def parse_budget(_: click.Context, __: click.Parameter, value: str) -> dict[str,
     "--target",
     required=True,
     callback=checked(check_data),
-    help="A file of the domain's text (.jsonl, .txt, also .gz), or an id (ds_...).",
+    help="A file of the domain's text (.jsonl, .csv, .tsv, .txt, also .gz or .zst; .parquet), or an id (ds_...).",
 )
 @click.option(
     "--budget",
@@ -206,7 +215,8 @@ def parse_budget(_: click.Context, __: click.Parameter, value: str) -> dict[str,
 )
 @click.option("--importance", type=click.Choice(words(Method, "importance")), help="How units are scored.")
 @click.option("--recover-tokens", type=click.IntRange(0), help="Tokens to train on after the cut.")
-@click.option("--column", default="text", show_default=True, help="Field of the text in JSON Lines.")
+@COLUMN
+@BAD_ROWS
 @click.option(
     "--answer",
     "answers",
@@ -231,6 +241,7 @@ def compress(
     importance: str | None,
     recover_tokens: int | None,
     column: str,
+    bad_rows: BadRows,
     answers: dict[str | None, dict[str, str]],
     exports: tuple[str, ...],
     seed: int,
@@ -252,7 +263,10 @@ def compress(
     asked = {name: (*skill, answers[name]) if name in answers else skill for name, skill in skills.items()}
     with Narrow() as client:
         if dry_run:
-            plan = client.plan(upload_spec(client, base, target, budget, asked, chosen, export, column, answers.get(None), seed))
+            spec = upload_spec(
+                client, base, target, budget, asked, chosen, export, column, answers.get(None), seed, bad_rows=bad_rows
+            )
+            plan = client.plan(spec)
             if as_json:
                 click.echo(plan.model_dump_json(indent=2))
             else:
@@ -269,6 +283,7 @@ def compress(
             column=column,
             answer=answers.get(None),
             seed=seed,
+            bad_rows=bad_rows,
             client=client,
             progress=not as_json,
         )
@@ -314,12 +329,15 @@ def sweep(spec: str, out: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
-@click.option("--column", default="text", show_default=True, help="Field of the text in JSON Lines.")
+@COLUMN
+@BAD_ROWS
 @click.option("--name", help="What reports call it; by default the name of the file or folder.")
-def upload(path: Path, column: str, name: str | None) -> None:
+def upload(path: Path, column: str, bad_rows: BadRows, name: str | None) -> None:
     """Upload a model folder or a file of text and print its id, which is good for any number of jobs."""
     with Narrow() as client:
-        made = client.models.upload(path, name) if path.is_dir() else client.datasets.upload(path, name, column)
+        made = client.models.upload(path, name) if path.is_dir() else client.datasets.upload(path, name, column, bad_rows)
+    if isinstance(made, Dataset) and made.skipped:
+        click.echo(f"{made.skipped:,} bad rows were left out. The first: {plain(made.skipped_reason or '')}", err=True)
     click.echo(made.id)
 
 

@@ -31,7 +31,7 @@ class Extract(RootModel[str]):
 
 class Answer(BaseModel):
     """
-    Rows of JSON Lines that hold an answer beside the text, which is its prompt as models see it. Prompt and answer together
+    Rows that hold an answer beside the text, which is its prompt as models see it. Prompt and answer together
     are what is trained and measured on, and of held-out rows it is counted how often a model writes the answer itself.
     """
 
@@ -103,7 +103,11 @@ class Name(RootModel[str]):
 
 class BodyUploadDataset(BaseModel):
     file: Annotated[
-        str | None, Field(description=".jsonl or .txt, also .gz", title="File")
+        str | None,
+        Field(
+            description=".jsonl, .csv, .tsv or .txt, also .gz or .zst; .parquet",
+            title="File",
+        ),
     ] = None
     upload: Annotated[
         str | None,
@@ -115,12 +119,19 @@ class BodyUploadDataset(BaseModel):
     column: Annotated[
         str | None,
         Field(
-            description="JSON Lines: the field of the text.",
+            description="The field of the text in each row.",
             max_length=200,
             min_length=1,
             title="Column",
         ),
     ] = "text"
+    bad_rows: Annotated[
+        Literal["stop", "skip"] | None,
+        Field(
+            description="What a bad row does: refuse the dataset, or be left out and counted.",
+            title="Bad Rows",
+        ),
+    ] = "stop"
 
 
 class BodyUploadModel(BaseModel):
@@ -414,6 +425,14 @@ class Dataset(BaseModel):
     preview: Annotated[
         list[str], Field(description="The first documents, shortened.", title="Preview")
     ]
+    bad_rows: Annotated[Literal["stop", "skip"], Field(title="Bad Rows")]
+    skipped: Annotated[
+        int, Field(description="Bad rows that were left out.", title="Skipped")
+    ]
+    skipped_reason: Annotated[
+        str | None,
+        Field(description="What was wrong with the first.", title="Skipped Reason"),
+    ]
     created_at: Annotated[AwareDatetime, Field(title="Created At")]
 
 
@@ -559,6 +578,9 @@ class Input(BaseModel):
     skill: Annotated[str | None, Field(title="Skill")] = None
     column: Annotated[str | None, Field(title="Column")] = None
     answer: Answer | None = None
+    bad_rows: Annotated[Literal["stop", "skip"] | None, Field(title="Bad Rows")] = (
+        "stop"
+    )
 
 
 class Interval(BaseModel):

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from narrow_engine.spec import Answer, Role, Unit
+from narrow_engine.spec import Answer, BadRows, Role, Unit
 
 Variant = Literal["base", "cut", "recovered"]
 
@@ -213,6 +213,7 @@ class Input(BaseModel):
     skill: str | None = None
     column: str | None = None
     answer: Answer | None = None
+    bad_rows: BadRows = "stop"
 
 
 class Provenance(BaseModel):

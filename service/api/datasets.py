@@ -1,10 +1,11 @@
-"""Datasets: the text of a domain, as JSON Lines or plain text."""
+"""Datasets: the text of a domain, as JSON Lines, CSV, TSV, Parquet or plain text."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Request, UploadFile
 from sqlmodel import col, select
 
+from narrow_engine.spec import BadRows
 from service import quotas
 from service.api.paging import Cursor, Limit, page
 from service.api.schemas import Dataset, Page
@@ -20,15 +21,18 @@ router = APIRouter(prefix="/datasets", tags=["datasets"])
 def upload_dataset(
     request: Request,
     session: Db,
-    file: Annotated[UploadFile | None, File(description=".jsonl or .txt, also .gz")] = None,
+    file: Annotated[UploadFile | None, File(description=".jsonl, .csv, .tsv or .txt, also .gz or .zst; .parquet")] = None,
     upload: Annotated[str | None, Form(description="Instead, the id of an upload that is complete.")] = None,
     name: Annotated[str | None, Form(max_length=100)] = None,
-    column: Annotated[str, Form(min_length=1, max_length=200, description="JSON Lines: the field of the text.")] = "text",
+    column: Annotated[str, Form(min_length=1, max_length=200, description="The field of the text in each row.")] = "text",
+    bad_rows: Annotated[
+        BadRows, Form(description="What a bad row does: refuse the dataset, or be left out and counted.")
+    ] = "stop",
 ) -> Dataset:
     """Upload a dataset. Every row is read before it is kept, and a bad one is named by its line."""
     require_space(request.app.state.settings)
     quotas.require(session, request.app.state.settings, size=(file and file.size) or 0)
-    return store_dataset(session, request.app.state.storage, file, upload, name, column)
+    return store_dataset(session, request.app.state.storage, file, upload, name, column, bad_rows)
 
 
 @router.get("", responses=responses())

@@ -11,7 +11,7 @@ from sqlalchemy import Engine, Row, bindparam
 from sqlalchemy import select as sql_select
 from sqlmodel import Session, col, delete, select
 
-from narrow_engine.documents import read_documents
+from narrow_engine.documents import BadRow, Skipped, read_documents
 from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import DTYPES, check_teacher
 from narrow_engine.sizing import solve
@@ -28,6 +28,9 @@ from service.storage import Storage, artifact_key
 from service.uploads import require_space
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+LOOK = 1000
+"""Bad rows in a dataset that are passed over in search of one with an answer."""
 
 
 _JOBS: Any = JobRow.__table__  # type: ignore[attr-defined]
@@ -183,9 +186,16 @@ def _model(session: Session, reference: ModelId) -> ModelRow:
 
 
 def _check_answers(path: Path, data: DatasetRow, answer: str) -> None:
-    """By the first row; the job reads the others."""
+    """By the first row that is good, which must be among the first; the job reads the others."""
+    bad = Skipped()
+
+    def skip(error: BadRow) -> None:
+        bad(error)
+        if bad.count == LOOK:
+            raise error
+
     try:
-        next(read_documents(path, data.text_column, answer), None)
+        next(read_documents(path, data.text_column, answer, skip if data.bad_rows == "skip" else None), None)
     except NarrowError as error:
         raise NarrowError(error.code, str(error).replace(path.name, data.name)) from error
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from narrow_engine.events import Event
 from narrow_engine.report.frontier import Figures
 from narrow_engine.report.model import Size
-from narrow_engine.spec import Budget, JobSpec, SweepSpec, Unit
+from narrow_engine.spec import BadRows, Budget, JobSpec, SweepSpec, Unit
 
 Role = Literal["read", "write", "admin"]
 Status = Literal["queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"]
@@ -157,6 +157,9 @@ class Dataset(BaseModel):
     bytes: int = Field(description="Of the text, uncompressed.")
     sha256: str
     preview: list[str] = Field(description="The first documents, shortened.")
+    bad_rows: BadRows
+    skipped: int = Field(description="Bad rows that were left out.")
+    skipped_reason: str | None = Field(description="What was wrong with the first.")
     created_at: datetime
 
 

@@ -6,7 +6,6 @@ PATCH that breaks off keeps what had come. `POST /models` and `POST /datasets` t
 """
 
 import base64
-import binascii
 import hashlib
 import os
 import tempfile
@@ -205,5 +204,5 @@ def _checksum(header: str | None) -> "tuple[hashlib._Hash, bytes]":
         raise ApiError(422, "bad_checksum", f"Upload-Checksum should begin with one of {', '.join(ALGORITHMS)}.")
     try:
         return hashlib.new(name), base64.b64decode(value, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise ApiError(422, "bad_checksum", "The value of Upload-Checksum is not base64.") from error

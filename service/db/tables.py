@@ -20,6 +20,7 @@ from sqlalchemy import (
 )
 from sqlmodel import Field, SQLModel
 
+from narrow_engine.spec import BadRows
 from service.api.schemas import Role, Status
 
 STATUSES: tuple[Status, ...] = ("queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled")
@@ -27,7 +28,7 @@ HELD: tuple[Status, ...] = ("running", "pausing", "cancelling")
 """Of a job that a worker has."""
 TERMINAL: tuple[Status, ...] = ("succeeded", "failed", "cancelled")
 
-_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # pragma: allowlist secret
 
 
 def new_id(prefix: str) -> str:
@@ -125,6 +126,9 @@ class DatasetRow(Owned, table=True):
     stored: int = Field(default=0, sa_type=Bytes, sa_column_kwargs={"server_default": "0"}, description="Bytes of its file.")
     sha256: str
     preview: list[str] = Field(sa_type=JSON)
+    bad_rows: BadRows = Field(default="stop", sa_type=String, sa_column_kwargs={"server_default": "stop"})
+    skipped: int = Field(default=0, sa_column_kwargs={"server_default": "0"}, description="Bad rows that were left out.")
+    skipped_reason: str | None = Field(default=None, description="What was wrong with the first.")
     created_at: datetime = _time(nullable=False)
 
 

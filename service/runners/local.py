@@ -1,20 +1,28 @@
 """Runs a job as a process of its own on this machine: `python -m narrow_engine`, in its own session.
 
-The process cannot outlive the worker (on Linux the kernel kills it with its parent), sees none of the service's
-settings, and is ended together with everything that it started.
+The process cannot outlive the worker (on Linux the kernel kills it with its parent), sees none of the service's settings, is shut
+in before it begins (`sandbox`), and is ended together with everything that it started.
 """
 
 import contextlib
-import ctypes
+import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-_KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+import narrow_engine
+from narrow_engine import sandbox
+from narrow_engine.errors import NarrowError
+from service.settings import Settings
+
+_KEPT = ("PATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 _KEPT_PREFIXES = ("OMP_", "MKL_", "OPENBLAS_", "CUDA_", "NVIDIA_", "PYTORCH_")
 _FIXED = {
     "HF_HUB_OFFLINE": "1",
@@ -22,18 +30,54 @@ _FIXED = {
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONUNBUFFERED": "1",
 }
+_ENGINE = Path(narrow_engine.__file__).resolve().parent
+FILE_PER_MODEL = 8
+"""A checkpoint of a model in bfloat16 holds its weights and two moments of each in float32; and a little room."""
+FILES = 4096
+TRIAL_BYTES, TRIAL_SECONDS, TRIAL_RATE = 2 * 2**30, 30.0, 50e6
+"""What trying a model out may take: memory, seconds, and one more for so many bytes of it, as a slow disk reads."""
+_TRIALS = threading.BoundedSemaphore(2)
+"""How many at a time: they are the only thing that the server itself spends a core on."""
+
+log = logging.getLogger("narrow.local")
 
 
-def start(spec: Path, folder: Path, shared: Path, after: int, processes: int = 1) -> subprocess.Popen[bytes]:
-    """Starts the engine on a spec; what it prints goes to `folder`/stderr.log. `shared` is where jobs share stages, and `after`
-    the number of the last event that is known of the run. With several `processes` it is torchrun, which starts them."""
+def start(
+    settings: Settings,
+    spec: Path,
+    inputs: Iterable[Path],
+    folder: Path,
+    shared: Path,
+    after: int,
+    processes: int = 1,
+    memory: int | None = None,
+) -> subprocess.Popen[bytes]:
+    """Starts the engine on a spec; what it prints goes to `folder`/stderr.log.
+
+    It can read `inputs`, and write in `folder` and in `shared`, where jobs of a tenant share stages. `after` is the number of the
+    last event that is known of the run, `memory` in bytes. With several `processes` it is torchrun, which starts them.
+    """
+    scratch, home = folder / "scratch.tmp", shared / ".home"
+    for made in (scratch, home):
+        made.mkdir(parents=True, exist_ok=True)
     several = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m") if processes > 1 else ()
     environment = {k: v for k, v in os.environ.items() if k in _KEPT or k.startswith(_KEPT_PREFIXES)} | _FIXED
+    environment |= {"TMPDIR": str(scratch), "HOME": str(home)}
     if processes > 1:  # torchrun gives each a single thread, and the first does much of a run by itself
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    shut_in = sandbox.before(
+        **_shown(inputs),
+        write=[str(folder), str(shared)],
+        memory=min(memory or sys.maxsize, settings.max_job_memory or _memory()),
+        file=FILE_PER_MODEL * settings.max_model_bytes,
+        files=FILES,
+        network=processes > 1,
+        require=settings.sandbox == "require",
+    )
     with (folder / "stderr.log").open("ab") as log:
         return subprocess.Popen(
             [
+                *shut_in,
                 *(sys.executable, "-m", *several, "narrow_engine", str(spec), "--out", str(folder), "--quiet"),
                 *("--shared", str(shared), "--events-after", str(after)),
             ],
@@ -41,9 +85,52 @@ def start(spec: Path, folder: Path, shared: Path, after: int, processes: int = 1
             stdout=log,
             stderr=log,
             env=environment,
+            # Where `-m` finds the engine that the service itself has, whatever lies about where the service was started.
+            cwd=_ENGINE.parent,
             start_new_session=True,
-            preexec_fn=die_with_parent(),
         )
+
+
+def try_model(folder: Path, tokens: int) -> None:
+    """Has the engine try the files of a model out that knows so many tokens. Raises NarrowError (bad_tokenizer,
+    non_finite_weights), also where the tokenizer keeps it busy for ever or takes its memory."""
+    shut_in = sandbox.before(**_shown([folder]), memory=TRIAL_BYTES, files=FILES)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    with _TRIALS:
+        process = subprocess.Popen(
+            [*shut_in, sys.executable, "-m", "narrow_engine.trial", str(folder), str(tokens)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={"TOKENIZERS_PARALLELISM": "false"},
+            cwd=_ENGINE.parent,
+            start_new_session=True,
+        )
+        end_in_time = threading.Timer(TRIAL_SECONDS + size / TRIAL_RATE, process.kill)
+        end_in_time.start()
+        told = process.communicate()[0].splitlines()
+        end_in_time.cancel()
+    if process.returncode == 0:
+        fault = json.loads(told[-1])
+        if fault:
+            raise NarrowError(fault["code"], fault["message"])
+    elif told:
+        # The tokenizer has passed. Weights are read once more before a job uses them, so a slow disk refuses nobody.
+        log.warning("the weights of a model could not be looked at: status %d", process.returncode)
+    else:
+        detail = "tokenizer.json takes too long, too much memory, or crashes what reads it, on a page of text."
+        raise NarrowError("bad_tokenizer", detail)
+
+
+def _shown(inputs: Iterable[Path]) -> dict[str, Any]:
+    """Of a process's limits: that it reads the engine's code and `inputs`."""
+    # Beside a checkout's code lie others' files, perhaps the service's data: of these only the names, for `import`.
+    return {"read": [_ENGINE, *_ENGINE.parent.glob("narrow*-info"), *inputs], "list": [str(_ENGINE.parent)]}
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def end(process: subprocess.Popen[bytes], seconds: float) -> None:
@@ -57,16 +144,3 @@ def end(process: subprocess.Popen[bytes], seconds: float) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def die_with_parent() -> Callable[[], None]:
-    """What a new child does to be killed when its parent dies, even by kill -9 (PR_SET_PDEATHSIG; Linux only)."""
-    parent = os.getpid()
-
-    def ask() -> None:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-            if os.getppid() != parent:  # it was killed before this was asked for
-                os._exit(1)
-
-    return ask

@@ -32,7 +32,7 @@ def test_the_runtime_lock_leaves_the_development_tools_out():
     kept = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not re.match(pattern, line)]
     names = {line.split("==")[0].lower() for line in kept}
     assert not names & {"pytest", "ruff", "mypy", "hypothesis", "swift"}
-    assert {"fastapi", "transformers", "onnxruntime", "sqlmodel", "click"} <= names
+    assert {"fastapi", "transformers", "onnxruntime", "sqlmodel", "click", "pyarrow", "zstandard"} <= names
 
 
 @pytest.mark.slow

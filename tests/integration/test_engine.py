@@ -138,8 +138,8 @@ def test_what_the_base_answers_is_asked_of_what_is_left_of_it(spec, tmp_path, ti
     written = answers.write(load_model(tiny_folder), read, prompts, Answer.model_validate(asked), lambda *_: None)
     rows = [{"prompt": prompt, "reply": text} for prompt, text in zip(prompts, written, strict=True)]
     quiz = tmp_path / "quiz.jsonl"
-    quiz.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    skills = [{"name": "quiz", "path": str(quiz), "column": "prompt", "answer": asked}]
+    quiz.write_text('{"prompt": "no reply"}\n' + "".join(json.dumps(row) + "\n" for row in rows))
+    skills = [{"name": "quiz", "path": str(quiz), "column": "prompt", "answer": asked, "bad_rows": "skip"}]
     # Fresh weights have nothing of it.
     method = {**OPTIONS["method"], "kind": "scratch", "units": ["neuron"]}
     code, told = finish(start(spec(skills=skills, method=method), tmp_path / "run"))
@@ -151,6 +151,7 @@ def test_what_the_base_answers_is_asked_of_what_is_left_of_it(spec, tmp_path, ti
     assert found.cut.value < 1
     assert found.lost == round(20 * (1 - found.recovered.value))
     assert report.skills["python"].answers is None
+    assert any(f"1 bad rows of {quiz.name} were left out." in notice.message for notice in report.notices)
     assert "How often a model writes the answer" in (tmp_path / "run" / "result" / "report.html").read_text()
 
 
@@ -248,7 +249,10 @@ def test_a_folder_that_cannot_be_made_is_wrong_usage(spec, tmp_path):
 
 
 def test_a_report_is_made_again_from_the_same_bytes_and_from_no_other(spec, tmp_path, tiny_folder, python_file, german_file):
-    assert finish(start(spec(), tmp_path / "run"))[0] == 0
+    german_file = shutil.copy(german_file, tmp_path / "german with a bad row.jsonl")
+    german_file.write_text(german_file.read_text() + "oops\n")
+    skills = [{"name": "german", "path": str(german_file), "role": "forget", "bad_rows": "skip"}]
+    assert finish(start(spec(skills=skills), tmp_path / "run"))[0] == 0
     report = tmp_path / "run" / "result" / "report.json"
     moved = tmp_path / "elsewhere"
     shutil.copytree(tiny_folder, moved / "a model")

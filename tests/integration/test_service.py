@@ -3,6 +3,7 @@
 import base64
 import gzip
 import hashlib
+import html
 import json
 import pickle
 import re
@@ -10,8 +11,11 @@ import shutil
 import time
 
 import httpx
+import pyarrow as pa
 import pytest
+import zstandard
 from live import QUICK, SLOW, running, spec_of
+from pyarrow.parquet import write_table
 from pydantic import TypeAdapter
 from tiny import write_jsonl
 
@@ -29,7 +33,7 @@ def done(service, tiny_folder, python_file):
     assert answer.status_code == 201, answer.text
     assert answer.headers["location"] == f"/jobs/{answer.json()['id']}"
     job = service.wait(answer.json()["id"], lambda j: j["status"] in TERMINAL)
-    assert job["status"] == "succeeded", job
+    assert job["status"] == "succeeded", job["error"]
     return job
 
 
@@ -222,9 +226,10 @@ def test_bad_datasets_are_refused_by_line(service):
     problem(send(b""), 422, "empty_dataset")
     problem(send(good, column="body"), 422, "wrong_column", "'body'")
     problem(send(b"\xff\xfe\n"), 422, "bad_encoding", "line 1")
-    problem(send(good, name="d.parquet"), 422, "unknown_format")
+    problem(send(good, name="d.json"), 422, "unknown_format")
+    problem(send(good, name="d.parquet"), 422, "bad_parquet", "d.parquet cannot be read")
     problem(send(good, name="../../etc/d.jsonl"), 422, "unexpected_file")
-    problem(send(gzip.compress(good * 10)[:-8], name="d.jsonl.gz"), 422, "bad_gzip")
+    problem(send(gzip.compress(good * 10)[:-8], name="d.jsonl.gz"), 422, "bad_compression")
     problem(send(good * 20_000), 413, "too_large")
     made = send(gzip.compress(good), name="naïve <b>.jsonl.gz")
     assert made.status_code == 201
@@ -234,6 +239,49 @@ def test_bad_datasets_are_refused_by_line(service):
     for given in ("½ m²①.jsonl", "²①.jsonl", "-_ x" + "é" * 90 + ".jsonl"):
         TypeAdapter(Name).validate_python(send(good, name=given).json()["name"])
     assert service.http.delete(f"/datasets/{made.json()['id']}").status_code == 204
+
+
+def test_bad_rows_are_left_out_where_that_is_asked_for(service, done, tmp_path, python_file):
+    texts = [json.loads(line)["text"] for line in python_file.read_text().splitlines()]
+    path = tmp_path / "d.parquet"
+    write_table(pa.table({"body": [None, *texts, None]}), path)
+    bad = b"a,b,c\n"
+    table = b"".join([b"body,n\n", *(b'"%d ""fine""\nrow",1\n' % number for number in range(5)), bad, b'"\xff",1\n'])
+
+    def send(body, name="d.csv.zst", bad_rows="skip"):
+        form = {"column": "body", "bad_rows": bad_rows}
+        return service.http.post("/datasets", files={"file": (name, body)}, data=form)
+
+    problem(send(zstandard.compress(table), bad_rows="stop"), 422, "bad_row", "line 12 of d.csv.zst has 3 fields")
+    problem(send(bad, bad_rows="ignore"), 422, "invalid_request", "bad_rows")
+    problem(send(zstandard.compress(table)[:-3]), 422, "bad_compression")
+    problem(send(b"body,n\n" + bad * 3, "d.csv"), 422, "empty_dataset", "3 of them. The first: line 2 of d.csv has 3 fields")
+    made = send(zstandard.compress(table)).json()
+    assert (made["documents"], made["bad_rows"], made["skipped"]) == (5, "skip", 2), made
+    assert made["skipped_reason"] == "line 12 of d.csv.zst has 3 fields, and the header 2."
+    assert made["preview"][1] == '1 "fine"\nrow'
+    clean = send(b"body,n\nfine,1\n", "d.csv", "stop").json()
+    assert (clean["bad_rows"], clean["skipped"], clean["skipped_reason"]) == ("stop", 0, None)
+
+    made = send(path.read_bytes(), "d.parquet").json()
+    assert (made["documents"], made["skipped"]) == (len(texts), 2)
+    spec = {
+        **done["spec"],
+        "target": {"dataset": made["id"]},
+        "budget": {"keep": {"neuron": 0.5}},
+        "teacher": None,
+        "controls": [],
+    }
+    asked = {**spec, "target": {"dataset": made["id"], "answer": {"column": "n"}}}
+    problem(service.http.post("/jobs", json=asked), 422, "wrong_column", "has no column 'n'")
+    job = service.wait(service.http.post("/jobs", json=spec).json()["id"], lambda j: j["status"] in TERMINAL)
+    assert job["status"] == "succeeded", job
+    notice = "2 bad rows of data.parquet were left out. The first: column 'body' in row 1 of data.parquet is not a text but null."
+    report = service.http.get(f"/jobs/{job['id']}/report").json()
+    assert notice in [told["message"] for told in report["notices"]]
+    assert [item["bad_rows"] for item in report["provenance"]["inputs"] if item["part"] == "target"] == ["skip"]
+    page = service.http.get(f"/jobs/{job['id']}/report", headers={"accept": "text/html"}).text
+    assert notice in html.unescape(page)
 
 
 def test_a_teacher_that_reads_other_tokens_is_a_problem(service, done, tmp_path, tiny_folder):

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 import narrow_client
 import objects
 import pytest
+import zstandard
 from live import running, settings_of
 from narrow_client import _calls
 from sqlalchemy import text
@@ -126,6 +127,7 @@ def test_what_is_wrong_is_told_and_keeps_nothing(service, body):
     refused(send(service, upload, 0, body, **{"Content-Type": "text/plain"}), 415, "not_a_piece")
     refused(send(service, upload, 0, body, **{"Upload-Checksum": "crc32 AAAA"}), 422, "bad_checksum")
     refused(send(service, upload, 0, body, **{"Upload-Checksum": "md5 !"}), 422, "bad_checksum")
+    refused(send(service, upload, 0, body, **{"Upload-Checksum": "md5 größer".encode("latin-1")}), 422, "bad_checksum")
     assert offset(service, upload) == 0
     assert send(service, upload, 0, body).status_code == 204
     refused(service.http.post("/datasets", data={"upload": upload}), 422, "wrong_digest")
@@ -159,6 +161,10 @@ def test_the_client_goes_on_where_it_was(service, body, tiny_folder, tmp_path, m
     monkeypatch.setattr("narrow_client._transport.pause", lambda *_: 0.0)
     path = tmp_path / "text.jsonl"
     path.write_bytes(body)
+    packed = tmp_path / "Text.CSV.zst"
+    packed.write_bytes(
+        zstandard.compress(b"text,n\n" + b"".join(b"%s,1\n" % os.urandom(50).hex().encode() for _ in range(200)) + b"bad\n")
+    )
     with ExitStack() as stack:
         client = stack.enter_context(narrow_client.Narrow(service.url))
         flaky = Flaky(client.datasets._transport.send)
@@ -168,6 +174,9 @@ def test_the_client_goes_on_where_it_was(service, body, tiny_folder, tmp_path, m
         made = client.datasets.upload(path)
         assert made.sha256 == hashlib.sha256(body).hexdigest()
         assert flaky.pieces == 2 * -(-(len(body) - 3000) // 5000), "what was there is not sent again"
+        pieces = flaky.pieces
+        assert client.datasets.upload(packed, bad_rows="skip").skipped == 1
+        assert flaky.pieces > pieces, "it went in pieces"
         model = client.models.upload(tiny_folder)
         assert model.family == "llama"
         assert client.models.get(model.id).sha256 == service.http.get(f"/models/{model.id}").json()["sha256"]

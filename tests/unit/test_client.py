@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -12,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import narrow_client
 import pytest
-from narrow_client import _transport, models
+from narrow_client import _compress, _sweep, _transport, models
 from narrow_client._render import ProgressDisplay
 from narrow_client._transport import EventReader
 from narrow_client.cli import main
@@ -435,7 +436,7 @@ def test_budgets_are_read_however_they_are_written(text, number):
 MODEL = {"id": "mdl_0000000000000000", "name": "b", "family": "llama", "parameters": 1, "bytes": 1, "sha256": "", "units": []}
 MODEL |= {"config": {}, "created_at": "2026-01-01T00:00:00Z"}
 DATASET = {"id": "ds_0000000000000000", "name": "t", "column": "text", "documents": 1, "bytes": 1, "sha256": "", "preview": []}
-DATASET |= {"created_at": "2026-01-01T00:00:00Z"}
+DATASET |= {"created_at": "2026-01-01T00:00:00Z", "bad_rows": "stop", "skipped": 0, "skipped_reason": None}
 SIZE = {
     "parameters": 1000,
     "bytes": 4000,
@@ -470,6 +471,31 @@ def test_compress_looks_whether_its_results_can_be_written_before_it_sends_anyth
     result = run_cli("compress", *local, "--out", str(tmp_path / "file" / "below"))
     assert (result.exit_code, "Nothing can be written to" in result.stderr) == (1, True), result.output
     assert not server.asked
+
+
+def test_what_bad_rows_do_is_sent_with_every_file_and_what_was_left_out_is_told(uploads, local, tmp_path):
+    sent = []
+
+    def keep(handler):
+        sent.extend(re.findall(rb'name="bad_rows"\r\n\r\n(\w+)', handler.body))
+        answer({**DATASET, "bad_rows": "skip", "skipped": 1200, "skipped_reason": "line 2 has\x1b[31m 1 fields."}, 201)(handler)
+
+    uploads.script["/datasets"] = [keep]
+    _, base, _, target = local
+    result = run_cli("upload", target, "--bad-rows", "skip")
+    assert (result.exit_code, result.stdout) == (0, DATASET["id"] + "\n"), result.output
+    assert result.stderr == "1,200 bad rows were left out. The first: line 2 has [31m 1 fields.\n"
+    assert run_cli("upload", target).exit_code == 0
+    with narrow_client.Narrow() as client:
+        _compress.upload_spec(
+            client, base, target, 0.5, {"a": (target, "watch")}, {}, [], "text", None, 0, broad=target, bad_rows="skip"
+        )
+        spec = tmp_path / "sweep.json"
+        data = {"path": str(target), "bad_rows": "skip"}
+        spec.write_text(json.dumps({"base": {"path": str(base)}, "target": data, "budgets": [{"parameters": 0.5}]}))
+        made = _sweep.upload_sweep(client, _sweep.read_sweep(spec))
+    assert made["target"] == {"dataset": DATASET["id"]}
+    assert sent == [b"skip", b"stop", b"skip", b"skip", b"skip", b"skip"]
 
 
 def test_a_dry_run_is_a_table_of_the_whole_spec(uploads, local):
