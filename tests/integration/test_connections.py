@@ -1,5 +1,5 @@
 """What a service is sent by people who mean it ill, over real connections: each time it answers with a 4xx or hangs up, and goes
-on with everybody else. tests/contract/test_fuzz.py has what keeps to HTTP and to the contract, more or less."""
+on with everybody else. tests/contract/test_requests.py has what keeps to HTTP and to the contract, more or less."""
 
 import re
 import socket

@@ -1,7 +1,8 @@
 """Requests made up from the contract itself, fitting and unfitting ones: nothing falls over, and every answer is one that the
 contract promises. What schemathesis finds is a fault of the service or of its contract, and mended there.
 
-The fast tests ask the same in every run. `pytest -m slow tests/contract/test_fuzz.py` asks forty times as much, by another seed.
+The fast tests ask the same in every run. `pytest -m slow tests/contract/test_requests.py` asks forty times as much, by another
+seed.
 """
 
 import itertools
