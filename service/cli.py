@@ -315,7 +315,7 @@ class Supervisor:
             stdin=subprocess.DEVNULL,
             env=metrics.environment(self.settings),
             start_new_session=True,
-            preexec_fn=_die_with_parent(),
+            preexec_fn=die_with_parent(),
         )
 
     def _watch(self) -> None:
@@ -341,7 +341,7 @@ class Supervisor:
         self.thread.join()
 
 
-def _die_with_parent() -> Callable[[], None]:
+def die_with_parent() -> Callable[[], None]:
     """What a new child does to be killed when its parent dies, even by kill -9 (PR_SET_PDEATHSIG; Linux only)."""
     parent = os.getpid()
 
