@@ -43,7 +43,7 @@ OF_A_FILE = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 BIND_TCP, CONNECT_TCP = 1, 2
 ABSTRACT_SOCKETS, SIGNALS = 1, 2
 
-SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/opt", "/sys", "/proc")
+SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/opt/rocm", "/opt/nvidia", "/sys", "/proc")
 ETC = (
     "ld.so.cache",
     "ld.so.conf",
@@ -75,10 +75,14 @@ REFUSED_EVERYWHERE = (425, 426, 427, 428, 429, 430, 431, 432, 433, 438)
 """io_uring_setup, _enter, _register; open_tree, move_mount, fsopen, fsconfig, fsmount, fspick; pidfd_getfd."""
 
 
+def libraries() -> list[str]:
+    """Folders of Python and what it loads, which whoever is shut in can read in any case."""
+    return [sys.prefix, sys.base_prefix, *filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":"))]
+
+
 def before(**limits: Any) -> list[str]:
-    """What a command is put behind to be shut in; Python and its libraries it can read in any case."""
-    libraries = [sys.prefix, sys.base_prefix, *filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":"))]
-    told = {"parent": os.getpid(), **limits, "read": [*libraries, *map(str, limits.get("read", ()))]}
+    """What a command is put behind to be shut in."""
+    told = {"parent": os.getpid(), **limits, "read": [*libraries(), *map(str, limits.get("read", ()))]}
     # Without site-packages it starts in a tenth of the time.
     return [sys.executable, "-I", "-S", os.path.abspath(__file__), json.dumps(told)]  # noqa: PTH100
 

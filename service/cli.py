@@ -59,7 +59,7 @@ def serve(host: str, port: int, data: Path | None, workers: int) -> None:
     listener = _listen(host, port)
     _prepare(settings)
     logs.configure(settings.log)
-    lacking = sandbox.lacking() if workers and settings.runner == "local" else []
+    lacking = _lacking(settings) if workers and settings.runner == "local" else []
     if lacking and settings.sandbox == "require":
         raise click.ClickException(f"NARROW_SANDBOX=require, but {'; '.join(lacking)}.")
     for sentence in lacking:
@@ -221,6 +221,14 @@ def _prepare(settings: Settings) -> None:
         reason = str(getattr(error, "orig", error)).partition("\n")[0]
         where = "NARROW_DATABASE_URL" if settings.database_url else settings.data / "narrow.db"
         raise click.ClickException(f"The database ({where}) cannot be used: {reason}.") from error
+
+
+def _lacking(settings: Settings) -> list[str]:
+    """What jobs cannot be shut in with here, as sentences."""
+    data = settings.data.resolve()
+    shown = next((place for place in (*sandbox.libraries(), *sandbox.SYSTEM) if data.is_relative_to(place)), None)
+    told = [f"jobs can read the data folder, which lies in {shown} among Python's libraries"] if shown else []
+    return [*sandbox.lacking(), *told]
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -20,6 +20,7 @@ from narrow_engine.documents import Skipped, ending, nothing_left, read_document
 from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import accepted_name, inspect_model, refuse_name
 from narrow_engine.spec import BadRows, Name
+from service import quotas
 from service.api.schemas import Dataset, Model, Page
 from service.db.tables import DatasetRow, ModelRow, UploadRow, new_id, now
 from service.problems import ApiError, not_found
@@ -44,7 +45,7 @@ def as_dataset(row: DatasetRow) -> Dataset:
 
 
 def store_model(
-    session: Session, storage: Storage, files: Sequence[UploadFile], uploads: Sequence[str], name: str | None
+    session: Session, settings: Settings, storage: Storage, files: Sequence[UploadFile], uploads: Sequence[str], name: str | None
 ) -> Model:
     """Keeps a model that was uploaded as its files, in the form or before. Raises NarrowError for what is wrong with it."""
     complete = [_complete(session, storage, upload) for upload in uploads]
@@ -54,7 +55,8 @@ def store_model(
             raise refuse_name(given)
     if len(set(names)) != len(names):
         raise NarrowError("unexpected_file", "Two of the files have the same name: send each once.")
-    with _folder(session, storage, "models", "mdl") as (identifier, folder):
+    sent = sum(file.size or 0 for file in files)
+    with _folder(session, settings, storage, "models", "mdl", sent) as (identifier, folder):
         for file, given in zip(files, names, strict=False):
             _write(_sent(file), folder / given)
         for upload in complete:
@@ -83,6 +85,7 @@ def store_model(
 
 def store_dataset(
     session: Session,
+    settings: Settings,
     storage: Storage,
     file: UploadFile | None,
     upload: str | None,
@@ -98,7 +101,8 @@ def store_dataset(
     known = ending(given)
     # Without an ending that is known the name stays, for the sentence that says so.
     stored = f"data{known}" if known else given
-    with _folder(session, storage, "datasets", "ds") as (identifier, folder):
+    sent = (file and file.size) or 0
+    with _folder(session, settings, storage, "datasets", "ds", sent) as (identifier, folder):
         path = folder / stored
         sha256 = _assemble(storage, complete[0], path) if complete else _write(_sent(file), path)  # type: ignore[arg-type]
         documents, size, skipped = 0, 0, Skipped()
@@ -214,8 +218,17 @@ def require_space(settings: Settings) -> None:
 
 
 @contextmanager
-def _folder(session: Session, storage: Storage, kind: str, prefix: str) -> Iterator[tuple[str, Path]]:
-    """A temporary folder that is kept when the block ends well, and vanishes when it does not. Commits."""
+def _folder(
+    session: Session, settings: Settings, storage: Storage, kind: str, prefix: str, size: int
+) -> Iterator[tuple[str, Path]]:
+    """A temporary folder that is kept when the block ends well, and vanishes when it does not. Commits.
+
+    `size` is what the tenant's quota must have room for, before and after: what is done in between takes minutes, for which no
+    transaction may be open. On SQLite a worker could not renew its lease meanwhile.
+    """
+    quotas.require(session, settings, size=size)
+    session.expunge_all()
+    session.rollback()
     identifier = new_id(prefix)
     key, temporary = f"{kind}/{identifier}", storage.root / kind / f".{identifier}"
     temporary.mkdir()
@@ -227,6 +240,8 @@ def _folder(session: Session, storage: Storage, kind: str, prefix: str) -> Itera
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     # If one of these fails the mark stays: nobody knows whether the row is there, and the janitor will look.
+    with session.no_autoflush:
+        quotas.require(session, settings, size=size)
     session.commit()
     storage.sure(key)
 

@@ -6,7 +6,6 @@ from fastapi import APIRouter, File, Form, Request, UploadFile
 from sqlmodel import col, select
 
 from narrow_engine.spec import BadRows
-from service import quotas
 from service.api.paging import Cursor, Limit, page
 from service.api.schemas import Dataset, Page
 from service.api.sessions import Db, ReadDb
@@ -30,9 +29,9 @@ def upload_dataset(
     ] = "stop",
 ) -> Dataset:
     """Upload a dataset. Every row is read before it is kept, and a bad one is named by its line."""
-    require_space(request.app.state.settings)
-    quotas.require(session, request.app.state.settings, size=(file and file.size) or 0)
-    return store_dataset(session, request.app.state.storage, file, upload, name, column, bad_rows)
+    settings = request.app.state.settings
+    require_space(settings)
+    return store_dataset(session, settings, request.app.state.storage, file, upload, name, column, bad_rows)
 
 
 @router.get("", responses=responses())

@@ -5,7 +5,6 @@ from typing import Annotated
 from fastapi import APIRouter, File, Form, Request, UploadFile
 from sqlmodel import col, select
 
-from service import quotas
 from service.api.paging import Cursor, Limit, page
 from service.api.schemas import Model, Page
 from service.api.sessions import Db, ReadDb
@@ -25,9 +24,9 @@ def upload_model(
     name: Annotated[str | None, Form(max_length=100)] = None,
 ) -> Model:
     """Upload a causal language model in the Hugging Face layout. It is checked against its config before it is kept."""
-    require_space(request.app.state.settings)
-    quotas.require(session, request.app.state.settings, size=sum(file.size or 0 for file in files))
-    return store_model(session, request.app.state.storage, files, uploads, name)
+    settings = request.app.state.settings
+    require_space(settings)
+    return store_model(session, settings, request.app.state.storage, files, uploads, name)
 
 
 @router.get("", responses=responses())

@@ -175,7 +175,7 @@ def test_two_machines_share_a_database_and_a_bucket(tmp_path, tiny_folder, pytho
         for row in service.http.get("/models").json()["data"]:
             assert service.http.delete(f"/models/{row['id']}").status_code == 204
         assert service.http.delete(f"/datasets/{spec['target']['dataset']}").status_code == 204
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while (left := [s.key for s in storage.below("")]) and time.monotonic() < deadline:
             time.sleep(0.2)  # the worker may still be at what it saved of the second job
         assert left == []
