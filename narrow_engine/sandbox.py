@@ -61,16 +61,69 @@ DEVICES = ("null", "zero", "full", "random", "urandom")
 GPUS = ("nvidia", "dri", "kfd")
 
 MACHINES = {
-    # The kernel's number of the machine, and of the calls.
-    "x86_64": (0xC000003E, {"socket": 41, "setsid": 112, "setpgid": 109}),
-    "aarch64": (0xC00000B7, {"socket": 198, "setsid": 157, "setpgid": 154}),
+    # The kernel's number of the machine, of the calls that are refused to a process alone, and of prlimit64.
+    "x86_64": (0xC000003E, {"socket": 41, "setsid": 112, "setpgid": 109}, 302),
+    "aarch64": (0xC00000B7, {"socket": 198, "setsid": 157, "setpgid": 154}, 261),
 }
 REFUSED = {
-    "x86_64": (101, 310, 311, 321, 248, 249, 250, 323, 298, 165, 166, 155, 272, 308, 175, 313, 176, 246, 320, 304),
-    "aarch64": (117, 270, 271, 280, 217, 218, 219, 282, 241, 40, 39, 41, 97, 268, 105, 273, 106, 104, 294, 265),
+    "x86_64": (
+        101,
+        310,
+        311,
+        321,
+        248,
+        249,
+        250,
+        323,
+        298,
+        165,
+        166,
+        155,
+        272,
+        308,
+        175,
+        313,
+        176,
+        246,
+        320,
+        304,
+        141,
+        251,
+        142,
+        144,
+        314,
+    ),
+    "aarch64": (
+        117,
+        270,
+        271,
+        280,
+        217,
+        218,
+        219,
+        282,
+        241,
+        40,
+        39,
+        41,
+        97,
+        268,
+        105,
+        273,
+        106,
+        104,
+        294,
+        265,
+        140,
+        30,
+        118,
+        119,
+        274,
+    ),
 }
 """ptrace, process_vm_readv, process_vm_writev, bpf, add_key, request_key, keyctl, userfaultfd, perf_event_open, mount, umount2,
-pivot_root, unshare, setns, init_module, finit_module, delete_module, kexec_load, kexec_file_load, open_by_handle_at."""
+pivot_root, unshare, setns, init_module, finit_module, delete_module, kexec_load, kexec_file_load, open_by_handle_at; and what
+slows others of the same user down: setpriority, ioprio_set, sched_setparam, sched_setscheduler, sched_setattr."""
 REFUSED_EVERYWHERE = (425, 426, 427, 428, 429, 430, 431, 432, 433, 438)
 """io_uring_setup, _enter, _register; open_tree, move_mount, fsopen, fsconfig, fsmount, fspick; pidfd_getfd."""
 
@@ -192,16 +245,19 @@ def _calls(alone: bool) -> bool:
     machine = platform.machine()
     if machine not in MACHINES:
         return False
-    number, names = MACHINES[machine]
+    number, names, prlimit = MACHINES[machine]
     refused = [*REFUSED[machine], *REFUSED_EVERYWHERE, *(names.values() if alone else ())]
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
     allowed, denied = 0x7FFF0000, 0x00050000 | 13  # EACCES
     program = [
         (load, 0, 0, 4),
-        (equal, 0, len(refused) + 3, number),
+        (equal, 0, len(refused) + 6, number),
         (load, 0, 0, 0),
-        (at_least, len(refused) + 1, 0, 0x40000000),  # the calls of x32, which are the same by other numbers
-        *((equal, len(refused) - at, 0, call) for at, call in enumerate(refused)),
+        (at_least, len(refused) + 4, 0, 0x40000000),  # the calls of x32, which are the same by other numbers
+        *((equal, len(refused) - at + 3, 0, call) for at, call in enumerate(refused)),
+        (equal, 0, 2, prlimit),  # which sets limits of any process of the user's: here only its own
+        (load, 0, 0, 16),
+        (equal, 0, 1, 0),
         (answer, 0, 0, allowed),
         (answer, 0, 0, denied),
     ]

@@ -27,7 +27,8 @@ MARK_SECONDS = 60.0
 def tidy(engine: Engine, settings: Settings, storage: Storage, stale_seconds: float = STALE_SECONDS) -> None:
     """One round. Several at once, also of several processes, do no harm."""
     for folder in settings.stages.iterdir():
-        shelf.tidy(folder, settings.stage_seconds)
+        with suppress(OSError):  # a job can make its tenant's unreadable: that is its tenant's loss
+            shelf.tidy(folder, settings.stage_seconds)
     tidy_pieces(engine, storage)
     with open_session(engine) as session:
         session.exec(delete(AuditRow).where(col(AuditRow.time) < now() - timedelta(days=settings.audit_days)))

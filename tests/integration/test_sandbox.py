@@ -15,7 +15,7 @@ from narrow_engine import sandbox
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what shuts jobs in is Linux's")
 
 ATTACKS = """
-import ctypes, json, os, socket, sys
+import ctypes, json, os, resource, socket, sys
 work, secret, parent = sys.argv[1:]
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -47,6 +47,8 @@ attacks = {
     "connects to this machine": lambda: connect(socket.AF_INET, ("127.0.0.1", int(os.environ["PORT"]))),
     "connects by a file": lambda: connect(socket.AF_UNIX, work + "/socket"),
     "kills the worker": lambda: os.kill(int(parent), 0),
+    "limits the worker": lambda: resource.prlimit(int(parent), resource.RLIMIT_NOFILE, (1000, 1000)),
+    "slows the worker down": lambda: os.setpriority(os.PRIO_PROCESS, int(parent), 19),
     "debugs the worker": lambda: call(PTRACE, 16, int(parent), 0, 0),
     "makes an io_uring": lambda: call(425, 1, ctypes.create_string_buffer(256)),
     "makes a namespace": lambda: call(UNSHARE, 0x10000000),
