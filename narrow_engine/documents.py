@@ -357,7 +357,7 @@ def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[Row, str]]:
         raise NarrowError("missing_extra", f"{path.name} takes pyarrow to read: pip install 'narrow[parquet]'.")
     process = subprocess.Popen(
         [
-            *sandbox.before(read=[parquet.__file__, path.resolve()], memory=MEMORY_LIMIT),
+            *sandbox.before(read=[parquet.__file__, path.resolve()], hide=[str(path.resolve().parent)], memory=MEMORY_LIMIT),
             # -P: the modules beside it are not to be taken for others of their names.
             *(
                 sys.executable,

@@ -26,7 +26,7 @@ MARK_SECONDS = 60.0
 
 def tidy(engine: Engine, settings: Settings, storage: Storage, stale_seconds: float = STALE_SECONDS) -> None:
     """One round. Several at once, also of several processes, do no harm."""
-    for folder in settings.stages.iterdir():
+    for folder in settings.tenants.glob("*/stages"):
         with suppress(OSError):  # a job can make its tenant's unreadable: that is its tenant's loss
             shelf.tidy(folder, settings.stage_seconds)
     tidy_pieces(engine, storage)
@@ -47,7 +47,7 @@ def tidy(engine: Engine, settings: Settings, storage: Storage, stale_seconds: fl
 
 def tidy_runs(session: Session, settings: Settings, storage: Storage) -> None:
     """Folders of jobs that have ended, however they did, and what is saved in the bucket of such that are gone."""
-    here = {folder.name for folder in (settings.data / "runs").iterdir()}
+    here = {folder.name for folder in settings.tenants.glob("*/runs/*")}
     saved = {key.removeprefix("runs/") for key in storage.doubted("runs/")}
     names = sorted(here | saved)
     for first in range(0, len(names), 500):
@@ -60,7 +60,8 @@ def tidy_runs(session: Session, settings: Settings, storage: Storage) -> None:
 
 def remove_run(settings: Settings, storage: Storage, job_id: str) -> None:
     """The run folder of a job that will not go on, and what is saved of it: later, if the bucket is away."""
-    shutil.rmtree(settings.data / "runs" / job_id, ignore_errors=True)
+    for folder in settings.tenants.glob(f"*/runs/{job_id}"):
+        shutil.rmtree(folder, ignore_errors=True)
     with suppress(StorageAway):
         storage.forget(f"runs/{job_id}")
         storage.sure(f"runs/{job_id}")

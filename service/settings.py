@@ -37,6 +37,9 @@ class Settings(BaseSettings):
         None, gt=0, description="Bytes of main memory of a job's process; by default the machine's. A job can ask for less."
     )
     max_job_seconds: float = Field(604_800.0, gt=0, description="How long the process of a job may run, all attempts together.")
+    max_job_bytes: int = Field(
+        512 * 2**30, gt=0, description="What a job may keep on disk while it runs, its checkpoints and stages together."
+    )
     min_free_bytes: int = Field(256 * 2**20, ge=0, description="Uploads and new jobs are refused below this free space.")
     silence_seconds: float = Field(
         60.0, gt=0, description="Who sends nothing more of a body, or no whole head of a request, for so long counts as gone."
@@ -75,13 +78,14 @@ class Settings(BaseSettings):
         return self.data / "uploads"
 
     @property
-    def stages(self) -> Path:
-        """Where jobs leave each other their first stages, a folder a tenant: on the data disk, to be linked and not copied."""
-        return self.data / "stages"
+    def tenants(self) -> Path:
+        """A folder a tenant, where its jobs run (`runs/JOB`) and leave each other their first stages (`stages`): that a stage is
+        there already would tell others who else has the same data. Both are in one, to be linked and not copied."""
+        return self.data / "tenants"
 
     def prepare(self) -> None:
         """Makes the folders."""
-        for folder in (*(self.data / name for name in ("models", "datasets", "runs", "artifacts")), self.uploads, self.stages):
+        for folder in (*(self.data / name for name in ("models", "datasets", "artifacts")), self.uploads, self.tenants):
             folder.mkdir(parents=True, exist_ok=True)
 
 

@@ -43,6 +43,8 @@ from service.settings import Settings
 from service.storage import Storage, StorageAway, artifact_key, open_storage
 
 LOOK_SECONDS = 0.25
+USE_SECONDS = 2.0
+"""Between two looks at what a job takes."""
 PAUSE_SECONDS = 1.0
 """Between two tries while the database fails."""
 
@@ -144,12 +146,15 @@ class _Execution:
         assert job.lease_token is not None
         self.settings, self.engine, self.storage, self.stop = settings, engine, storage, stop
         self.job, self.id, self.token = job, job.id, job.lease_token
-        self.folder = settings.data / "runs" / job.id
+        self.folder = settings.tenants / job.tenant / "runs" / job.id
         self.read, self.told = 0, job.engine_seq
+        self.shelf = settings.tenants / job.tenant / "stages"
         self.processes = max(1, job.spec.get("resources", {}).get("gpus", 0))
+        self.memory = job.spec.get("resources", {}).get("memory")
         self.saves = Saves(storage, job.id, job.last_seq, self.folder) if settings.storage_url else None
         self.held = time.monotonic()
         self.outcome = "error"
+        self.exceeded: tuple[str, str] | None = None
         self.error: dict[str, str] | None = None
         self.span = span
         self.started: dict[str, Event] = {}
@@ -157,15 +162,14 @@ class _Execution:
     def run(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # A shelf for each tenant: that a stage is there already would tell who else has the same data.
-            shelf = self.settings.stages.resolve() / self.job.tenant
             with self._beating():
                 if self.saves:
                     self._patiently(self.saves.restore)
                 spec, inputs = self._patiently(self._write_spec)
             self._patiently(self._ingest)  # what the last worker here had no time for
-            memory = self.job.spec.get("resources", {}).get("memory")
-            process = local.start(self.settings, spec, inputs, self.folder.resolve(), shelf, self.told, self.processes, memory)
+            process = local.start(
+                self.settings, spec, inputs, self.folder.resolve(), self.shelf.resolve(), self.told, self.processes, self.memory
+            )
         except OSError as error:
             self._failed(
                 "disk_full" if error.errno == errno.ENOSPC else "not_started",
@@ -185,12 +189,9 @@ class _Execution:
         self._patiently(self._ingest)
         if status == "cancelling":
             self._finish("cancelled")
-        elif status == "overdue":
-            self._failed(
-                "too_long",
-                f"The job has run for {self.settings.max_job_seconds:g} s, which is all that this service gives one: recover on "
-                "fewer tokens, or cut by an importance that costs less.",
-            )
+        elif status == "exceeded":
+            assert self.exceeded
+            self._failed(*self.exceeded)
         elif process.returncode != 0 and (self.stop.is_set() or status in ("pausing", "away")):
             self._save()
             self._release(counts=False)
@@ -198,9 +199,10 @@ class _Execution:
             self._conclude(process.returncode)
 
     def _follow(self, process: subprocess.Popen[bytes]) -> str:
-        """Waits for the process, with an eye on who wants it to end; returns the job's last status, "away" or "overdue"."""
+        """Waits for the process, with an eye on who wants it to end; returns the job's last status, "away" or "exceeded"."""
         status, beaten, self.held = "running", 0.0, time.monotonic()
-        began = self.held
+        began = looked = self.held
+        shelf = local.kept(self.shelf)
         threading.Thread(target=self._guard, args=(process,), daemon=True).start()
         while process.poll() is None:
             try:
@@ -216,9 +218,12 @@ class _Execution:
                     # From now on another worker may have the job, and two must not run in one folder.
                     return "away"
                 time.sleep(PAUSE_SECONDS)
-            if self.job.seconds + time.monotonic() - began > self.settings.max_job_seconds:
-                local.end(process, 0)
-                return "overdue"
+            if time.monotonic() - looked > USE_SECONDS:
+                looked = time.monotonic()
+                self.exceeded = self._exceeded(process, self.job.seconds + looked - began, shelf)
+                if self.exceeded:
+                    local.end(process, 0)
+                    return "exceeded"
             if status == "cancelling":
                 local.end(process, self.settings.cancel_seconds)
             elif self.stop.is_set() or status == "pausing":
@@ -226,6 +231,35 @@ class _Execution:
             else:
                 time.sleep(LOOK_SECONDS)
         return status
+
+    def _exceeded(self, process: subprocess.Popen[bytes], seconds: float, shelf: local.Kept) -> tuple[str, str] | None:
+        """What a job has taken too much of, as code and message of its failure. `shelf`: what was on its tenant's as it began."""
+        if seconds > self.settings.max_job_seconds:
+            return (
+                "too_long",
+                f"The job has run for {self.settings.max_job_seconds:g} s, which is all that this service gives one: recover on "
+                "fewer tokens, or cut by an importance that costs less.",
+            )
+        memory, processes = local.taken(process)
+        # Twice, since the process that checks a result loads it beside the one that has made it.
+        most = 2 * self.processes * local.memory_of(self.settings, self.memory)
+        if memory > most:
+            return (
+                "out_of_memory",
+                f"The job's processes took {memory:,} bytes of memory together, of {most:,}: give it more, in resources.memory, "
+                "or lower method.recover.batch_tokens or block_tokens.",
+            )
+        if processes > self.processes * local.PROCESSES:
+            return "too_many_processes", f"The job began {processes} processes, which no method needs: it was ended."
+        own, others = local.kept(self.folder), local.kept(self.shelf)
+        size, files = own.bytes + max(0, others.bytes - shelf.bytes), own.files + max(0, others.files - shelf.files)
+        if size > self.settings.max_job_bytes or files > local.KEPT_FILES:
+            return (
+                "too_much_disk",
+                f"The job keeps {size:,} bytes in {files:,} files while it runs, and the service gives it "
+                f"{self.settings.max_job_bytes:,} bytes in {local.KEPT_FILES:,} files (NARROW_MAX_JOB_BYTES).",
+            )
+        return None
 
     def _guard(self, process: subprocess.Popen[bytes]) -> None:
         """Ends the process when its lease has run out, also where a call of the database hangs and nobody can see it."""

@@ -54,10 +54,12 @@ class Service:
         self.http = httpx.Client(base_url=self.url, timeout=60)
 
     def children(self, needle: str) -> list[psutil.Process]:
+        """What it has started, but for the processes that others are shut in by."""
         found = []
         for child in psutil.Process(self.process.pid).children(recursive=True):
             try:
-                if needle in " ".join(child.cmdline()):
+                command = " ".join(child.cmdline())
+                if needle in command and "sandbox.py" not in command:
                     found.append(child)
             except psutil.NoSuchProcess:
                 continue

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import narrow_engine
 from narrow_engine import sandbox
@@ -34,8 +34,12 @@ _FIXED = {
 _ENGINE = Path(narrow_engine.__file__).resolve().parent
 FILE_PER_MODEL = 8
 """A checkpoint of a model in bfloat16 holds its weights and two moments of each in float32; and a little room."""
-FILES, PROCESSES = 4096, 16_384
+FILES, THREADS = 4096, 16_384
 """Open files of a job's process; processes and threads of the user that it is, if that is not root."""
+PROCESSES = 64
+"""Of a job, for each that it is to have. It has one, and now and then a few that read or check something."""
+KEPT_FILES = 100_000
+"""Files of a job while it runs. It has some hundred."""
 LEFT_SECONDS = 10.0
 """For how long what a job left behind is ended: something that starts others as fast could go on for ever."""
 TRIAL_BYTES, TRIAL_SECONDS, TRIAL_RATE = 2 * 2**30, 30.0, 50e6
@@ -58,24 +62,27 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Starts the engine on a spec; what it prints goes to `folder`/stderr.log.
 
-    It can read `inputs`, and write in `folder` and in `shared`, where jobs of a tenant share stages. `after` is the number of the
-    last event that is known of the run, `memory` in bytes. With several `processes` it is torchrun, which starts them.
+    It can read `inputs`, and write in `folder` and in `shared`, where jobs of a tenant share stages; both are in the tenant's
+    folder. `after` is the number of the last event that is known of the run, `memory` in bytes. With several `processes` it is
+    torchrun, which starts them.
     """
-    scratch, home = folder / "scratch.tmp", shared / ".home"
-    for made in (scratch, home):
+    scratch = folder / "scratch.tmp"
+    for made in (scratch, shared):
         made.mkdir(parents=True, exist_ok=True)
     several = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m") if processes > 1 else ()
     environment = {k: v for k, v in os.environ.items() if k in _KEPT or k.startswith(_KEPT_PREFIXES)} | _FIXED
-    environment |= {"TMPDIR": str(scratch), "HOME": str(home)}
+    environment |= {"TMPDIR": str(scratch), "HOME": str(scratch)}
     if processes > 1:  # torchrun gives each a single thread, and the first does much of a run by itself
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     shut_in = sandbox.before(
         **_shown(inputs),
         write=[str(folder), str(shared)],
-        memory=min(memory or sys.maxsize, settings.max_job_memory or _memory()),
+        together=str(shared.parent),
+        hide=[str(settings.data.resolve())],
+        memory=memory_of(settings, memory),
         file=FILE_PER_MODEL * settings.max_model_bytes,
         files=FILES,
-        processes=PROCESSES,
+        processes=THREADS,
         network=processes > 1,
         require=settings.sandbox == "require",
     )
@@ -99,7 +106,7 @@ def start(
 def try_model(folder: Path, tokens: int) -> None:
     """Has the engine try the files of a model out that knows so many tokens. Raises NarrowError (bad_tokenizer,
     non_finite_weights), also where the tokenizer keeps it busy for ever or takes its memory."""
-    shut_in = sandbox.before(**_shown([folder]), memory=TRIAL_BYTES, files=FILES, processes=PROCESSES)
+    shut_in = sandbox.before(**_shown([folder]), hide=[str(folder.parent)], memory=TRIAL_BYTES, files=FILES, processes=THREADS)
     size = sum(path.stat().st_size for path in folder.iterdir())
     with _TRIALS:
         process = subprocess.Popen(
@@ -134,8 +141,44 @@ def _shown(inputs: Iterable[Path]) -> dict[str, Any]:
     return {"read": [_ENGINE, *_ENGINE.parent.glob("narrow*-info"), *inputs], "list": [str(_ENGINE.parent)]}
 
 
-def _memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def memory_of(settings: Settings, asked: int | None) -> int:
+    """Bytes that each process of a job may have."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(asked or sys.maxsize, settings.max_job_memory or machine)
+
+
+class Kept(NamedTuple):
+    """What is in a folder."""
+
+    bytes: int
+    files: int
+
+
+def kept(folder: Path) -> Kept:
+    """What the files of a folder take on the disk; where there are more than a job may have, not all are counted."""
+    size, files, seen = 0, 0, set()
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found = (Path(place) / name).lstat()
+                if found.st_ino not in seen:
+                    seen.add(found.st_ino)
+                    size, files = size + 512 * found.st_blocks, files + 1
+        if files > KEPT_FILES:
+            break
+    return Kept(size, files)
+
+
+def taken(process: subprocess.Popen[bytes]) -> tuple[int, int]:
+    """Bytes of memory that a process and all that it started take for themselves, and how many they are; 0 where that is not
+    Linux. What several share is counted once for each."""
+    size, found = 0, [process.pid, *_below(process.pid)]
+    for pid in found:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                if line.startswith(("RssAnon:", "RssShmem:", "VmSwap:")):
+                    size += 1024 * int(line.split()[1])
+    return size, len(found)
 
 
 def end(process: subprocess.Popen[bytes], seconds: float) -> None:
@@ -172,7 +215,7 @@ def adopt() -> None:
 def _below(pid: int) -> list[int]:
     """The processes that one has started, and they, and so on, but for those that have ended."""
     parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
+    for entry in Path("/proc").iterdir() if sys.platform == "linux" else ():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]

@@ -308,7 +308,7 @@ def test_a_job_that_cannot_be_told_to_the_engine_fails_and_the_worker_lives(tmp_
         assert (job["error"]["code"], job["attempt"]) == ("bad_spec", 1)
         assert "target_name" in job["error"]["message"]
         assert [w.pid for w in service.children(WORKERS)] == [worker]
-        assert not list((tmp_path / "data" / "runs").iterdir())
+        assert not list((tmp_path / "data").glob("tenants/*/runs/*"))
 
 
 @pytest.mark.slow
@@ -328,9 +328,9 @@ def test_sigterm_drains_also_a_worker_that_replaced_a_killed_one(tmp_path, tiny_
     with running(data, workers=0) as service:
         job = service.job(job_id)
         assert (job["status"], job["attempt"]) == ("queued", 0), "a drain is no failed attempt"
-        assert (data / "runs" / job_id).is_dir()
+        assert (data / "tenants" / "default" / "runs" / job_id).is_dir()
         assert service.http.post(f"/jobs/{job_id}/cancel").json()["status"] == "cancelled"
-        assert not (data / "runs" / job_id).exists()
+        assert not (data / "tenants" / "default" / "runs" / job_id).exists()
 
 
 @pytest.fixture
@@ -361,7 +361,7 @@ def test_the_janitor_removes_what_was_left_and_nothing_else(idle):
         for _ in range(4):
             queue.claim(session, 1, 3)
     for name in (kept, paused, *gone):
-        (settings.data / "runs" / name).mkdir()
+        (settings.tenants / "default" / "runs" / name).mkdir(parents=True)
     models = settings.data / "models"
     for name in ("mdl_known", "mdl_lost", "mdl_unmarked", ".mdl_upload"):
         (models / name).mkdir()
@@ -373,7 +373,7 @@ def test_the_janitor_removes_what_was_left_and_nothing_else(idle):
     with publishing(engine, settings.data):
         janitor.tidy(engine, settings, storage)
         assert storage.has(artifact_key(sha256)), "somebody publishes"
-    assert sorted(f.name for f in (settings.data / "runs").iterdir()) == sorted([kept, paused])
+    assert sorted(f.name for f in (settings.tenants / "default" / "runs").iterdir()) == sorted([kept, paused])
     assert (models / ".mdl_upload").exists(), "an upload that may be running"
     assert (models / "mdl_lost").exists(), "an upload that may be running"
     janitor.tidy(engine, settings, storage, stale_seconds=0)

@@ -45,7 +45,7 @@ def cluster_of(tmp_path, shared, *nodes):
 
 def where(tmp_path, job_id, nodes):
     """The node on which a job runs."""
-    found = [node for node in nodes if (tmp_path / node / "runs" / job_id / "events.jsonl").exists()]
+    found = [node for node in nodes if (tmp_path / node / "tenants" / "default" / "runs" / job_id / "events.jsonl").exists()]
     assert len(found) == 1
     return found[0]
 
@@ -79,7 +79,7 @@ def test_a_job_outlives_its_node_and_the_head(tmp_path, shared, tiny_folder, pyt
         print(f"taken up again {time.monotonic() - lost:.1f} s after its node was lost")  # noqa: T201
         service.wait(job_id, lambda j: j["attempt"] == 2 and j["phase"] == "recover" and j["progress"])
         other = next(name for name in nodes if name != node)
-        assert (tmp_path / other / "runs" / job_id).exists()
+        assert (tmp_path / other / "tenants" / "default" / "runs" / job_id).exists()
 
         cluster.kill_all()
         cluster.start_head()

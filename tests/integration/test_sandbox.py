@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,7 @@ import pytest
 from live import QUICK, SLOW, running, spec_of
 
 from narrow_engine import sandbox
+from service.runners import local
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="what shuts jobs in is Linux's")
 
@@ -52,12 +54,32 @@ attacks = {
     "debugs the worker": lambda: call(PTRACE, 16, int(parent), 0, 0),
     "makes an io_uring": lambda: call(425, 1, ctypes.create_string_buffer(256)),
     "makes a namespace": lambda: call(UNSHARE, 0x10000000),
+    "makes one with a child": lambda: clone(0x10000000 | 17),
+    "makes one with a child, the new way": lambda: call(435, (ctypes.c_uint64 * 11)(0x10000000, 0, 0, 0, 17), 88),
+    "gives it other rights": lambda: os.chmod(secret, 0o640),
+    "gives it another time": lambda: os.utime(secret),
+    "asks for its size": lambda: os.stat(secret),
+    "looks what is in /tmp": lambda: os.listdir("/tmp"),
+    "sees what others run": lambda: open(f"/proc/{parent}/cmdline").read(),
+    "watches others' files": lambda: call(INOTIFY, libc.inotify_init(), b"/usr", 0xFFF),
+    "keeps memory in the kernel": lambda: call(SHMGET, 0, 1 << 20, 0o1600),
+    "keeps memory in a file": lambda: call(MEMFD, b"x", 0),
+    "moves the worker to a core": lambda: os.sched_setaffinity(int(parent), {0}),
+    "talks to the machine's host": lambda: socket.socket(40, socket.SOCK_STREAM),
+    "uses an odd protocol": lambda: socket.socket(17, socket.SOCK_DGRAM),
     "begins a session": lambda: call(SETSID),
     "becomes somebody else": lambda: os.setuid(12345),
     "takes all memory": lambda: bytearray(4 << 30),
     "fills the disk": lambda: write_much(work + "/much"),
     "opens every file": lambda: [os.open("/dev/null", 0) for _ in range(10_000)],
 }
+
+def clone(flags):
+    child = libc.syscall(CLONE, flags, 0, 0, 0, 0)
+    if child == 0:
+        os._exit(0)
+    if child < 0:
+        raise OSError(ctypes.get_errno(), "refused")
 
 def write_much(path):
     import signal
@@ -76,7 +98,29 @@ for name, attack in attacks.items():
         found[name] = type(error).__name__
 print(json.dumps(found))
 """
-NUMBERS = {"x86_64": ("101", "272", "112"), "aarch64": ("117", "97", "157")}
+NAMES = ("PTRACE", "UNSHARE", "SETSID", "INOTIFY", "SHMGET", "MEMFD", "CLONE")
+NUMBERS = {"x86_64": (101, 272, 112, 254, 29, 319, 56), "aarch64": (117, 97, 157, 27, 194, 279, 220)}
+
+WITHOUT = """
+import ctypes, os, struct, sys
+libc = ctypes.CDLL(None)
+libc.prctl(38, 1, 0, 0, 0)
+program = [(0x20, 0, 0, 0), (0x15, 0, 1, UNSHARE), (0x06, 0, 0, 0x50000 | 1), (0x06, 0, 0, 0x7FFF0000)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
+assert libc.prctl(22, 2, struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code)), 0, 0) == 0
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def numbered(code: str) -> str:
+    for name, number in zip(NAMES, NUMBERS[os.uname().machine], strict=True):
+        code = code.replace(name, str(number))
+    return code
+
+
+def without_namespaces() -> list[str]:
+    """Before a command: it may make none, as in most containers."""
+    return [sys.executable, "-c", numbered(WITHOUT)]
 
 
 def start(service, model, data, method) -> str:
@@ -94,16 +138,16 @@ def listening():
         yield server.getsockname()[1]
 
 
-def attacked(tmp_path, port, **limits) -> dict[str, str]:
+def attacked(tmp_path, port, before=(), **limits) -> set[str]:
+    """Which attacks were successful."""
     (tmp_path / "work").mkdir()
     (tmp_path / "others").mkdir()
     secret = tmp_path / "others" / "secret"
     secret.write_text("narrow.db")
-    ptrace, unshare, setsid = NUMBERS[os.uname().machine]
-    code = ATTACKS.replace("PTRACE", ptrace).replace("UNSHARE", unshare).replace("SETSID", setsid)
-    shut_in = sandbox.before(write=[str(tmp_path / "work")], memory=1 << 30, file=1 << 20, files=256, **limits)
+    folders = {"write": [str(tmp_path / "work")], "hide": [str(tmp_path)]}
+    shut_in = sandbox.before(**folders, memory=1 << 30, file=1 << 20, files=256, **limits)
     done = subprocess.run(
-        [*shut_in, sys.executable, "-c", code, str(tmp_path / "work"), str(secret), str(os.getpid())],
+        [*before, *shut_in, sys.executable, "-c", numbered(ATTACKS), str(tmp_path / "work"), str(secret), str(os.getpid())],
         capture_output=True,
         text=True,
         env={"PORT": str(port)},
@@ -111,16 +155,32 @@ def attacked(tmp_path, port, **limits) -> dict[str, str]:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "work" / "own").read_text() == "x"
-    return json.loads(done.stdout)
+    return {name for name, answer in json.loads(done.stdout).items() if answer == "done"}
 
 
 def test_nothing_gets_out_of_a_job(tmp_path, listening):
     assert sandbox.lacking() == [], "this machine has every layer, or this test says nothing"
-    assert {name for name, answer in attacked(tmp_path, listening).items() if answer == "done"} == set()
+    assert attacked(tmp_path, listening) == set()
+
+
+def test_without_namespaces_little_more_gets_out(tmp_path, listening):
+    """And that is said."""
+    assert attacked(tmp_path, listening, without_namespaces()) == {
+        "gives it other rights",
+        "gives it another time",
+        "asks for its size",
+        "sees what others run",
+    }
+    probe = [*without_namespaces(), *sandbox.before()[:4], "--probe"]
+    told = json.loads(subprocess.run(probe, capture_output=True, text=True, check=True).stdout)
+    assert [sentence.partition(",")[0] for sentence in told] == [
+        "jobs can see what the service runs",
+        "jobs on several processes can reach the network: network namespaces are not allowed here",
+    ]
 
 
 def test_processes_that_train_together_reach_each_other_and_nobody_else(tmp_path, listening):
-    assert {name for name, answer in attacked(tmp_path, listening, network=True).items() if answer == "done"} <= {
+    assert attacked(tmp_path, listening, network=True) <= {
         "writes to shared memory",
         "begins a session",
     }
@@ -133,48 +193,106 @@ def test_processes_that_train_together_reach_each_other_and_nobody_else(tmp_path
 
 
 ESCAPE = """
-import os, sys, time
+import ctypes, os, sys, time
 if os.fork() == 0:
-    if len(sys.argv) > 1:
+    ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)
+    if len(sys.argv) > 2:
         os.setsid()
     if os.fork() == 0:
-        print(os.getpid(), flush=True)
+        print("out", flush=True)
         time.sleep(600)
     os._exit(0)
 os.wait()
+ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)
 time.sleep(600)
 """
-END = """
-import subprocess, sys
+WORKER = """
+import os, subprocess, sys
 from narrow_engine import sandbox
 from service.runners import local
 local.adopt()
-together = sys.argv[1:]
-command = [*sandbox.before(network=bool(together)), sys.executable, "-c", ESCAPE, *together]
+how, mark, *together = sys.argv[1:]
+command = [*sandbox.before(network=bool(together)), sys.executable, "-c", ESCAPE, mark, *together]
 process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-print(process.stdout.readline().strip(), flush=True)
+assert process.stdout.readline() == "out\\n"
+if how == "killed":
+    os.kill(os.getpid(), 9)
 local.end(process, 0)
 """
 
 
 @pytest.mark.parametrize("together", [[], ["together"]])
-def test_nothing_outlives_a_job_that_is_ended(together):
-    """Not even what its own parent has left alone, in a session of its own where it may begin one."""
-    code = END.replace("ESCAPE", repr(ESCAPE))
-    done = subprocess.run([sys.executable, "-c", code, *together], capture_output=True, text=True, check=True, timeout=60)
-    left = [process for process in psutil.process_iter() if process.pid == int(done.stdout)]
-    assert all(process.status() == psutil.STATUS_ZOMBIE for process in left)
+@pytest.mark.parametrize(
+    ("before", "how"), [((), "ended"), (without_namespaces(), "ended"), ((), "killed")], ids=["ended", "bare", "killed"]
+)
+def test_nothing_outlives_a_job(tmp_path, before, how, together):
+    """Not what its own parent has left alone, nor what is in a session of its own where it may begin one, nor if its worker is
+    killed and it has said that it wants to live on."""
+    code, mark = WORKER.replace("ESCAPE", repr(ESCAPE)), str(tmp_path)
+    done = subprocess.run([*before, sys.executable, "-c", code, how, mark, *together], text=True, check=False, timeout=60)
+    assert done.returncode == (-9 if how == "killed" else 0)
+    deadline = time.monotonic() + 10  # for the kernel, after a kill
+    while (left := [one for one in psutil.process_iter(["cmdline"]) if mark in (one.info["cmdline"] or [])]) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    assert not left
 
 
-def test_what_a_system_lacks_is_said_and_can_be_insisted_on(tmp_path):
-    """Within another sandbox there are no network namespaces, as in most containers."""
-    outer = sandbox.before(read=[sandbox.__file__], write=[str(tmp_path)])
-    told = subprocess.run([*outer, *sandbox.before()[:4], "--probe"], capture_output=True, text=True, check=True).stdout
-    assert json.loads(told) == ["jobs on several processes can reach the network: network namespaces are not allowed here"]
-    command = [*outer, *sandbox.before(network=True, require=True), "/bin/true"]
+def test_what_a_system_lacks_can_be_insisted_on():
+    command = [*without_namespaces(), *sandbox.before(require=True), "/bin/true"]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 1
-    assert "NARROW_SANDBOX=require: jobs on several processes can reach the network" in refused.stderr
+    assert "NARROW_SANDBOX=require: jobs can see what the service runs" in refused.stderr
+
+
+def test_what_all_processes_of_a_job_take_is_counted(tmp_path):
+    code = (
+        "import mmap, os, time\n"
+        "for _ in range(3):\n"
+        "    if os.fork() == 0: kept = b'x' * (50 << 20); shared = mmap.mmap(-1, 50 << 20); shared.write(kept); break\n"
+        "print('taken', flush=True); time.sleep(60)"
+    )
+    command = [*sandbox.before(), sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout
+    for _ in range(4):
+        process.stdout.readline()
+    memory, processes = local.taken(process)
+    local.end(process, 0)
+    assert 300 << 20 < memory < 450 << 20
+    assert processes >= 4
+
+
+def test_what_a_job_keeps_is_counted(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(1 << 20))
+    os.link(tmp_path / "a", tmp_path / "b")
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(1 << 40)
+    assert local.kept(tmp_path) == (1 << 20, 2)
+    assert local.kept(tmp_path / "none") == (0, 0)
+
+
+def test_the_way_a_program_ends_is_told():
+    for code, status in (("os._exit(130)", 130), ("os.kill(os.getpid(), 11)", -11), ("pass", 0)):
+        command = [*sandbox.before(), sys.executable, "-c", f"import os; {code}"]
+        assert subprocess.run(command, check=False).returncode == status
+    waits = "import signal, time; signal.signal(15, lambda *_: exit(7)); print('ready', flush=True); time.sleep(60)"
+    process = subprocess.Popen([*sandbox.before(), sys.executable, "-c", waits], stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.readline()
+    process.terminate()
+    assert process.wait(10) == 7
+
+
+def test_files_are_linked_within_what_is_mounted_together(tmp_path):
+    for name in ("run", "shelf"):
+        (tmp_path / name).mkdir()
+    folders = {"write": [str(tmp_path / "run"), str(tmp_path / "shelf")], "together": str(tmp_path)}
+    code = "import os, sys; a, b = sys.argv[1:]; open(a, 'w').close(); os.link(a, b)"
+    names = [str(tmp_path / "run" / "a"), str(tmp_path / "shelf" / "a")]
+    subprocess.run([*sandbox.before(**folders), sys.executable, "-c", code, *names], check=True)
+    assert (tmp_path / "shelf" / "a").stat().st_nlink == 2
 
 
 def test_the_service_shuts_its_jobs_in(tmp_path, tiny_folder, python_file):
@@ -189,7 +307,7 @@ def test_the_service_shuts_its_jobs_in(tmp_path, tiny_folder, python_file):
         assert (status["NoNewPrivs"], status["Seccomp"], int(status["CapEff"], 16)) == ("1", "2", 0)
         assert psutil.Process(process.pid).rlimit(psutil.RLIMIT_DATA)[0] == 8 << 30
         assert not {name for name in process.environ() if name.startswith(("NARROW_", "AWS_"))}
-        assert Path(process.environ()["HOME"]).is_relative_to(tmp_path / "data" / "stages" / "default")
+        assert Path(process.environ()["HOME"]).is_relative_to(tmp_path / "data" / "tenants" / "default" / "runs" / job_id)
         service.http.post(f"/jobs/{job_id}/cancel").raise_for_status()
         service.wait(job_id, lambda job: job["status"] == "cancelled")
 
@@ -198,6 +316,7 @@ def test_the_service_shuts_its_jobs_in(tmp_path, tiny_folder, python_file):
     ("setting", "value", "options", "codes", "words"),
     [
         ("NARROW_MAX_JOB_SECONDS", "3", SLOW, ("too_long",), "The job has run for 3 s"),
+        ("NARROW_MAX_JOB_BYTES", "50000", SLOW, ("too_much_disk",), "NARROW_MAX_JOB_BYTES"),
         # So little that it ends as it begins: a library that is refused memory later may call it what it likes.
         ("NARROW_MAX_JOB_MEMORY", str(160 << 20), QUICK, ("out_of_memory",), "memory"),
     ],

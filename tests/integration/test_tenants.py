@@ -283,7 +283,7 @@ def test_a_service_that_others_can_reach_needs_keys_and_says_so(tmp_path, tiny_f
         job_id = service.http.post("/jobs", json=spec).json()["id"]
         done = service.wait(job_id, lambda j: j["status"] == "succeeded")
         assert service.http.get(f"/models/{done['result_model']}").status_code == 200
-        assert [folder.name for folder in (data / "stages").iterdir()] == ["acme"]
+        assert [folder.name for folder in (data / "tenants").iterdir()] == ["acme"]
         service.http.headers["Authorization"] = f"Bearer {other}"
         for path in (f"/models/{done['result_model']}", f"/jobs/{job_id}/report", f"/jobs/{job_id}/artifacts/report.json"):
             assert service.http.get(path).status_code == 404
