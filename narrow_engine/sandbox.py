@@ -421,7 +421,8 @@ def _wait(first: int, told: int) -> None:
     os.waitpid(first, 0)
     status = struct.unpack("i", found)[0] if found else signal.SIGKILL
     if os.WIFSIGNALED(status):
-        signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
+        if os.WTERMSIG(status) != signal.SIGKILL:
+            signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
         os.kill(os.getpid(), os.WTERMSIG(status))
     os._exit(os.waitstatus_to_exitcode(status))
 

@@ -274,7 +274,7 @@ def test_what_a_job_keeps_is_counted(tmp_path):
 
 
 def test_the_way_a_program_ends_is_told():
-    for code, status in (("os._exit(130)", 130), ("os.kill(os.getpid(), 11)", -11), ("pass", 0)):
+    for code, status in (("os._exit(130)", 130), ("os.kill(os.getpid(), 11)", -11), ("os.kill(os.getpid(), 9)", -9), ("pass", 0)):
         command = [*sandbox.before(), sys.executable, "-c", f"import os; {code}"]
         assert subprocess.run(command, check=False).returncode == status
     waits = "import signal, time; signal.signal(15, lambda *_: exit(7)); print('ready', flush=True); time.sleep(60)"
