@@ -233,7 +233,7 @@ def best_of_size(shop: Workshop, predicted: Callable[[Keep], float]) -> Found:
 
 def smallest_that_keeps(shop: Workshop, predicted: Callable[[Keep], float], wanted: float) -> Found:
     """The smallest shape whose retention is at least `wanted` after a short recovery."""
-    cost, _ = cost_and_limit(shop.config, "parameters", 1.0, shop.bytes_per_parameter)
+    cost, _ = cost_and_limit(shop.config, "parameters", 1.0, shop.bytes_per_parameter, shop.bytes_per_parameter)
     everything = whole(shop.dims, shop.spec.method.units, shop.tokens)
     total = cost(everything)
     chosen, trials = Trial(keep=everything, parameters=total, refitted=0.0), []

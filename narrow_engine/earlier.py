@@ -67,7 +67,9 @@ def tokenizer_folder(run: Run) -> Path:
 
 
 def dtype(run: Run) -> torch.dtype:
-    return safetensors_export.DTYPES[info(run)["model"]["dtype"]]
+    """Of the result's weights as they are saved."""
+    asked: torch.dtype | None = getattr(torch, run.spec.dtype) if run.spec.dtype else None
+    return asked or safetensors_export.DTYPES[info(run)["model"]["dtype"]]
 
 
 class Skill(NamedTuple):

@@ -28,7 +28,7 @@ from narrow_engine.model_files import inspect_model
 from narrow_engine.report.model import Notice
 from narrow_engine.run import Run, write_json
 from narrow_engine.sizing import leaves_a_choice, vocabulary_is_fixed
-from narrow_engine.spec import CompressionSpec, controls, probes_locality, relearned, taught
+from narrow_engine.spec import CompressionSpec, chooses, controls, probes_locality, relearned, taught
 
 
 class Stage(NamedTuple):
@@ -57,7 +57,7 @@ def _load_options(spec: CompressionSpec) -> Any:
 
 def _allocation_options(spec: CompressionSpec) -> Any:
     trials = [spec.method.refit, spec.method.recover] if leaves_a_choice(spec) else []
-    return [spec.budget, spec.method.units, spec.method.multiple, *trials]
+    return [spec.budget, spec.method.units, spec.method.multiple, spec.dtype if spec.budget.bytes else None, *trials]
 
 
 def _correction_options(spec: CompressionSpec) -> Any:
@@ -67,6 +67,10 @@ def _correction_options(spec: CompressionSpec) -> Any:
 
 def _locality_options(spec: CompressionSpec) -> Any:
     return [spec.method.units, spec.method.importance, spec.method.calibration_tokens]
+
+
+def _other_formats(spec: CompressionSpec) -> list[str]:
+    return sorted(set(spec.export) - {"safetensors"})
 
 
 def _teaching_options(spec: CompressionSpec) -> Any:
@@ -82,7 +86,7 @@ LINE = (
         "score",
         stages.score,
         lambda s: [s.method.importance, s.method.calibration_tokens, "residual" in s.method.units],
-        wanted=lambda s: s.method.units != ["token"] and s.method.init == "cut",
+        wanted=lambda s: chooses(s.method),
         shared=True,
     ),
     Stage("allocate", stages.allocate, _allocation_options),
@@ -113,7 +117,7 @@ LINE = (
         shared=True,
         aside=True,
     ),
-    Stage("recover", stages.recover, lambda s: s.method.recover, together=True),
+    Stage("recover", stages.recover, lambda s: [s.method.recover, s.dtype], together=True),
     Stage("controls", measures.controls, controls, wanted=lambda s: bool(controls(s))),
     Stage("measure", measures.measure, controls),
     Stage("answer", measures.answer, wanted=lambda s: any(data.answer for data in (s.target, *s.skills))),
@@ -124,6 +128,7 @@ LINE = (
         lambda s: s.relearn if relearned(s) else None,
         wanted=lambda s: bool(relearned(s)),
     ),
+    Stage("export_base", stages.export_base, _other_formats, wanted=lambda s: bool(_other_formats(s)), shared=True, aside=True),
     Stage("export", stages.export, lambda s: s.export),
     Stage("report", stages.report, folder="result"),
 )

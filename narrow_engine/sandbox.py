@@ -10,10 +10,10 @@ far as the kernel lets anybody without rights do so:
     calls     seccomp: no debugging, mounting, kernel modules, io_uring, keys, BPF
     limits    memory, size of a file, number of files; no core dumps, no capabilities, first to go when memory runs out
 
-LIMITS is JSON, which `before` makes: `read` and `write` (paths), `together` (a folder that holds what is written and is one mount,
-since from mount to mount there are no hard links), `list` (folders whose names may be read), `hide` (folders of which nothing is
-there but what is read and written in them), `memory` and `file` (bytes), `files`, `processes`, `network` (whether processes talk
-to each other), `require` (end with status 1 if a layer is missing), `parent` (the process that it dies with).
+LIMITS is JSON, which `before` makes: `read` and `write` (paths), `together` (a folder that holds what is written and is one
+mount, since from mount to mount there are no hard links), `list` (folders whose names may be read), `hide` (folders of which
+nothing is there but what is read and written in them), `memory` and `file` (bytes), `files`, `processes`, `network` (whether
+processes talk to each other), `require` (end with status 1 if a layer is missing), `parent` (the process that it dies with).
 `--probe` instead prints what this machine lacks, as JSON. It runs without the program's libraries, so it starts in milliseconds,
 and imports nothing of Narrow's.
 

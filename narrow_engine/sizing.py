@@ -14,7 +14,7 @@ from typing import Any
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import Dimensions, Family, dimensions, family_of, present, tensor_shapes
 from narrow_engine.report.model import Size
-from narrow_engine.spec import PLURAL, TOP, Options, Quantity, Role, Unit, controls, taught
+from narrow_engine.spec import BYTES, PLURAL, TOP, Options, Quantity, Role, Unit, chooses, controls, taught
 
 REFIT_PASSES = 4
 """How often the refit's training of a layer goes through the calibration tokens. (Here, where torch is not imported.)"""
@@ -162,6 +162,8 @@ def solve(
                 f"result exactly: it takes {', '.join(family.units)}.",
             )
     budget = options.budget
+    if options.method.kind == "export":
+        return whole(dims, units), []
     if budget.keep is not None:
         return round_fractions(config, {unit: budget.keep.get(unit, 1.0) for unit in units}, tokens)
     amount = budget.amount()
@@ -170,7 +172,7 @@ def solve(
         return whole(dims, units, tokens), [told]
 
     found = affordable(config, options, bytes_per_parameter, tokens)
-    cost, _ = cost_and_limit(config, *amount, bytes_per_parameter)
+    cost, _ = cost_and_limit(config, *amount, bytes_per_parameter, saved_bytes(options, bytes_per_parameter))
     total = cost({})
     best = min(found, key=lambda keep: _unevenness(dims, keep) - cost(keep) / total)
     notices = [rounding(config, options, bytes_per_parameter, best)]
@@ -184,7 +186,7 @@ def affordable(config: dict[str, Any], options: Options, bytes_per_parameter: in
     family, dims, units = family_of(config), dimensions(config), options.method.units
     amount = options.budget.amount()
     assert amount is not None
-    cost, limit = cost_and_limit(config, *amount, bytes_per_parameter)
+    cost, limit = cost_and_limit(config, *amount, bytes_per_parameter, saved_bytes(options, bytes_per_parameter))
     found = shapes(config, options, cost, limit, tokens)
     least = tokens or (1 if "token" in units else dims.vocab)
     if not found and least == 1:
@@ -205,23 +207,28 @@ def rounding(config: dict[str, Any], options: Options, bytes_per_parameter: int,
     """What a shape makes of a budget of parameters, bytes or FLOPs, as a sentence."""
     amount = options.budget.amount()
     assert amount is not None
-    cost, limit = cost_and_limit(config, *amount, bytes_per_parameter)
+    cost, limit = cost_and_limit(config, *amount, bytes_per_parameter, saved_bytes(options, bytes_per_parameter))
     total, word = cost({}), MEASURES[amount[0]][1]
     if cost(keep) == total:
         return f"{limit:,} {word} were asked for and the base has {total:,}: nothing is cut."
     return f"{limit:,} {word} were asked for; whole units make it {cost(keep):,}."
 
 
+def saved_bytes(options: Options, bytes_per_parameter: int) -> int:
+    """Bytes of a parameter of the result, of a base that has so many."""
+    return BYTES[options.dtype] if options.dtype else bytes_per_parameter
+
+
 def cost_and_limit(
-    config: dict[str, Any], quantity: Quantity, asked: float, bytes_per_parameter: int
+    config: dict[str, Any], quantity: Quantity, asked: float, bytes_per_parameter: int, saved: int
 ) -> tuple[Callable[[Keep], int], int]:
-    """What a shape costs in a quantity, and how much it may."""
+    """What a shape costs in a quantity, and how much it may. A parameter has `bytes_per_parameter` in the base, `saved` in it."""
     dims, field = dimensions(config), MEASURES[quantity][0]
 
-    def cost(keep: Keep) -> int:
-        return int(getattr(size_of(config, shrink(dims, keep), bytes_per_parameter), field))
+    def cost(keep: Keep, size: int = saved) -> int:
+        return int(getattr(size_of(config, shrink(dims, keep), size), field))
 
-    return cost, int(asked * cost({})) if asked <= 1 else int(asked)
+    return cost, int(asked * cost({}, bytes_per_parameter)) if asked <= 1 else int(asked)
 
 
 def whole(dims: Dimensions, units: list[Unit], tokens: int | None = None) -> Keep:
@@ -310,7 +317,7 @@ def plan_sizes(
             if keep["token"] == dims.vocab
             else f"This fits only if the target's text needs no more than {keep['token']:,} of the {dims.vocab:,} tokens."
         )
-    before, after = size_of(config, dims, bytes_per_parameter), size_of(config, small, bytes_per_parameter)
+    before, after = size_of(config, dims, bytes_per_parameter), size_of(config, small, saved_bytes(options, bytes_per_parameter))
     method = options.method
     recover = method.recover
     lasso_tokens = method.regularizer.tokens if method.regularizer else 0
@@ -324,7 +331,7 @@ def plan_sizes(
     compared, skills = controls(options), 1 + len(roles)
     # Least squares runs the base once and the cut model three times; training is forward and backward.
     refit_flops = trimmed.flops_per_token + (3.0 + 3.0 * REFIT_PASSES) * after.flops_per_token
-    scored = method.calibration_tokens if method.init == "cut" else 0
+    scored = method.calibration_tokens if chooses(method) else 0
     flops = (
         3.0 * trimmed.flops_per_token * (scored + lasso_tokens + (recover.correction.tokens if recover.correction else 0))
         + refit_flops * method.calibration_tokens * method.refit * (2 if "random" in compared else 1)

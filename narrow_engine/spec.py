@@ -23,7 +23,12 @@ Cache = Literal["hidden", "top"]
 Role = Literal["keep", "forget", "watch"]
 BadRows = Literal["stop", "skip"]
 """What a bad row of a dataset does: refuse all of it, or be left out and counted."""
-Format = Literal["safetensors", "onnx"]
+Format = Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
+"""What a result is given back as. `safetensors` is there in any case, since the others are made of it."""
+ROUNDED: tuple[Format, ...] = ("onnx-int8", "onnx-int4", "gguf-q8_0", "gguf-q4_0")
+"""Formats whose weights are rounded further than the result's."""
+DType = Literal["float32", "bfloat16", "float16"]
+BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Quantity = Literal["parameters", "bytes", "flops"]
 
@@ -66,7 +71,7 @@ class Budget(Model):
     )
     bytes: Amount | None = Field(
         None,
-        description="Bytes of the result's weights, saved in the base's type: a fraction up to 1, a count above 1.",
+        description="Bytes of the result's weights in safetensors: a fraction of the base's up to 1, a count above 1.",
         examples=[50_000_000],
     )
     flops: Amount | None = Field(
@@ -227,7 +232,7 @@ class Recover(Model):
         return self
 
 
-Kind = Literal["prune", "distill", "scratch"]
+Kind = Literal["prune", "distill", "scratch", "export"]
 Init = Literal["cut", "layers", "fresh"]
 
 
@@ -240,7 +245,8 @@ class Method(Model):
     kind: Kind = Field(
         "prune",
         description="prune: score, cut, refit, recover. distill: a student of the size asked for, trained to the base's "
-        "distribution. scratch: fresh weights trained on the text alone, the control.",
+        "distribution. scratch: fresh weights trained on the text alone, the control. export: the base as it is, in other "
+        "formats.",
     )
     init: Init = Field(
         "cut",
@@ -298,6 +304,8 @@ class Method(Model):
             raise ValueError(
                 "fresh weights take nothing of the base: leave 'refit' and 'regularizer' out, or set 'init' to 'cut'"
             )
+        if self.kind == "export" and (self.init != "cut" or self.regularizer or self.refit or self.recover.tokens):
+            raise ValueError("'export' gives the base back as it is: leave 'init', 'regularizer', 'refit' and 'recover' out")
         if self.kind == "prune" and self.init == "fresh":
             raise ValueError("pruning starts from the base: set 'kind' to 'distill' or 'scratch' for fresh weights")
         if self.kind == "scratch" and (self.init != "fresh" or self.recover.objective != "next_token"):
@@ -311,11 +319,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "prune": {"recover": {"objective": "mixed"}},
     "distill": {"init": "fresh", "refit": False, "recover": {"objective": "distill"}},
     "scratch": {"init": "fresh", "refit": False, "recover": {"objective": "next_token"}},
+    "export": {"units": ["neuron"], "refit": False, "recover": {"tokens": 0}},
 }
 """What a method's options are where its kind says otherwise than their fields do."""
 
 
-Export = Annotated[list[Format], Field(min_length=1, max_length=2)]
+Export = Annotated[
+    list[Format],
+    Field(
+        min_length=1,
+        max_length=len(get_args(Format)),
+        description="Formats. Of onnx and gguf, those with int or q have rounded weights, and the report says what that costs.",
+    ),
+]
+ResultType = Annotated[DType | None, Field(description="Type of the result's weights in safetensors; by default the base's.")]
+WHOLE = Budget(keep={"neuron": 1.0})
+"""Of what is only exported."""
 BlockTokens = Annotated[int, Field(ge=8, le=2**17, description="Length of the token blocks that training reads.")]
 SkillTokens = Annotated[int, Field(ge=64, le=10**9, description="Tokens that each skill is measured on, at most.")]
 MAX_SEED = 2**31 - 1
@@ -335,8 +354,9 @@ class Options(Model):
     """What a spec file and a job have in common."""
 
     method: Method = Field(default_factory=Method)
-    budget: Budget
+    budget: Budget = Field(WHOLE, description="Required, but where `method.kind` is export, which cuts nothing.")
     export: Export = ["safetensors", "onnx"]
+    dtype: ResultType = None
     controls: list[Control] = Field(
         default=["random"],
         max_length=2,
@@ -359,6 +379,12 @@ class Options(Model):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if len(set(self.export)) != len(self.export):
+            raise ValueError("'export' names a format twice")
+        if self.method.kind != "export" and "budget" not in self.model_fields_set:
+            raise ValueError("'budget' is missing: say how small the result must be")
+        if self.method.kind == "export" and self.budget != WHOLE:
+            raise ValueError("'export' cuts nothing: leave 'budget' out")
         other = set(self.budget.keep or ()) - set(self.method.units)
         if other:
             raise ValueError(f"'budget.keep' names {sorted(other)[0]!r}, which is not among 'method.units': add it there")
@@ -532,6 +558,7 @@ class SweepSpec(Model):
     budgets: list[Budget] = Field(min_length=1, max_length=10, examples=[[{"parameters": 0.5}, {"parameters": 0.25}]])
     seeds: list[int] = Field(default=[0], min_length=1, max_length=10, description="The figures are means over the seeds.")
     export: Export = ["safetensors"]
+    dtype: ResultType = None
     block_tokens: BlockTokens = 512
     skill_tokens: SkillTokens = 65_536
     priority: Priority = -1  # so that nobody's single job waits for a whole sweep
@@ -544,6 +571,9 @@ class SweepSpec(Model):
             if twice:
                 told = twice[0].model_dump_json(exclude_none=True) if isinstance(twice[0], Budget) else twice[0]
                 raise ValueError(f"{name!r} has {told} twice")
+        exporting = [name for name, method in self.methods.items() if method.kind == "export"]
+        if exporting:
+            raise ValueError(f"the method {exporting[0]!r} only exports, which has no points to compare: make a job of it")
         for seed in self.seeds:
             if not 0 <= seed <= MAX_SEED:
                 raise ValueError(f"'seeds' has {seed}: a seed is a number from 0 to {MAX_SEED}")
@@ -578,6 +608,7 @@ class SweepSpec(Model):
             method=method,
             budget=budget,
             export=self.export,
+            dtype=self.dtype,
             controls=[],
             locality=False,
             relearn=None,
@@ -593,7 +624,7 @@ def controls(options: Options) -> list[Control]:
     method = options.method
     lasso = method.regularizer.tokens if method.regularizer else 0
     sense = {
-        "random": method.init != "fresh" and method.units != ["token"],
+        "random": method.init != "fresh" and method.units != ["token"] and method.kind != "export",
         "trained": method.recover.tokens + lasso > 0,
     }
     return [control for control in sorted(set(options.controls)) if sense[control]]
@@ -601,7 +632,12 @@ def controls(options: Options) -> list[Control]:
 
 def probes_locality(spec: "CompressionSpec | JobSpec") -> bool:
     """Whether there are skills to compare, and an order in which units go."""
-    return spec.locality and bool(spec.skills) and spec.method.init == "cut" and spec.method.units != ["token"]
+    return spec.locality and bool(spec.skills) and chooses(spec.method)
+
+
+def chooses(method: Method) -> bool:
+    """Whether units of the base are chosen by their scores."""
+    return method.init == "cut" and method.units != ["token"] and method.kind != "export"
 
 
 def relearned(spec: "CompressionSpec | JobSpec") -> list[str]:

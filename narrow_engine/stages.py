@@ -23,11 +23,12 @@ from transformers import PreTrainedModel
 from narrow_engine import corpus, earlier, importance, matching, speed, teacher, train, vocabulary
 from narrow_engine import locality as sharing
 from narrow_engine import reconstruct as least_squares
+from narrow_engine import skills as measuring
 from narrow_engine.allocate import allocate as choose_shape
 from narrow_engine.allocate import open_workshop
-from narrow_engine.earlier import base, untouched
+from narrow_engine.earlier import base
 from narrow_engine.errors import NarrowError
-from narrow_engine.export import onnx as onnx_export
+from narrow_engine.export import formats, matrix, runtimes
 from narrow_engine.export import safetensors as safetensors_export
 from narrow_engine.families import dimensions
 from narrow_engine.model_files import DTYPES, ModelInfo, check_teacher, inspect_model
@@ -40,6 +41,7 @@ from narrow_engine.report.model import (
     CurvePoint,
     File,
     Input,
+    Interval,
     Locality,
     Parity,
     Provenance,
@@ -49,9 +51,9 @@ from narrow_engine.report.model import (
 )
 from narrow_engine.report.page import render_page
 from narrow_engine.run import Run, write_json
-from narrow_engine.sizing import leaves_a_choice, size_of, solve, vocabulary_is_fixed
+from narrow_engine.sizing import leaves_a_choice, saved_bytes, size_of, solve, vocabulary_is_fixed
 from narrow_engine.slice import compare, mask_model, renew, slice_model
-from narrow_engine.spec import INPUTS, TOP, DatasetPath, relearned, taught
+from narrow_engine.spec import INPUTS, ROUNDED, TOP, DatasetPath, Format, chooses, relearned, taught
 
 HELD_OUT_FACTOR = 16
 """Held-out tokens for each that is measured: stretches of many documents instead of a few whole ones."""
@@ -59,8 +61,8 @@ HELD_OUT, HELD_OUT_OF_FORGOTTEN = 0.1, 0.5
 """Share of the text that is held out, at most: of the target, and of a skill to forget, which is learned again from the rest."""
 PARITY_BOUND = 1e-4
 """Relative error that slicing may have in float32. Other orders of summation stay well under it."""
-ONNX_BOUND = 1e-3
-"""Relative error that ONNX Runtime may have in float32; right exports measured 1e-6 in every family."""
+BASE_EXPORT_BYTES = 8 * 2**30
+"""Of a base in float32, that is written in other formats to be timed in them."""
 TIES = 3
 """Further tokens to compare mixtures of experts on. Of 72 models with 24 layers of 64 experts, exactly sliced, one chose another
 expert somewhere in 128 tokens, since two were tied to the last bits."""
@@ -285,7 +287,7 @@ def sparsify(run: Run, out: Path) -> None:
 def plan(run: Run, out: Path) -> None:
     """Which units stay. After group lasso, the living neurons do. A student that takes no units has a shape all the same."""
     info, init, keep = earlier.info(run), run.spec.method.init, earlier.allocation(run).keep
-    scores = earlier.scores(run) if init == "cut" else unscored(info["model"]["config"])
+    scores = earlier.scores(run) if chooses(run.spec.method) else unscored(info["model"]["config"])
     norms = run.out("sparsify") / "norms.safetensors"
     if norms.exists():
         scores["neuron"] = load_file(norms)["neuron"]
@@ -438,40 +440,100 @@ def _harm(curve: list[CurvePoint]) -> str:
 def export(run: Run, out: Path) -> None:
     """The model as files: stock safetensors, reloaded by a fresh process, and ONNX; each checked against the original."""
     model, probe = earlier.model(run, "recover"), earlier.probe(run)
+    others: list[Format] = [form for form in run.spec.export if form != "safetensors"]
     parity: dict[str, Parity] = {}
-    run.progress("export")(0, 3)
+    steps = 2 + 2 * len(others)
+    run.progress("export")(0, steps)
     safetensors_export.save_model(model, earlier.tokenizer_folder(run), out / "model", earlier.dtype(run))
     parity["reload"] = safetensors_export.check_reload(out / "model", model, probe)
-    run.progress("export")(1, 3)
-    if "onnx" in run.spec.export:
-        found = onnx_export.export_onnx(out / "model", out / "onnx", probe)
-        found = parity["onnx"] = _despite_ties(
-            run, "export", found, ONNX_BOUND, lambda ids: onnx_export.check_onnx(out / "model", out / "onnx", ids)
-        )
-        if found.relative_error > ONNX_BOUND:
-            raise NarrowError(
-                "onnx_mismatch",
-                f"The ONNX export computes other logits than the model (relative error {found.relative_error:.1e}): leave 'onnx' "
-                "out of export, and please report it with the model's config.json.",
-            )
-        if found.greedy_equal != found.greedy_tokens:
+    run.progress("export")(1, steps)
+    rounded: dict[str, dict[str, Any]] = {}
+    for number, form in enumerate(others, 1):
+        parity[form], kept = _export(run, form, out, probe)
+        for name, interval in kept.items():
+            rounded.setdefault(name, {})[form] = interval.model_dump()
+        run.progress("export")(1 + number, steps)
+    if "onnx" not in run.spec.export:
+        shutil.rmtree(out / "onnx", ignore_errors=True)
+    timed: list[Format] = ["safetensors", *others]
+    speeds = []
+    for number, form in enumerate(timed, 1):
+        found = _speed(run, form, out)
+        speeds += [found.model_dump()] if found else []
+        run.progress("export")(1 + len(others) + number, steps)
+    write_json(out / "parity.json", {name: value.model_dump() for name, value in parity.items()})
+    write_json(out / "rounded.json", rounded)
+    write_json(out / "speed.json", speeds)
+
+
+def _export(run: Run, form: Format, out: Path, probe: torch.Tensor) -> tuple[Parity, dict[str, Interval]]:
+    """Writes the result in a format and compares. Returns how it compares, and its retention of each skill where the format
+    rounds weights. Raises NarrowError (onnx_mismatch)."""
+    plain = out / "onnx"
+    made = formats.write(form, out / "model", out / form, plain)
+
+    def again(ids: torch.Tensor) -> Parity:
+        return formats.check(form, made, out / form, plain, ids.cpu())[0]
+
+    exact, told = formats.check(form, made, out / form, plain, probe.cpu())
+    exact = _despite_ties(run, "export", exact, formats.BOUND, again)
+    if exact.relative_error > formats.BOUND:
+        raise formats.mismatch(form, exact)
+    if form not in ROUNDED:
+        if exact.greedy_equal != exact.greedy_tokens:
             run.emit(
                 "notice",
                 "export",
-                f"ONNX Runtime's greedy text leaves torch's after {found.greedy_equal} of {found.greedy_tokens} tokens "
-                f"(largest difference of logits {found.max_error:.1e}): a near tie fell the other way.",
-                {"code": "onnx_greedy_differs"},
+                f"Greedy text of {form} leaves torch's after {exact.greedy_equal} of {exact.greedy_tokens} tokens (largest "
+                f"difference of logits {exact.max_error:.1e}): a near tie fell the other way.",
+                {"code": "greedy_differs"},
             )
-    run.progress("export")(2, 3)
-    speeds = speed.measure_speed(untouched(run), model)
-    write_json(out / "parity.json", {name: value.model_dump() for name, value in parity.items()})
-    write_json(out / "speed.json", [value.model_dump() for value in speeds])
+        return exact, {}
+    made.to(base(run).device)
+    kept = {}
+    for name, skill in earlier.skills(run).items():
+        first = measuring.Measured.load(run.out("measure_base") / f"{skill.file}.npz")
+        documents = earlier.documents(run, name)
+        after = measuring.measure(base(run), [made], documents, run.spec.block_tokens, lambda *_: run.check())[1].per(first)
+        kept[name] = measuring.retention(first, after, run.spec.seed)
+    return told, kept
+
+
+def _speed(run: Run, form: Format, out: Path) -> Speed | None:
+    """Of a format, where what runs it is installed."""
+    if not runtimes.is_there(form):
+        run.emit("notice", "export", f"llama.cpp is not installed here: {form} was written and not run.", {"code": "not_run"})
+        return None
+    config = earlier.info(run)["model"]["config"]
+    small = config_dict(earlier.model(run, "recover"))
+    sizes = size_of(config, dimensions(config), 4), size_of(small, dimensions(small), 4)
+    of_base = run.spec.base.path if form == "safetensors" else run.out("export_base") / form
+    folders = of_base if of_base.exists() else None, out / ("model" if form == "safetensors" else form)
+    return speed.measure_speed(form, folders, sizes, dimensions(config).context, run.check)
+
+
+def export_base(run: Run, out: Path) -> None:
+    """The base in the formats of the result, for nothing but to be timed beside it."""
+    config = earlier.info(run)["model"]["config"]
+    size = size_of(config, dimensions(config), 4).bytes
+    if size > BASE_EXPORT_BYTES:
+        run.emit(
+            "notice",
+            "export_base",
+            f"The base has {size:,} bytes in float32: it is not brought into other formats to be timed in them.",
+            {"code": "base_not_timed"},
+        )
+        return
+    forms = [form for form in run.spec.export if form != "safetensors"]
+    for number, form in enumerate(forms):
+        run.progress("export_base")(number, len(forms))
+        formats.write(form, run.spec.base.path, out / form, out / "onnx")
 
 
 def report(run: Run, out: Path) -> None:
     """Gathers the results: the exported files, the plan, and the report as JSON, page and model card."""
     spec, info = run.spec, ModelInfo.model_validate(earlier.info(run)["model"])
-    for name in ("model", "onnx"):
+    for name in ("model", *spec.export):
         if (run.out("export") / name).exists():
             shutil.copytree(run.out("export") / name, out / name)
     shutil.copy(run.out("plan") / "plan.json", out / "plan.json")
@@ -486,17 +548,19 @@ def report(run: Run, out: Path) -> None:
     }
     parity |= json.loads((run.out("export") / "parity.json").read_text())
     options = spec.method
+    speeds = [Speed.model_validate(s) for s in json.loads((run.out("export") / "speed.json").read_text())]
     made = Report(
         target=spec.target_name,
         family=info.family,
         spec=spec.model_dump(mode="json", exclude=INPUTS),
         before=size_of(info.config, dimensions(info.config), DTYPES[info.dtype]),
-        after=size_of(small, dimensions(small), DTYPES[info.dtype]),
-        speed=[Speed.model_validate(s) for s in json.loads((run.out("export") / "speed.json").read_text())],
+        after=size_of(small, dimensions(small), saved_bytes(spec, DTYPES[info.dtype])),
+        speed=speeds,
         skills=_skills(run),
         allocation=earlier.allocation(run),
         cuts=cuts(info.config, earlier.plan(run), options.units),
         parity=parity,
+        runtimes=matrix.runtimes(small, spec.export, [found.format for found in speeds]),
         curve=[point for stage in ("sparsify", "recover") for point in earlier.curve(run, stage)],
         locality=_locality(run),
         relearning=json.loads(found.read_text()) if (found := run.out("relearn") / "relearning.json").exists() else {},
@@ -594,11 +658,13 @@ def _locality(run: Run) -> Locality | None:
 
 
 def _skills(run: Run) -> dict[str, Any]:
-    """The rows, with what models answered where they were asked."""
+    """The rows, with what models answered where they were asked, and what formats keep that round weights."""
     rows: dict[str, Any] = json.loads((run.out("measure") / "skills.json").read_text())
     asked = run.out("answer") / "answers.json"
     for name, answers in json.loads(asked.read_text()).items() if asked.exists() else ():
         rows[name]["answers"] = answers
+    for name, kept in json.loads((run.out("export") / "rounded.json").read_text()).items():
+        rows[name]["rounded"] = kept
     return rows
 
 

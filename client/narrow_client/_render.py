@@ -31,6 +31,7 @@ WORDS = {
     "answer": "ask for answers",
     "locality": "compare skills",
     "relearn": "learn again",
+    "export_base": "export the base, to time it",
     "export": "export and check",
     "report": "report",
 }
@@ -298,11 +299,10 @@ def _size_table(title: str, before: Size, after: Size) -> Table:
 def _sizes(report: Report) -> Table:
     table = _size_table("Size and speed", report.before, report.after)
     for speed in report.speed:
-        for name, slow, fast in (
-            ("prefill", speed.prefill_base, speed.prefill_narrow),
-            ("decode", speed.decode_base, speed.decode_narrow),
-        ):
-            table.add_row(f"{name}, tokens/s ({speed.runtime})", f"{slow:,.0f}", f"{fast:,.0f}", f"{fast / slow:.2f}")
+        for name in ("prefill", "decode"):
+            fast, slow = getattr(speed.narrow, name), getattr(speed.base, name) if speed.base else None
+            ratio = (f"{slow:,.0f}", f"{fast:,.0f}", f"{fast / slow:.2f}") if slow else ("–", f"{fast:,.0f}", "")
+            table.add_row(f"{name}, tokens/s ({speed.format})", *ratio)
     return table
 
 

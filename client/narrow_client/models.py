@@ -169,7 +169,7 @@ class Bytes(RootModel[float]):
     root: Annotated[
         float,
         Field(
-            description="Bytes of the result's weights, saved in the base's type: a fraction up to 1, a count above 1.",
+            description="Bytes of the result's weights in safetensors: a fraction of the base's up to 1, a count above 1.",
             examples=[50000000],
             gt=0.0,
             le=1e+16,
@@ -241,7 +241,7 @@ class Budget(BaseModel):
     bytes: Annotated[
         Bytes | None,
         Field(
-            description="Bytes of the result's weights, saved in the base's type: a fraction up to 1, a count above 1.",
+            description="Bytes of the result's weights in safetensors: a fraction of the base's up to 1, a count above 1.",
             examples=[50000000],
             title="Bytes",
         ),
@@ -653,6 +653,27 @@ class Limits(BaseModel):
     hours: Annotated[float | None, Field(title="Hours")]
 
 
+class Load(BaseModel):
+    """
+    Whether a runtime takes a format of the result.
+    """
+
+    runtime: Annotated[str, Field(title="Runtime")]
+    format: Annotated[
+        Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"],
+        Field(title="Format"),
+    ]
+    loads: Annotated[bool, Field(title="Loads")]
+    checked: Annotated[
+        bool,
+        Field(
+            description="It was run here, by this job; else it is by the rules of the runtime's documentation.",
+            title="Checked",
+        ),
+    ]
+    note: Annotated[str | None, Field(title="Note")] = ""
+
+
 class LocalityCurve(BaseModel):
     """
     What every skill loses as units of one kind are cut in the target's order, without refit or training.
@@ -869,6 +890,33 @@ class Overlap(BaseModel):
     ]
 
 
+class Pace(BaseModel):
+    """
+    How one model runs in one format, in a process of its own.
+    """
+
+    prefill: Annotated[
+        float, Field(description="Tokens per second of a prompt.", title="Prefill")
+    ]
+    decode: Annotated[
+        float, Field(description="Tokens per second that are written.", title="Decode")
+    ]
+    load: Annotated[
+        float | None,
+        Field(
+            description="Seconds from the files to a model that can be run.",
+            title="Load",
+        ),
+    ] = None
+    memory: Annotated[
+        int | None,
+        Field(
+            description="The most bytes of main memory that the process has had.",
+            title="Memory",
+        ),
+    ] = None
+
+
 class PageArtifact(BaseModel):
     data: Annotated[list[Artifact], Field(title="Data")]
     next_cursor: Annotated[str | None, Field(title="Next Cursor")] = None
@@ -913,6 +961,10 @@ class Parity(BaseModel):
         float,
         Field(description="Largest absolute difference of logits.", title="Max Error"),
     ]
+    mean_error: Annotated[
+        float | None,
+        Field(description="Mean absolute difference of logits.", title="Mean Error"),
+    ] = None
     relative_error: Annotated[
         float,
         Field(
@@ -1353,14 +1405,37 @@ class SkillId(BaseModel):
 
 class Speed(BaseModel):
     """
-    Tokens per second on the machine that ran the job, base and result in turn in one process.
+    A format of the result and of the base, in turn on the machine that ran the job, one sequence at a time.
     """
 
-    runtime: Annotated[Literal["torch", "onnxruntime"], Field(title="Runtime")]
-    prefill_base: Annotated[float, Field(title="Prefill Base")]
-    prefill_narrow: Annotated[float, Field(title="Prefill Narrow")]
-    decode_base: Annotated[float, Field(title="Decode Base")]
-    decode_narrow: Annotated[float, Field(title="Decode Narrow")]
+    format: Annotated[
+        Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"] | None,
+        Field(title="Format"),
+    ] = "safetensors"
+    runtime: Annotated[
+        Literal["torch", "onnxruntime", "llama.cpp"], Field(title="Runtime")
+    ]
+    base: Annotated[
+        Pace | None,
+        Field(
+            description="None where the base was too large to be brought into this format."
+        ),
+    ]
+    narrow: Pace
+    predicted: Annotated[
+        float | None,
+        Field(
+            description="The base's FLOPs a token ÷ the result's: how many times as fast it should be.",
+            title="Predicted",
+        ),
+    ] = 1.0
+    bound: Annotated[
+        str | None,
+        Field(
+            description="Where it is less than 0.9 of that: what else takes the time.",
+            title="Bound",
+        ),
+    ] = ""
 
 
 class Spread(BaseModel):
@@ -1618,9 +1693,9 @@ class Method(BaseModel):
         extra="forbid",
     )
     kind: Annotated[
-        Literal["prune", "distill", "scratch"] | None,
+        Literal["prune", "distill", "scratch", "export"] | None,
         Field(
-            description="prune: score, cut, refit, recover. distill: a student of the size asked for, trained to the base's distribution. scratch: fresh weights trained on the text alone, the control.",
+            description="prune: score, cut, refit, recover. distill: a student of the size asked for, trained to the base's distribution. scratch: fresh weights trained on the text alone, the control. export: the base as it is, in other formats.",
             title="Kind",
         ),
     ] = "prune"
@@ -1784,6 +1859,14 @@ class Skill(BaseModel):
         Answers | None,
         Field(description="Of skills whose text is prompts with answers."),
     ] = None
+    rounded: Annotated[
+        dict[Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"], Interval] | None,
+        Field(
+            description="Retention of the formats that round the result's weights further.",
+            title="Rounded",
+            validate_default=True,
+        ),
+    ] = {}
     note: Annotated[
         str | None,
         Field(description="What to keep in mind when reading this row.", title="Note"),
@@ -1843,9 +1926,21 @@ class SweepSpec(BaseModel):
         ),
     ] = [0]
     export: Annotated[
-        list[Literal["safetensors", "onnx"]] | None,
-        Field(max_length=2, min_length=1, title="Export"),
+        list[Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]] | None,
+        Field(
+            description="Formats. Of onnx and gguf, those with int or q have rounded weights, and the report says what that costs.",
+            max_length=7,
+            min_length=1,
+            title="Export",
+        ),
     ] = ["safetensors"]
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        Field(
+            description="Type of the result's weights in safetensors; by default the base's.",
+            title="Dtype",
+        ),
+    ] = None
     block_tokens: Annotated[
         int | None,
         Field(
@@ -1911,11 +2006,25 @@ class JobSpec(BaseModel):
         extra="forbid",
     )
     method: Method | None = None
-    budget: Budget
+    budget: Annotated[Budget | None, Field(description="Required, but where `method.kind` is export, which cuts nothing.", validate_default=True)] = {
+        "keep": {"neuron": 1.0}
+    }
     export: Annotated[
-        list[Literal["safetensors", "onnx"]] | None,
-        Field(max_length=2, min_length=1, title="Export"),
+        list[Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]] | None,
+        Field(
+            description="Formats. Of onnx and gguf, those with int or q have rounded weights, and the report says what that costs.",
+            max_length=7,
+            min_length=1,
+            title="Export",
+        ),
     ] = ["safetensors", "onnx"]
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        Field(
+            description="Type of the result's weights in safetensors; by default the base's.",
+            title="Dtype",
+        ),
+    ] = None
     controls: Annotated[
         list[Literal["random", "trained"]] | None,
         Field(
@@ -2000,10 +2109,18 @@ class Report(BaseModel):
     parity: Annotated[
         dict[str, Parity],
         Field(
-            description="vocabulary: the base with its vocabulary trimmed and whole; slice: sliced and masked; reload: a fresh process; onnx: ONNX Runtime and torch.",
+            description="vocabulary: the base with its vocabulary trimmed and whole; slice: sliced and masked; reload: a fresh process; of other formats: what runs them and torch, with the same weights.",
             title="Parity",
         ),
     ]
+    runtimes: Annotated[
+        list[Load] | None,
+        Field(
+            description="Which programs take which files.",
+            title="Runtimes",
+            validate_default=True,
+        ),
+    ] = []
     curve: Annotated[list[CurvePoint], Field(title="Curve")]
     locality: Locality | None = None
     relearning: Annotated[
@@ -2066,7 +2183,7 @@ class Job(BaseModel):
         Field(title="Status"),
     ]
     phase: Annotated[
-        Literal["", "load", "measure_base", "score", "allocate", "sparsify", "plan", "slice", "reconstruct", "correct", "teach", "recover", "controls", "measure", "answer", "locality", "relearn", "export", "report"],
+        Literal["", "load", "measure_base", "score", "allocate", "sparsify", "plan", "slice", "reconstruct", "correct", "teach", "recover", "controls", "measure", "answer", "locality", "relearn", "export_base", "export", "report"],
         Field(title="Phase"),
     ]
     progress: Progress | None = None

@@ -11,6 +11,7 @@ takes 0.02 s so.
 
 import contextlib
 import io
+import json
 import logging
 import shutil
 import warnings
@@ -18,11 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -31,25 +29,18 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from narrow_engine.families import dimensions
 from narrow_engine.model_files import TOKENIZER_FILES
-from narrow_engine.models import config_dict, family, greedy
-from narrow_engine.report.model import Parity
+from narrow_engine.models import config_dict, family
 
 OPSET = 18
-GREEDY_TOKENS = 64
-PROMPT_TOKENS = 16
 EXTERNAL_BYTES = 2**31 - 2**20
 """A protobuf file cannot be larger than 2 GiB; beyond, the weights go into model.onnx.data."""
 
 
-def export_onnx(folder: Path, out: Path, ids: Tensor) -> Parity:
-    """Exports the saved model in `folder` to `out`/model.onnx and compares it with torch on tokens [rows, length].
-
-    Logits are compared on a prefill of all rows and on a continuation from a past; greedy decoding of GREEDY_TOKENS by
-    ONNX Runtime with that of torch. The tokenizer and the config go along, so that the folder can be used on its own.
-    """
-    with _quiet():
+def export_onnx(folder: Path, out: Path) -> None:
+    """Exports the saved model in `folder` to `out`/model.onnx. The tokenizer and the config go along, and what ONNX Runtime GenAI
+    wants to know, so that the folder can be used on its own."""
+    with quiet():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = ids.cpu()
     out.mkdir(parents=True)
     program = _trace(model)
     proto = program.model_proto
@@ -61,58 +52,67 @@ def export_onnx(folder: Path, out: Path, ids: Tensor) -> Parity:
     large = sum(p.numel() * 4 for p in model.parameters()) > EXTERNAL_BYTES
     onnx.save(proto, path, save_as_external_data=large, location="model.onnx.data" if large else None)
     onnx.checker.check_model(str(path))
+    copy_beside(folder, out)
+
+
+def copy_beside(folder: Path, out: Path) -> None:
+    """What goes with a model.onnx in `out` of the saved model in `folder`."""
     for name in (*TOKENIZER_FILES, "config.json", "generation_config.json"):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, out / name)
-    return _parity(model, open_session(path), ids)
+    config = json.loads((folder / "config.json").read_text())
+    (out / "genai_config.json").write_text(json.dumps(_genai(config), indent=1))
 
 
-def check_onnx(folder: Path, out: Path, ids: Tensor) -> Parity:
-    """Compares an export in `out` of the saved model in `folder` again, on other tokens."""
-    with _quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return _parity(model, open_session(out / "model.onnx"), ids.cpu())
-
-
-def open_session(path: Path, threads: int | None = None) -> ort.InferenceSession:
-    """An ONNX Runtime session on the CPU, with as many threads as torch has."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-class Decoder:
-    """Greedy decoding with a session of an exported model: keeps the past between calls."""
-
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self.session = session
-        self.past_names = [i.name for i in session.get_inputs() if i.name.startswith("past_key_values.")]
-        self.shapes = {i.name: i.shape for i in session.get_inputs()}
-        self.past: list[NDArray[np.float32]] = []
-
-    def step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Feeds tokens [batch, length] after what was fed before; returns logits [batch, length, vocab]."""
-        batch, length = ids.shape
-        if not self.past:
-            self.past = [np.zeros((batch, self.shapes[n][1], 0, self.shapes[n][3]), np.float32) for n in self.past_names]
-        before = self.past[0].shape[2]
-        feed = {
-            "input_ids": ids,
-            "attention_mask": np.ones((batch, before + length), np.int64),
-            "position_ids": np.tile(np.arange(before, before + length), (batch, 1)),
-            **dict(zip(self.past_names, self.past, strict=True)),
-        }
-        logits, *self.past = self.session.run(None, feed)
-        return logits  # type: ignore[no-any-return]
-
-    def greedy(self, ids: NDArray[np.int64], count: int) -> list[int]:
-        """Continues the tokens [1, length] by the `count` most likely next ones."""
-        made: list[int] = []
-        while len(made) < count:
-            made.append(int(self.step(ids)[0, -1].argmax()))
-            ids = np.array([[made[-1]]])
-        return made
+def _genai(config: dict[str, Any]) -> dict[str, Any]:
+    """What ONNX Runtime GenAI reads (https://onnxruntime.ai/docs/genai/reference/config.html)."""
+    dims = dimensions(config)
+    ends = config.get("eos_token_id")
+    end = ends if isinstance(ends, list) else [ends] if ends is not None else [0]
+    start = config.get("bos_token_id")
+    pad = config.get("pad_token_id")
+    return {
+        "model": {
+            "type": config["model_type"],
+            "bos_token_id": end[0] if start is None else start,
+            "eos_token_id": end,
+            "pad_token_id": end[0] if pad is None else pad,
+            "vocab_size": dims.vocab,
+            "context_length": dims.context,
+            "decoder": {
+                "filename": "model.onnx",
+                "head_size": dims.head_dim,
+                "hidden_size": dims.hidden,
+                "num_attention_heads": dims.heads,
+                "num_key_value_heads": dims.kv_heads,
+                "num_hidden_layers": dims.layers,
+                "session_options": {"log_id": "narrow", "provider_options": []},
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "position_ids": "position_ids",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {
+            "do_sample": False,
+            "max_length": dims.context,
+            "min_length": 0,
+            "num_beams": 1,
+            "past_present_share_buffer": False,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
+        },
+    }
 
 
 class _Flat(nn.Module):
@@ -166,7 +166,7 @@ def _trace(model: PreTrainedModel) -> Any:
     auto = torch.export.Dim.AUTO
     shapes = ({0: auto, 1: auto}, {0: auto, 1: auto}, {0: auto, 1: auto}, tuple({0: auto, 2: auto} for _ in past))
     caches = [f"{layer}.{kind}" for layer in range(dims.layers) for kind in ("key", "value")]
-    with _quiet(), torch.no_grad(), _experts(model, "narrow_onnx"):
+    with quiet(), torch.no_grad(), _experts(model, "narrow_onnx"):
         return torch.onnx.export(
             _Flat(model, dims.layers),
             example,
@@ -197,24 +197,6 @@ def _name_dimensions(proto: onnx.ModelProto) -> None:
     del proto.graph.value_info[:]
 
 
-@torch.no_grad()
-def _parity(model: PreTrainedModel, session: ort.InferenceSession, ids: Tensor) -> Parity:
-    expected = model(input_ids=ids, use_cache=False).logits
-    decoder, half = Decoder(session), ids.shape[1] // 2
-    found = np.concatenate([decoder.step(ids[:, :half].numpy()), decoder.step(ids[:, half:].numpy())], axis=1)
-    error = float(np.abs(found - expected.numpy()).max())
-    prompt = ids[:1, :PROMPT_TOKENS]
-    made = greedy(model, prompt, GREEDY_TOKENS)
-    by_onnx = Decoder(session).greedy(prompt.numpy(), GREEDY_TOKENS)
-    equal = next((i for i, (a, b) in enumerate(zip(made, by_onnx, strict=True)) if a != b), GREEDY_TOKENS)
-    return Parity(
-        max_error=error,
-        relative_error=error / max(float(expected.abs().max()), 1e-9),
-        greedy_tokens=GREEDY_TOKENS,
-        greedy_equal=equal,
-    )
-
-
 @contextlib.contextmanager
 def _experts(model: PreTrainedModel, implementation: str) -> Any:
     """Has the experts, if there are any, computed in another way."""
@@ -230,8 +212,8 @@ def _experts(model: PreTrainedModel, implementation: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
-    """The exporter prints, warns and logs; none of it is for the user."""
+def quiet() -> Any:
+    """For what libraries say: the exporter prints, warns and logs; none of it is for the user."""
     logging.disable(logging.ERROR)
     try:
         with (

@@ -25,22 +25,30 @@ RELATIVE_BOUND = 1e-3
 """Both sides compute in float32 with the same rounded weights; only the order of summation may differ, about 1e-6. A wrong
 tensor, a lost bias or a wrong config key shows at 1e-2 and more."""
 CHECK_SECONDS = 1800
+SHARD_BYTES = "5GB"
+"""Larger models are saved in several files, which are downloaded and read in pieces."""
 
 _CHECK = Path(__file__).with_name("reload.py")
 
 
 @torch.no_grad()
 def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Rounds a float32 model to what `dtype` can hold, in place: what is measured from here on is what will be saved."""
-    for parameter in model.parameters():
+    """Rounds a float32 model to what `dtype` can hold, in place: what is measured from here on is what will be saved.
+    Raises NarrowError (dtype_too_small)."""
+    for name, parameter in model.named_parameters():
         parameter.copy_(parameter.to(dtype))
+        if not parameter.isfinite().all():
+            detail = (
+                f"{name} holds numbers too large for {str(dtype).removeprefix('torch.')}: choose bfloat16 or float32 as dtype."
+            )
+            raise NarrowError("dtype_too_small", detail)
 
 
 def save_model(model: PreTrainedModel, source: Path, out: Path, dtype: torch.dtype) -> None:
     """Writes weights in `dtype`, config, generation config, and `source`'s tokenizer files unchanged."""
     rounded = copy.deepcopy(model).to(dtype)
     rounded.config.use_cache = True
-    rounded.save_pretrained(out)
+    rounded.save_pretrained(out, max_shard_size=SHARD_BYTES)
     for path in out.glob("*.safetensors"):
         # They are made for their owner alone; a service may well run as somebody else.
         path.chmod((out / "config.json").stat().st_mode)

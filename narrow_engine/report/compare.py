@@ -101,11 +101,11 @@ def compare(a: Report, b: Report, names: tuple[str, str]) -> Comparison:
     before, after = dict(_flat(a.spec)), dict(_flat(b.spec))
     keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
     sizes = [SizeRow(name=name, a=getattr(a.after, name), b=getattr(b.after, name)) for name in SIZES]
-    speeds = [{s.runtime: s.decode_narrow / s.decode_base for s in report.speed if s.decode_base} for report in (a, b)]
+    speeds = [{s.format: s.narrow.decode / s.base.decode for s in report.speed if s.base} for report in (a, b)]
     sizes += [
-        SizeRow(name=f"decoding in {runtime}, ÷ the base's", a=speeds[0][runtime], b=speeds[1][runtime])
-        for runtime in speeds[0]
-        if runtime in speeds[1]
+        SizeRow(name=f"decoding as {form}, ÷ the base's", a=speeds[0][form], b=speeds[1][form])
+        for form in speeds[0]
+        if form in speeds[1]
     ]
     return Comparison(
         a=names[0],

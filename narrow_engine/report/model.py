@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from narrow_engine.spec import Answer, BadRows, Role, Unit
+from narrow_engine.spec import Answer, BadRows, Format, Role, Unit
 
 Variant = Literal["base", "cut", "recovered"]
 
@@ -73,17 +73,38 @@ class Skill(BaseModel):
     )
     kl: Interval = Field(description="Mean KL divergence from the same base's next-token distribution, in nats.")
     answers: Answers | None = Field(None, description="Of skills whose text is prompts with answers.")
+    rounded: dict[Format, Interval] = Field({}, description="Retention of the formats that round the result's weights further.")
     note: str = Field("", description="What to keep in mind when reading this row.")
 
 
-class Speed(BaseModel):
-    """Tokens per second on the machine that ran the job, base and result in turn in one process."""
+class Pace(BaseModel):
+    """How one model runs in one format, in a process of its own."""
 
-    runtime: Literal["torch", "onnxruntime"]
-    prefill_base: float
-    prefill_narrow: float
-    decode_base: float
-    decode_narrow: float
+    prefill: float = Field(description="Tokens per second of a prompt.")
+    decode: float = Field(description="Tokens per second that are written.")
+    load: float | None = Field(None, description="Seconds from the files to a model that can be run.")
+    memory: int | None = Field(None, description="The most bytes of main memory that the process has had.")
+
+
+class Speed(BaseModel):
+    """A format of the result and of the base, in turn on the machine that ran the job, one sequence at a time."""
+
+    format: Format = "safetensors"
+    runtime: Literal["torch", "onnxruntime", "llama.cpp"]
+    base: Pace | None = Field(description="None where the base was too large to be brought into this format.")
+    narrow: Pace
+    predicted: float = Field(1.0, description="The base's FLOPs a token ÷ the result's: how many times as fast it should be.")
+    bound: str = Field("", description="Where it is less than 0.9 of that: what else takes the time.")
+
+
+class Load(BaseModel):
+    """Whether a runtime takes a format of the result."""
+
+    runtime: str
+    format: Format
+    loads: bool
+    checked: bool = Field(description="It was run here, by this job; else it is by the rules of the runtime's documentation.")
+    note: str = ""
 
 
 class Cut(BaseModel):
@@ -120,6 +141,7 @@ class Parity(BaseModel):
     """Agreement of two forms of one model on the same tokens."""
 
     max_error: float = Field(description="Largest absolute difference of logits.")
+    mean_error: float | None = Field(None, description="Mean absolute difference of logits.")
     relative_error: float = Field(description="The same over the largest absolute logit.")
     greedy_tokens: int | None = Field(None, description="Greedy tokens that were compared.")
     greedy_equal: int | None = Field(None, description="How many of them, from the first, are equal.")
@@ -247,8 +269,9 @@ class Report(BaseModel):
     cuts: list[Cut]
     parity: dict[str, Parity] = Field(
         description="vocabulary: the base with its vocabulary trimmed and whole; slice: sliced and masked; reload: a fresh "
-        "process; onnx: ONNX Runtime and torch."
+        "process; of other formats: what runs them and torch, with the same weights."
     )
+    runtimes: list[Load] = Field([], description="Which programs take which files.")
     curve: list[CurvePoint]
     locality: Locality | None = None
     relearning: dict[str, Relearning] = Field({}, description="Of skills to forget.")

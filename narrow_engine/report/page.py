@@ -16,8 +16,8 @@ from typing import Any, get_args
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from narrow_engine.report.model import Cut, LocalityCurve, Relearning, Report, Skill
-from narrow_engine.spec import PLURAL, Control
+from narrow_engine.report.model import Cut, LocalityCurve, Relearning, Report, Skill, Speed
+from narrow_engine.spec import PLURAL, ROUNDED, Control
 
 COLOURS = {"#010203": "currentColor", "#010204": "var(--soft)", "#010205": "var(--line)", "#010206": "var(--accent)"}
 COLOURS |= {"#010207": "var(--warn)", "#010208": "var(--third)", "#010209": "var(--page)"}
@@ -26,10 +26,10 @@ INK, SOFT, LINE, ACCENT, WARN, THIRD, PAPER = COLOURS
 
 STAGES = (
     *("load", "measure_base", "score", "allocate", "sparsify", "plan", "slice", "reconstruct"),
-    *("correct", "teach", "recover", "controls", "measure", "answer", "locality", "relearn", "export"),
+    *("correct", "teach", "recover", "controls", "measure", "answer", "locality", "relearn", "export_base", "export"),
 )
 LEARNERS = {"narrow": "this model", "random": "cut at random", "fresh": "fresh weights"}
-RUNTIMES = {"torch": "torch", "onnxruntime": "ONNX Runtime"}
+RUNTIMES = {"torch": "torch", "onnxruntime": "ONNX Runtime", "llama.cpp": "llama.cpp"}
 STILL_THERE = 0.5
 """Retention above which a skill to forget is not called forgotten."""
 _DRAWING = threading.Lock()
@@ -44,13 +44,15 @@ def render_page(report: Report) -> str:
     return template("page.html").render(
         report=report,
         row=row,
-        runtimes=RUNTIMES,
+        runs_in=runs_in,
         units=PLURAL,
         compared=[control for control in get_args(Control) if getattr(row, control)],
         verdict=verdict(report),
         summary=" ".join(summary(report)),
         share=report.after.parameters / report.before.parameters,
         sizes=_ratios(report),
+        weights=_weights(report),
+        rounded=[form for form in ROUNDED if any(form in skill.rounded for skill in report.skills.values())],
         # An interval from few documents may have no end worth drawing.
         scale=1.02 * max(1.0, *(min(s.retention.high, 1.5 * max(1.0, s.retention.value)) for s in report.skills.values())),
         first=next((point.validation for point in report.curve if point.phase == "recover"), None),
@@ -102,7 +104,7 @@ def summary(report: Report) -> list[str]:
         f"On {row.documents:,} held-out documents of {report.target} ({row.tokens:,} tokens) its perplexity is "
         f"{row.recovered.perplexity:.4g}, the base’s {row.base.perplexity:.4g}."
     ]
-    speeds = [f"{s.decode_narrow / s.decode_base:.2f} × the base’s in {RUNTIMES[s.runtime]}" for s in report.speed]
+    speeds = [f"{s.narrow.decode / s.base.decode:.2f} × the base’s in {runs_in(s)}" for s in report.speed[:2] if s.base]
     if speeds:
         said.append(f"Its decoding speed is {' and '.join(speeds)}.")
     others = {name: skill for name, skill in report.skills.items() if name != report.target}
@@ -139,8 +141,25 @@ def _ratios(report: Report) -> dict[str, float]:
         "FLOPs a token": report.after.flops_per_token / report.before.flops_per_token,
     }
     for speed in report.speed:
-        found[f"time to write a token, {RUNTIMES[speed.runtime]}"] = speed.decode_base / speed.decode_narrow
+        if speed.base:
+            found[f"time to write a token, {runs_in(speed)}"] = speed.base.decode / speed.narrow.decode
     return found
+
+
+def _weights(report: Report) -> dict[str, int]:
+    """Bytes of each format's files."""
+    found: dict[str, int] = {}
+    for file in report.files:
+        folder = file.path.partition("/")[0]
+        form = "safetensors" if folder == "model" else folder
+        found[form] = found.get(form, 0) + file.bytes
+    return found
+
+
+def runs_in(speed: Speed) -> str:
+    """ONNX Runtime, int8"""
+    precision = speed.format.partition("-")[2]
+    return f"{RUNTIMES[speed.runtime]}, {precision}" if precision else RUNTIMES[speed.runtime]
 
 
 def _order(stage: str) -> int:

@@ -30,6 +30,7 @@ Phase = Literal[
     "answer",
     "locality",
     "relearn",
+    "export_base",
     "export",
     "report",
 ]

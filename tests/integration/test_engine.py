@@ -85,7 +85,7 @@ def test_a_whole_run_with_every_part(spec, tmp_path):
     assert python.random.loss != python.cut.loss
     assert report.parity["slice"].relative_error < 1e-5
     assert report.parity["reload"].relative_error < 1e-5
-    assert report.parity["onnx"].greedy_equal == report.parity["onnx"].greedy_tokens == 64
+    assert report.parity["onnx"].greedy_equal == report.parity["onnx"].greedy_tokens >= 64
     assert report.skills["python"].recovered.loss < report.skills["python"].cut.loss
     sparse = [p.sparsity for p in report.curve if p.phase == "sparsify" and p.sparsity is not None]
     assert sparse[-1] == pytest.approx(1 - report.after.width / report.before.width, abs=0.02)

@@ -99,7 +99,7 @@ def test_what_is_no_report_is_told(tmp_path):
             reports.read_report(tmp_path)
     made = example()
     made.provenance.inputs = []
-    made.speed[0].decode_base = 0
+    made.speed[0].base = None
     assert reports.compare(made, example(), ("a", "b")).warnings == [
         "They come of different bases: losses are per token of each one's base and may not compare."
     ]

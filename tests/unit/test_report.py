@@ -47,7 +47,7 @@ def example() -> Report:
             },
             "before": {**size, "parameters": 1_000_000, "bytes": 4_000_000, "width": 256},
             "after": {**size, "parameters": 400_000, "bytes": 1_600_000, "width": 64},
-            "speed": [{"runtime": "torch", "prefill_base": 100, "prefill_narrow": 200, "decode_base": 10, "decode_narrow": 15}],
+            "speed": [{"runtime": "torch", "base": {"prefill": 100, "decode": 10}, "narrow": {"prefill": 200, "decode": 15}}],
             "skills": {"python": {**skill, "role": "keep"}, EVIL: {**skill, "role": "forget", "note": EVIL}},
             "allocation": {
                 "keep": {"neuron": 64, "head": 2},

@@ -33,7 +33,7 @@ def report(skills, **changes):
             "spec": {"method": {"units": ["layer"], "importance": "fisher", "refit": False, "recover": {"objective": "mixed"}}},
             "before": {**size, "layers": 4},
             "after": {**size, "layers": 3, "parameters": 1500},
-            "speed": [{"runtime": "torch", "prefill_base": 100, "prefill_narrow": 90, "decode_base": 10, "decode_narrow": 9}],
+            "speed": [{"runtime": "torch", "base": {"prefill": 100, "decode": 10}, "narrow": {"prefill": 90, "decode": 9}}],
             "skills": skills,
             "allocation": {"keep": {"layer": 3}},
             "cuts": [{"unit": "layer", "kept": 3, "of": 4, "per_layer": [0, 1, 3]}],

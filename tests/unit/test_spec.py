@@ -32,7 +32,7 @@ def test_what_is_not_given_follows_the_kind():
         ({"kind": "distill", "init": "layers"}, "'units' must be 'layer'"),
         ({"units": ["neuron", "neuron"]}, "names a kind of unit twice"),
         ({"units": ["head"], "regularizer": {}}, "group_lasso acts on neurons"),
-        ({"kind": "destill"}, "'prune', 'distill' or 'scratch'"),
+        ({"kind": "destill"}, "'scratch' or 'export'"),
         ({"kind": "scratch", "recover": {"cache": "hidden"}}, "with 'objective' 'next_token' none does"),
         ({"recover": {"on_policy": 0.5, "cache": "top"}}, "'on_policy' needs the teacher itself"),
         ({"recover": {"match": {"hidden": 1}, "cache": "top"}}, "'match' needs the teacher itself"),
