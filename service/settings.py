@@ -62,6 +62,7 @@ class Settings(BaseSettings):
     janitor_seconds: float = Field(300.0, gt=0, description="How often a worker without a job looks for what was left behind.")
     upload_seconds: float = Field(259_200.0, gt=0, description="Uploads go of which nothing has been made for so long.")
     stage_seconds: float = Field(86_400.0, ge=0, description="Stages that jobs share go when none has used them for so long.")
+    max_stage_bytes: int = Field(50 * 2**30, ge=0, description="Of stages that a tenant's jobs share; beyond, the oldest go.")
 
     @property
     def database(self) -> str:

@@ -391,7 +391,7 @@ class _Execution:
             try:
                 with self._beating():
                     self.saves.save(enough)
-            except (StorageAway, OSError) as error:
+            except (StorageAway, OSError, RecursionError) as error:
                 log.warning("the run folder is not saved this time: %s", error)
 
     def _keep_model(self, source: Path) -> ModelRow:

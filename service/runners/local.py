@@ -66,8 +66,9 @@ def start(
     It can read `inputs`, and write in `folder` and in `shared`, where jobs of a tenant share stages. `after` is the number of the
     last event that is known of the run, `memory` in bytes. With several `processes` it is torchrun, which starts them.
     """
-    scratch, home = folder / "scratch.tmp", shared / ".home"
-    for made in (scratch, home):
+    # Not on the shelf: what libraries keep in HOME, and run from there, would go from one job to the next.
+    scratch, home = folder / "scratch.tmp", folder / "home.tmp"
+    for made in (scratch, home, shared):
         made.mkdir(parents=True, exist_ok=True)
     several = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m") if processes > 1 else ()
     environment = {k: v for k, v in os.environ.items() if k in _KEPT or k.startswith(_KEPT_PREFIXES)} | _FIXED

@@ -189,7 +189,7 @@ def test_the_service_shuts_its_jobs_in(tmp_path, tiny_folder, python_file):
         assert (status["NoNewPrivs"], status["Seccomp"], int(status["CapEff"], 16)) == ("1", "2", 0)
         assert psutil.Process(process.pid).rlimit(psutil.RLIMIT_DATA)[0] == 8 << 30
         assert not {name for name in process.environ() if name.startswith(("NARROW_", "AWS_"))}
-        assert Path(process.environ()["HOME"]).is_relative_to(tmp_path / "data" / "stages" / "default")
+        assert Path(process.environ()["HOME"]).is_relative_to(tmp_path / "data" / "runs" / job_id)
         service.http.post(f"/jobs/{job_id}/cancel").raise_for_status()
         service.wait(job_id, lambda job: job["status"] == "cancelled")
 

@@ -96,6 +96,12 @@ def test_events_that_are_none_end_the_job(house, code, words):
     assert words in job["error"]["message"]
 
 
+def test_a_folder_that_is_too_deep_to_look_through_is_removed_all_the_same(house):
+    assert house("for _ in range(3000): os.mkdir('d'); os.chdir('d')")["status"] == "failed"
+    job = house("os.mkdir('result'); os.chdir('result')\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')")
+    assert "of more than 300 bytes" in job["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "data", [{"done": "x"}, {"done": -1}, {"done": 1.5}, {"done": {"a": 1}}, {"done": 1, "total": 10**30}, {"done": True}]
 )
