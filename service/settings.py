@@ -41,6 +41,9 @@ class Settings(BaseSettings):
     silence_seconds: float = Field(
         60.0, gt=0, description="Who sends nothing more of a body, or no whole head of a request, for so long counts as gone."
     )
+    max_connections: int = Field(
+        4096, ge=1, description="Open at a time, and no more than half the open files that the system allows the server."
+    )
     log: Literal["text", "json"] = Field("text", description="Lines of the log: for people, or for programs.")
     audit_days: float = Field(365.0, gt=0, description="How long the audit log is kept.")
     webhook_private: bool = Field(False, description="Webhooks may also go to private addresses, and over plain HTTP.")
