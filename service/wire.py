@@ -13,7 +13,7 @@ from service.problems import MEDIA_TYPE, TITLES
 
 MOST_HEAD = 16 * 2**10
 """Of a head that comes in pieces."""
-BACKLOG = 256
+BACKLOG = 128
 """Connections that asyncio accepts at a time before one of them is looked at. If it runs out of files meanwhile, it logs that for
 each that it tries to accept, which were 25,000 lines a second."""
 FILES, OTHER_FILES = 16_384, 256

@@ -224,6 +224,7 @@ def test_many_connections_that_say_nothing_keep_nobody_out(tmp_path):
         # Whoever is being answered is not given up.
         slow = stack.enter_context(connect(service))
         slow.sendall(head("POST /datasets", FORM, b"Content-Length: 100000") + b"--x\r\n")
+        time.sleep(0.5)  # it has to be read first: more come at a time than may be open
         for _ in range(300):
             stack.enter_context(connect(service))
         slow.sendall(bytes(100_000 - 5))
@@ -241,8 +242,8 @@ def test_open_files_are_as_many_as_the_system_allows_and_enough_for_the_connecti
         told = subprocess.run([sys.executable, "-c", code.format(soft, hard)], capture_output=True, text=True, check=True).stdout
         return [int(number) for number in told.split()]
 
-    assert most(1024, 1024) == [256, 1024]
-    assert most(1024, 4096) == [1792, 4096]
+    assert most(1024, 1024) == [320, 1024]
+    assert most(1024, 4096) == [1856, 4096]
     assert most(256, 300) == [1, 300]
     assert most(1024, 20_000) == [4096, 16_384]
 
