@@ -10,7 +10,6 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from narrow_engine.families import dimensions, family_of, saved_names, saved_sha
 from narrow_engine.spec import Unit
 
 HEADER_LIMIT = 16 * 2**20
-JSON_LIMIT = 64 * 2**20
+HEADER_VALUES = 1_000_000
+"""In the header of a file of weights, where a matrix takes eight."""
 DEPTH_LIMIT = 32
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 TOKENIZER_FILES = (
@@ -37,6 +37,17 @@ TOKENIZER_PARTS = ("model", "added_tokens", "normalizer", "pre_tokenizer")
 """What decides about the tokens of a text, but for those that frame it."""
 INDEX = "model.safetensors.index.json"
 _JSON_FILES = ("config.json", "generation_config.json", INDEX)
+_LIMITS = {
+    "tokenizer.json": (64 * 2**20, 4_000_000),
+    **dict.fromkeys(("vocab.json", "added_tokens.json", INDEX), (16 * 2**20, 1_000_000)),
+    "tokenizer_config.json": (4 * 2**20, 200_000),
+    "config.json": (2**18, 10_000),
+    "merges.txt": (64 * 2**20, 0),
+}
+_LIMIT = (2**20, 100_000)
+"""Bytes and values of a file. A value takes many times its room in the file: an empty list, 3 bytes there, takes 75. Gemma 3 has
+one of the largest vocabularies: 33 MB with its merges as pairs, about 1.8 million values, and more than a megabyte in
+tokenizer_config.json. Configs are kept small since every list of models has them."""
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npz", ".h5", ".msgpack")
 _BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
@@ -53,6 +64,19 @@ class ModelInfo(BaseModel):
     dtype: str
     sha256: str
     units: list[Unit]
+
+
+class Reading(BaseModel):
+    """How a model reads text: a digest of each of TOKENIZER_PARTS, and how many tokens it knows."""
+
+    parts: dict[str, str]
+    tokens: int
+
+
+class Tried(ModelInfo):
+    """What a model folder holds that has been tried out, and how it reads."""
+
+    reading: Reading
 
 
 def accepted_name(name: str) -> bool:
@@ -124,10 +148,9 @@ def _check_small_files(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             continue
-        if path.stat().st_size > JSON_LIMIT:
-            raise NarrowError("bad_config", f"{name} is larger than {JSON_LIMIT >> 20} MiB.")
+        raw = _bounded(path)
         if name.endswith(".json") and name != "tokenizer.json":
-            value = read_json(path)
+            value = _parsed(raw, name)
             if isinstance(value, dict) and "auto_map" in value:
                 raise NarrowError("remote_code", f"{name} has an 'auto_map': models that bring code of their own are not taken.")
 
@@ -136,35 +159,51 @@ def read_json(path: Path) -> Any:
     """A JSON file of a model. Raises NarrowError (missing_file, bad_config)."""
     if not path.is_file():
         raise NarrowError("missing_file", f"{path.name} is missing from the model.")
-    if path.stat().st_size > JSON_LIMIT:
-        raise NarrowError("bad_config", f"{path.name} is larger than {JSON_LIMIT >> 20} MiB.")
+    return _parsed(_bounded(path), path.name)
+
+
+def _bounded(path: Path) -> bytes:
+    """The content of a small file, which can be parsed without harm. Raises NarrowError (bad_config)."""
+    size, values = _LIMITS.get(path.name, _LIMIT)
+    with path.open("rb") as file:
+        raw = file.read(size + 1)
+    if len(raw) > size:
+        raise NarrowError("bad_config", f"{path.name} is larger than {size >> 10:,} KiB.")
+    if path.name.endswith(".json") and _values(raw) > values:
+        raise NarrowError("bad_config", f"{path.name} holds more than {values:,} values.")
+    return raw
+
+
+def _values(raw: bytes) -> int:
+    """No fewer than there are in a text of JSON: what looks like one within a string is counted as well."""
+    return sum(raw.count(mark) for mark in b"[{,")
+
+
+def _parsed(raw: bytes, name: str) -> Any:
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(raw)
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
-        raise NarrowError("bad_config", f"{path.name} is not valid JSON ({str(error)[:100]}).") from error
+        raise NarrowError("bad_config", f"{name} is not valid JSON ({str(error)[:100]}).") from error
     level = [value] if _nested(value) else []
     for _ in range(DEPTH_LIMIT):
         level = [child for item in level for child in (item.values() if isinstance(item, dict) else item) if _nested(child)]
         if not level:
             return value
-    raise NarrowError("bad_config", f"{path.name} is nested deeper than {DEPTH_LIMIT} levels.")
+    raise NarrowError("bad_config", f"{name} is nested deeper than {DEPTH_LIMIT} levels.")
 
 
-def check_teacher(base: Path, teacher: Path, trimmed: bool, block_tokens: int) -> None:
-    """Refuses a teacher that does not read the base's tokens, or blocks of that length.
+def check_teacher(
+    base: dict[str, Any], teacher: dict[str, Any], readings: tuple[Reading, Reading], trimmed: bool, block_tokens: int
+) -> None:
+    """Refuses a teacher that does not read the base's tokens, or blocks of that length; given are configs, and how they read.
 
     Of a base whose vocabulary is `trimmed`, only what its tokenizer makes is left: spare rows do not count. Raises NarrowError
-    (other_tokenizer, block_too_long) and those of `read_json`.
+    (other_tokenizer, block_too_long).
     """
-    files = [folder / "tokenizer.json" for folder in (base, teacher)]
-    (of_base, tokens), (of_teacher, _) = (
-        _tokenizer_parts(file, file.stat().st_mtime_ns if file.is_file() else 0) for file in files
-    )
-    apart = next((part for part in TOKENIZER_PARTS if of_base[part] != of_teacher[part]), None)
-    configs = [read_json(folder / "config.json") for folder in (base, teacher)]
-    rows, length = configs[1]["vocab_size"], dimensions(configs[1]).context
-    if apart or rows < (tokens if trimmed else configs[0]["vocab_size"]):
+    apart = next((part for part in TOKENIZER_PARTS if readings[0].parts[part] != readings[1].parts[part]), None)
+    rows, length = teacher["vocab_size"], dimensions(teacher).context
+    if apart or rows < (readings[0].tokens if trimmed else base["vocab_size"]):
         what = f"{apart!r} of tokenizer.json" if apart else f"the size of the vocabulary ({rows:,}, the base has more)"
         raise NarrowError(
             "other_tokenizer",
@@ -175,11 +214,9 @@ def check_teacher(base: Path, teacher: Path, trimmed: bool, block_tokens: int) -
         raise NarrowError("block_too_long", f"The teacher reads {length:,} tokens at most: set block_tokens to that or less.")
 
 
-@lru_cache(maxsize=8)
-def _tokenizer_parts(path: Path, changed: int) -> tuple[dict[str, str], int]:
-    """A digest of each of TOKENIZER_PARTS, and how many tokens there are. The parts are large, and a sweep asks for each of its
-    points."""
-    tokenizer = read_json(path)
+def reading(folder: Path) -> Reading:
+    """How the model of a folder reads. Raises NarrowError (missing_file, bad_config)."""
+    tokenizer = read_json(folder / "tokenizer.json")
     parts = {part: tokenizer.get(part) if isinstance(tokenizer, dict) else None for part in TOKENIZER_PARTS}
     ids: list[Any] = [-1]
     if isinstance(parts["added_tokens"], list):
@@ -193,7 +230,7 @@ def _tokenizer_parts(path: Path, changed: int) -> tuple[dict[str, str], int]:
         ids += list(vocabulary.values()) if isinstance(vocabulary, dict) else []
         ids += range(len(vocabulary)) if isinstance(vocabulary, list) else []
     digests = {part: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for part, value in parts.items()}
-    return digests, 1 + max(number for number in ids if isinstance(number, int))
+    return Reading(parts=digests, tokens=1 + max(number for number in ids if isinstance(number, int)))
 
 
 def _nested(value: Any) -> bool:
@@ -237,6 +274,8 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         if size < 8 or length > min(HEADER_LIMIT, size - 8):
             raise bad("its header does not fit into it")
         raw = file.read(length)
+    if _values(raw) > HEADER_VALUES:
+        raise bad(f"its header holds more than {HEADER_VALUES:,} values")
     try:
         header = json.loads(raw, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:

@@ -11,6 +11,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,10 @@ RECORD = "record.json"
 WAIT_SECONDS = 0.25
 TORN_SECONDS = 3600.0
 """A temporary folder of that age was left by a run that was killed: putting takes seconds."""
+REMOVE_SECONDS = 60.0
+"""Somebody may fill a folder as fast as it is emptied: then the next round goes on."""
+FOLDERS, DEPTH, UNKNOWN = 1000, 20, 2**62
+"""Of an entry, whose stage makes a few; and the size of one that has more."""
 
 
 def place(shelf: Path, stage: str, key: str) -> Path:
@@ -96,17 +101,91 @@ def take(place: Path, out: Path) -> dict[str, Any] | None:
     return record
 
 
-def tidy(shelf: Path, seconds: float) -> None:
-    """Removes entries that no run has taken or put for so long, and what a kill left of putting and removing."""
+def tidy(shelf: Path, seconds: float, most_bytes: int) -> None:
+    """Removes entries that no run has taken or put for so long, what a kill left of putting and removing, and what else is here
+    and is no entry; and while there are more than `most_bytes`, what was used longest ago."""
+    left: list[tuple[bool, float, int, Path]] = []
     for entry in shelf.iterdir():
         with suppress(FileNotFoundError):
-            age = time.time() - entry.stat().st_mtime
-            if entry.name.startswith(".gone-") or (entry.name.startswith(".tmp-") and age > TORN_SECONDS):
-                shutil.rmtree(entry, ignore_errors=True)
-            elif not entry.name.startswith(".") and age > seconds:
-                gone = entry.with_name(f".gone-{secrets.token_hex(8)}")
-                entry.rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+            status = entry.lstat()
+            known = stat.S_ISDIR(status.st_mode) and not entry.name.startswith(".")
+            # Who writes here can also give a time that is still to come.
+            age = abs(time.time() - status.st_mtime)
+            if entry.name.startswith(".lock-") and _is_held(entry):
+                continue
+            if entry.name.startswith(".gone-") or age > (seconds if known else TORN_SECONDS):
+                _clear(entry)
+            else:
+                size = _size(entry)
+                left.append((size < UNKNOWN, status.st_mtime, size, entry))
+    total = sum(size for _, _, size, _ in left)
+    for _, _, size, entry in sorted(left):
+        if total > most_bytes:
+            _clear(entry)
+            total -= size
+
+
+def _clear(entry: Path) -> None:
+    gone = entry if entry.name.startswith(".gone-") else entry.with_name(f".gone-{secrets.token_hex(8)}")
+    with suppress(FileNotFoundError):
+        entry.rename(gone)
+        remove(gone)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or folder as far as that goes. `shutil.rmtree` fails where somebody has made a folder within a folder a
+    thousand times, and every janitor with it: here what is deep is pulled up first."""
+    if not path.is_dir() or path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    left, until = True, time.monotonic() + REMOVE_SECONDS
+    while left and time.monotonic() < until:
+        left = False
+        with suppress(OSError):
+            for entry in path.iterdir():
+                with suppress(OSError):
+                    _remove_level(path, entry)
+                    left = True
+    with suppress(OSError):
+        path.rmdir()
+
+
+def _remove_level(top: Path, entry: Path) -> None:
+    """Removes what is in a folder of `top`, but for folders, which come into `top`; or a file of it."""
+    if entry.is_symlink() or not entry.is_dir():
+        entry.unlink()
+        return
+    entry.chmod(0o700)
+    for child in list(entry.iterdir()):
+        if child.is_symlink() or not child.is_dir():
+            child.unlink()
+        else:
+            child.chmod(0o700)
+            child.rename(top / f".gone-{secrets.token_hex(8)}")
+    entry.rmdir()
+
+
+def _size(entry: Path) -> int:
+    """Bytes on the disk, where a file that is long and holds nothing takes none; UNKNOWN of what no run has made."""
+    total, folders = 512 * entry.lstat().st_blocks, [entry] if stat.S_ISDIR(entry.lstat().st_mode) else []
+    for number, folder in enumerate(folders):
+        if number > FOLDERS or len(folder.parts) > len(entry.parts) + DEPTH:
+            return UNKNOWN
+        try:
+            for child in folder.iterdir():
+                status = child.lstat()
+                total += 512 * status.st_blocks
+                if stat.S_ISDIR(status.st_mode):
+                    folders.append(child)
+        except OSError:
+            return UNKNOWN
+    return total
+
+
+def _is_held(lock: Path) -> bool:
+    with suppress(OSError), os.fdopen(os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+        return not _locked(file)
+    return False
 
 
 def _link(source: str | Path, target: str | Path) -> None:

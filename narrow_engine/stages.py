@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from narrow_engine import corpus, earlier, importance, matching, speed, teacher, train, vocabulary
+from narrow_engine import corpus, earlier, importance, matching, model_files, speed, teacher, train, vocabulary
 from narrow_engine import locality as sharing
 from narrow_engine import reconstruct as least_squares
 from narrow_engine import skills as measuring
@@ -72,9 +72,10 @@ def load(run: Run, out: Path) -> None:
     """Checks the base and the budget, and turns every dataset into tokens."""
     spec = run.spec
     info = inspect_model(spec.base.path)
-    taught_by = inspect_model(spec.teacher.path).model_dump() if spec.teacher else None
-    if spec.teacher:
-        check_teacher(spec.base.path, spec.teacher.path, "token" in spec.method.units, spec.block_tokens)
+    taught_by = inspect_model(spec.teacher.path) if spec.teacher else None
+    if spec.teacher and taught_by:
+        readings = model_files.reading(spec.base.path), model_files.reading(spec.teacher.path)
+        check_teacher(info.config, taught_by.config, readings, "token" in spec.method.units, spec.block_tokens)
     room, _ = solve(info.config, spec, DTYPES[info.dtype])
     model = load_model(spec.base.path)
     reader = narrow = earlier.reader(spec.base.path, info.config)
@@ -84,9 +85,9 @@ def load(run: Run, out: Path) -> None:
     if "token" in spec.method.units:
         tokens = _trim(run, model, reader, list(needed.values()), room["token"])
         solve(info.config, spec, DTYPES[info.dtype], len(tokens) if tokens else reader.size)
-        if spec.teacher and not tokens:
+        if taught_by and not tokens:
             # It could not be trimmed after all, and has all its rows.
-            check_teacher(spec.base.path, spec.teacher.path, False, spec.block_tokens)
+            check_teacher(info.config, taught_by.config, readings, False, spec.block_tokens)
     if tokens:
         vocabulary.write_files(spec.base.path, out / "tokenizer", tokens)
         changes = {**vocabulary.renumber_config(info.config, tokens), "vocab_size": len(tokens)}
@@ -125,7 +126,7 @@ def load(run: Run, out: Path) -> None:
         except NarrowError as error:
             raise NarrowError(error.code, f"The broad text is too short. {error}") from error
         corpus.save(broad, out, "broad")
-    write_json(out / "info.json", {"model": info.model_dump(), "teacher": taught_by, "tokens": tokens})
+    write_json(out / "info.json", {"model": info.model_dump(), "teacher": taught_by and taught_by.model_dump(), "tokens": tokens})
     run.models["untouched" if tokens else "base"] = model
 
 

@@ -1,9 +1,11 @@
-"""Tries the files of a model out: `python -m narrow_engine.trial FOLDER TOKENS`, in a process that may be killed.
+"""Tries the files of a model out: `python -m narrow_engine.trial FOLDER`, in a process that may be killed.
 
-What can only be found out by running on a stranger's file: that the tokenizer reads a text in sensible time and memory and makes
-tokens that the model has, and that no weight is NaN or infinite. Prints a line once the tokenizer has passed, and last what is
-wrong, as JSON: `{"code", "message"}` or null. Headers and config must have been checked (`model_files`). Without torch and
-without pydantic, since whoever uploads waits for its start.
+First what the files say (`model_files`), which takes parsing up to a hundred megabytes of a stranger's JSON: for seconds the
+interpreter of a server would do nothing else. Then what can only be found out by running on a stranger's file: that the tokenizer
+reads a text in sensible time and memory and makes tokens that the model has, and that no weight is NaN or infinite.
+
+Prints a line of JSON once the files are in order, another, a `Tried`, once the tokenizer has passed, and last what is wrong,
+`{"code", "message"}` or null. Without torch, since whoever uploads waits for its start.
 """
 
 import json
@@ -15,6 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from narrow_engine.errors import NarrowError
+from narrow_engine.model_files import Tried, inspect_model, reading
 
 AROUND, EXPANSION = 1000, 4
 """Tokens that a tokenizer may put around a text, and make of each of its bytes: one would be many."""
@@ -87,19 +90,25 @@ def broken_weight(path: Path) -> str | None:
 
 
 def main() -> None:
-    folder, size = Path(sys.argv[1]), int(sys.argv[2])
+    folder = Path(sys.argv[1])
     found = None
     try:
-        try_tokenizer(read_tokenizer(folder, size))
-        sys.stdout.write("the tokenizer has passed\n")
-        sys.stdout.flush()
+        info = inspect_model(folder)
+        _say("true")
+        try_tokenizer(read_tokenizer(folder, info.config["vocab_size"]))
+        _say(Tried(**info.model_dump(), reading=reading(folder)).model_dump_json())
         for path in sorted(folder.glob("model*.safetensors")):
             if broken := broken_weight(path):
                 message = f"The weights of {broken[:80]!r} hold NaN or infinity: the model is broken."
                 raise NarrowError("non_finite_weights", message)
     except NarrowError as error:
-        found = {"code": error.code, "message": str(error)}
-    sys.stdout.write(json.dumps(found) + "\n")
+        found = {"code": error.code, "message": str(error).encode(errors="replace").decode()}
+    _say(json.dumps(found))
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

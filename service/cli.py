@@ -38,7 +38,7 @@ from service.db.tables import DEFAULT_TENANT, KeyRow, TenantRow, now
 from service.settings import Settings
 from service.storage import open_storage
 from service.webhooks import Courier
-from service.wire import Connection
+from service.wire import BACKLOG, Connection, most_connections
 
 REQUEST_SECONDS = 10
 """What open requests have to end when the service is asked to stop."""
@@ -259,7 +259,8 @@ class Server(uvicorn.Server):
         self.app, self.drain_seconds = create_app(settings, keys_needed, host), settings.drain_seconds
         config = uvicorn.Config(
             self.app,
-            http=partial(Connection, settings.silence_seconds),  # type: ignore[arg-type]
+            http=partial(Connection, settings.silence_seconds, most_connections(settings.max_connections)),  # type: ignore[arg-type]
+            backlog=BACKLOG,
             ws="none",
             log_level="warning",
             timeout_graceful_shutdown=REQUEST_SECONDS,

@@ -28,7 +28,7 @@ def tidy(engine: Engine, settings: Settings, storage: Storage, stale_seconds: fl
     """One round. Several at once, also of several processes, do no harm."""
     for folder in settings.tenants.glob("*/stages"):
         with suppress(OSError):  # a job can make its tenant's unreadable: that is its tenant's loss
-            shelf.tidy(folder, settings.stage_seconds)
+            shelf.tidy(folder, settings.stage_seconds, settings.max_stage_bytes)
     tidy_pieces(engine, storage)
     with open_session(engine) as session:
         session.exec(delete(AuditRow).where(col(AuditRow.time) < now() - timedelta(days=settings.audit_days)))
@@ -61,7 +61,7 @@ def tidy_runs(session: Session, settings: Settings, storage: Storage) -> None:
 def remove_run(settings: Settings, storage: Storage, job_id: str) -> None:
     """The run folder of a job that will not go on, and what is saved of it: later, if the bucket is away."""
     for folder in settings.tenants.glob(f"*/runs/{job_id}"):
-        shutil.rmtree(folder, ignore_errors=True)
+        shelf.remove(folder)
     with suppress(StorageAway):
         storage.forget(f"runs/{job_id}")
         storage.sure(f"runs/{job_id}")

@@ -44,6 +44,7 @@ claims = Counter("narrow_claims_total", "Jobs that workers took, by whether it w
 waits = Histogram("narrow_job_wait_seconds", "Jobs from being queued until a worker first took them.", buckets=SECONDS)
 runs = Histogram("narrow_job_seconds", "Jobs while a worker had them, by how that ended.", ("outcome",), buckets=SECONDS)
 stages = Histogram("narrow_stage_seconds", "Stages of jobs that were run, not reused.", ("stage",), buckets=SECONDS)
+given_up = Counter("narrow_connections_given_up_total", "Closed to make room for new ones.")
 troubles = Counter("narrow_worker_troubles_total", "What workers had to try again.", ("what",))
 
 

@@ -26,7 +26,7 @@ from sqlmodel import Session, col
 
 from narrow_engine.events import Event
 from narrow_engine.spec import JobSpec, SweepSpec, points
-from service import traces, webhooks
+from service import told, traces, webhooks
 from service.api.schemas import Status
 from service.db.session import clock
 from service.db.tables import HELD, TERMINAL, EventRow, JobRow, ModelRow, SweepRow, new_id, now
@@ -215,8 +215,7 @@ def ingest(session: Session, job_id: str, token: str, events: list[Event]) -> No
         _append(session, job, item.time, item.kind, item.phase, item.message, item.data)
         if item.kind in ("started", "progress", "finished"):
             job.phase = item.phase
-            done = {"done": item.data.get("done", 0), "total": item.data.get("total", 0), "message": item.message}
-            job.progress = done if item.kind == "progress" else None
+            job.progress = told.progress(item) if item.kind == "progress" else None
     session.commit()
 
 

@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     silence_seconds: float = Field(
         60.0, gt=0, description="Who sends nothing more of a body, or no whole head of a request, for so long counts as gone."
     )
+    max_connections: int = Field(
+        4096, ge=1, description="Open at a time, and no more than half the open files that the system allows the server."
+    )
     log: Literal["text", "json"] = Field("text", description="Lines of the log: for people, or for programs.")
     audit_days: float = Field(365.0, gt=0, description="How long the audit log is kept.")
     webhook_private: bool = Field(False, description="Webhooks may also go to private addresses, and over plain HTTP.")
@@ -65,6 +68,7 @@ class Settings(BaseSettings):
     janitor_seconds: float = Field(300.0, gt=0, description="How often a worker without a job looks for what was left behind.")
     upload_seconds: float = Field(259_200.0, gt=0, description="Uploads go of which nothing has been made for so long.")
     stage_seconds: float = Field(86_400.0, ge=0, description="Stages that jobs share go when none has used them for so long.")
+    max_stage_bytes: int = Field(50 * 2**30, ge=0, description="Of stages that a tenant's jobs share; beyond, the oldest go.")
 
     @property
     def database(self) -> str:

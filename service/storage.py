@@ -91,8 +91,8 @@ class Storage(ABC):
         """Stores the files of a folder below `key`, and takes the folder over. It lies on the disk of `root`."""
 
     @abstractmethod
-    def folder(self, key: str, names: Iterable[str] | None = None) -> Path:
-        """The folder with what is kept below `key`, or with those of the files that are called so, on this machine."""
+    def folder(self, key: str) -> Path:
+        """The folder with what is kept below `key`, on this machine."""
 
     @abstractmethod
     def forget(self, key: str) -> None:
@@ -180,7 +180,7 @@ class Folder(Storage):
         shutil.rmtree(self.root / key, ignore_errors=True)
         folder.rename(self.root / key)
 
-    def folder(self, key: str, names: Iterable[str] | None = None) -> Path:
+    def folder(self, key: str) -> Path:
         return self.root / key
 
     def forget(self, key: str) -> None:
@@ -267,14 +267,12 @@ class Bucket(Storage):
         shutil.rmtree(self.root / key, ignore_errors=True)
         folder.rename(self.root / key)
 
-    def folder(self, key: str, names: Iterable[str] | None = None) -> Path:
+    def folder(self, key: str) -> Path:
         here = self.root / key
         here.mkdir(parents=True, exist_ok=True)
         os.utime(here)  # when it was last needed, for the janitor
-        wanted = None if names is None else {f"{key}/{name}" for name in names}
         for stored in self.below(f"{key}/"):
-            if wanted is None or stored.key in wanted:
-                self._fetch(stored, self.root / stored.key)
+            self._fetch(stored, self.root / stored.key)
         return here
 
     def _fetch(self, stored: Stored, target: Path) -> None:

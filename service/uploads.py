@@ -18,7 +18,7 @@ from sqlmodel import Session
 
 from narrow_engine.documents import Skipped, ending, nothing_left, read_documents
 from narrow_engine.errors import NarrowError
-from narrow_engine.model_files import accepted_name, inspect_model, refuse_name
+from narrow_engine.model_files import accepted_name, refuse_name
 from narrow_engine.spec import BadRows, Name
 from service import quotas
 from service.api.schemas import Dataset, Model, Page
@@ -61,8 +61,7 @@ def store_model(
             _write(_sent(file), folder / given)
         for upload in complete:
             _assemble(storage, upload, folder / upload.name)
-        info = inspect_model(folder)
-        local.try_model(folder, info.config["vocab_size"])
+        info = local.try_model(folder)
         try:
             row = ModelRow(
                 id=identifier,

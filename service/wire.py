@@ -1,16 +1,23 @@
 """What comes over a connection before it is a request, and when it is none."""
 
 import asyncio
-from typing import Any
+import resource
+from typing import Any, ClassVar
 
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
+from service import metrics
 from service.api.schemas import Problem
 from service.problems import MEDIA_TYPE, TITLES
 
 MOST_HEAD = 16 * 2**10
 """Of a head that comes in pieces."""
+BACKLOG = 128
+"""Connections that asyncio accepts at a time before one of them is looked at. If it runs out of files meanwhile, it logs that for
+each that it tries to accept, which were 25,000 lines a second."""
+FILES, OTHER_FILES = 16_384, 256
+"""Open files that the server asks the system for, and those that are not connections: of the database, of processes."""
 
 _NO_REQUEST = Problem(
     type="urn:narrow:problem:bad_request",
@@ -34,17 +41,41 @@ class Strict(h11.Connection):
         return event
 
 
-class Connection(H11Protocol):
-    """uvicorn's, which waits for the rest of a head for ever: here a head that is not whole in `silence_seconds` ends it."""
+def most_connections(wanted: int) -> int:
+    """How many may be open at a time: `wanted`, or as many as this process may have files for. Lets it have as many as it may."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    # Each may have a file open that is sent or received.
+    return max(1, min(wanted, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - OTHER_FILES - BACKLOG) // 2))
 
-    def __init__(self, silence_seconds: float, **given: Any) -> None:
+
+class Connection(H11Protocol):
+    """uvicorn's, which waits for the rest of a head for ever: here a head that is not whole in `silence_seconds` ends it.
+
+    There are no more than `most`: for a new one the one goes that has waited longest for a head, or if none does, itself. Were
+    new ones refused, whoever opens many and says nothing would keep everybody else out.
+    """
+
+    waiting: ClassVar[dict["Connection", None]] = {}
+    """For a head, those that have waited longest first."""
+
+    def __init__(self, silence_seconds: float, most: int, **given: Any) -> None:
         super().__init__(**given)
         self.conn = Strict(h11.SERVER, MOST_HEAD)
-        self.silence_seconds = silence_seconds
+        self.silence_seconds, self.most = silence_seconds, most
         self.patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > self.most:
+            metrics.given_up.inc()
+            given_up = next(iter(self.waiting), self)
+            given_up._stop_waiting()
+            given_up.transport.abort()
+            if given_up is self:
+                return
         self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
@@ -60,11 +91,13 @@ class Connection(H11Protocol):
             self._stop_waiting()
         elif self.patience is None:
             self.patience = self.loop.call_later(self.silence_seconds, self.transport.abort)
+            self.waiting[self] = None
 
     def _stop_waiting(self) -> None:
         if self.patience is not None:
             self.patience.cancel()
             self.patience = None
+            del self.waiting[self]
 
     def send_400_response(self, msg: str) -> None:
         """To what h11 cannot read. uvicorn's would be a second answer where the first one has begun, which h11 does not allow."""

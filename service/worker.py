@@ -5,7 +5,6 @@ lease runs out and another one goes on in the same run folder, where finished st
 """
 
 import errno
-import json
 import logging
 import math
 import mimetypes
@@ -28,12 +27,10 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import NoResultFound
 from sqlmodel import Session
 
+from narrow_engine.errors import NarrowError
 from narrow_engine.events import Event
-from narrow_engine.model_files import inspect_model
-from narrow_engine.report.frontier import outcome
-from narrow_engine.report.model import Report
 from narrow_engine.spec import INPUTS, PLACING, CompressionSpec, DatasetId, JobSpec, ModelId, sentence, wording
-from service import janitor, logs, metrics, queue, traces
+from service import janitor, logs, metrics, queue, told, traces
 from service.db import session as db
 from service.db.session import connect, open_session, publishing, read_session
 from service.db.tables import TERMINAL, ArtifactRow, DatasetRow, JobRow, ModelRow, OutcomeRow, now
@@ -57,8 +54,10 @@ FULL_BYTES = 2**20
 SAVE_LEASES = 1.5
 """Between two saves of a run folder, in lengths of a lease: so long nobody hears of a lost machine, and as much is lost again."""
 
-EVENT_BYTES = 16 * 2**20
-"""Of a job's events that are read at a time, and the most that one may have."""
+EVENT_BYTES = 2**20
+"""Of a job's events that are read at a time."""
+EVENTS_A_SECOND, EVENTS = 2, 100_000
+"""The most that the engine tells of progress; and of everything else, in all."""
 TOLD_BYTES = 2**16
 """Of what a process that fails says."""
 
@@ -133,8 +132,8 @@ def _carry(execution: "_Execution", stop: threading.Event) -> None:
 def _complain(error: Exception) -> None:
     what = "storage" if isinstance(error, StorageAway) else "cluster" if isinstance(error, httpx.HTTPError) else "database"
     metrics.troubles.labels(what).inc()
-    told = str(getattr(error, "orig", error)).partition("\n")[0]
-    log.error("%s: trying again in %g s: %s", what, PAUSE_SECONDS, told or type(error).__name__)
+    words = str(getattr(error, "orig", error)).partition("\n")[0]
+    log.error("%s: trying again in %g s: %s", what, PAUSE_SECONDS, words or type(error).__name__)
 
 
 class _Execution:
@@ -160,6 +159,14 @@ class _Execution:
         self.started: dict[str, Event] = {}
 
     def run(self) -> None:
+        try:
+            self._run()
+        except told.Unfit as error:
+            # As after every failure of the engine nothing is gained by another start; and it may have been taken over.
+            log.error("%s wrote what the engine does not: %s", self.id, error)
+            self._failed("engine_error", f"The engine failed, which must not happen: {error}.")
+
+    def _run(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._beating():
@@ -284,24 +291,19 @@ class _Execution:
 
     def _ingest(self) -> None:
         """Whole new lines of events.jsonl, into the table."""
-        path = self.folder / "events.jsonl"
-        if not path.exists():
-            return
-        with path.open("rb") as file:
+        with suppress(FileNotFoundError), told.opened(self.folder / "events.jsonl") as file:
             file.seek(self.read)
-            while whole := self._whole_lines(file.read(EVENT_BYTES)):
-                self._tell([Event.model_validate_json(line) for line in whole.splitlines()])
+            while whole := told.whole_lines(file.read(EVENT_BYTES)):
+                self._tell([told.event(line) for line in whole.splitlines()])
                 self.read += len(whole)
+                if self.read > told.EVENTS_BYTES:
+                    raise told.Unfit(f"its events have more than {told.EVENTS_BYTES >> 20} MiB")
                 file.seek(self.read)
 
-    @staticmethod
-    def _whole_lines(read: bytes) -> bytes:
-        whole = read[: read.rfind(b"\n") + 1]
-        if not whole and len(read) == EVENT_BYTES:
-            raise ValueError(f"an event of more than {EVENT_BYTES} bytes")
-        return whole
-
     def _tell(self, events: list[Event]) -> None:
+        most = EVENTS + EVENTS_A_SECOND * self.settings.max_job_seconds
+        if max(item.seq for item in events) > most:
+            raise told.Unfit(f"it told of more than {most:,.0f} events")
         with open_session(self.engine) as session:
             queue.ingest(session, self.id, self.token, events)
         self.told = max(self.told, events[-1].seq)
@@ -314,8 +316,7 @@ class _Execution:
                 traces.of_stage(self.span, began, item)
 
     def _conclude(self, code: int) -> None:
-        failure = self.folder / "failure.json"
-        told = json.loads(failure.read_text()) if failure.exists() and failure.stat().st_size < TOLD_BYTES else None
+        failure = told.failure(self.folder / "failure.json")
         # Of several processes torchrun only says whether all ended well.
         lost = self.processes > 1 and code == 1
         if code == 0:
@@ -328,8 +329,8 @@ class _Execution:
                     "disk_full",
                     "The disk is full: the results could not be kept. Free some space and start the job again.",
                 )
-        elif code == 1 and told and told["code"] != PROCESS_LOST:
-            self._failed(told["code"], told["message"])
+        elif code == 1 and failure and failure.code != PROCESS_LOST:
+            self._failed(failure.code, failure.message)
         elif code > 0 and code != 130 and not lost and shutil.disk_usage(self.folder).free < FULL_BYTES:
             # On a full disk the engine cannot even write down what was wrong.
             self._failed("disk_full", "The disk was full while the job ran: free some space and start the job again.")
@@ -357,7 +358,7 @@ class _Execution:
         result = self.folder / "result"
         with publishing(self.engine, self.settings.data) as held, self._beating():
             files: list[ArtifactRow] = []
-            for path in sorted(p for p in result.rglob("*") if p.is_file() and not p.is_symlink()):
+            for path in told.files(result, local.FILE_PER_MODEL * self.settings.max_model_bytes):
                 name = path.relative_to(result).as_posix()
                 media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
                 files.append(
@@ -372,8 +373,7 @@ class _Execution:
             model = self._keep_model(result / "model")
             rows: list[Any] = [*files, model]
             if self.job.sweep:
-                report = Report.model_validate_json((result / "report.json").read_bytes())
-                rows.append(OutcomeRow(job_id=self.id, outcome=outcome(report).model_dump(mode="json")))
+                rows.append(OutcomeRow(job_id=self.id, outcome=told.outcome_of(result / "report.json")))
             held()
             self._finish("succeeded", rows=rows)
         with suppress(StorageAway):  # a mark that stays costs the janitor a look
@@ -425,20 +425,28 @@ class _Execution:
             try:
                 with self._beating():
                     self.saves.save(enough)
-            except (StorageAway, OSError) as error:
+            except (StorageAway, OSError, RecursionError) as error:
                 log.warning("the run folder is not saved this time: %s", error)
 
     def _keep_model(self, source: Path) -> ModelRow:
         # The id follows from the job's, so a publication that was interrupted is repeated in the same place.
         identifier = "mdl_" + self.id.removeprefix("job_")
         temporary = self.settings.data / "models" / f".{identifier}"
+        # People download it and go on from it: it is held to the rules of what is uploaded.
+        paths = told.model_files(source)
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source, temporary)
+        temporary.mkdir()
+        for path in paths:
+            shutil.copyfile(path, temporary / path.name, follow_symlinks=False)
+        try:
+            info = local.try_model(temporary).model_dump(mode="json")
+        except NarrowError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise told.Unfit(f"the model that it made is none: {error}") from error
+        stored = sum(path.stat().st_size for path in temporary.iterdir())
         self.storage.doubt(f"models/{identifier}")
         self.storage.keep(temporary, f"models/{identifier}")
         name = self._patiently(self._model_name)
-        info = inspect_model(source).model_dump(mode="json")
-        stored = sum(path.stat().st_size for path in source.iterdir())
         return ModelRow(id=identifier, name=name[:100], info=info, stored=stored, job_id=self.id, created_at=now())
 
     def _model_name(self) -> str:
@@ -482,7 +490,7 @@ class _Execution:
         return session.get_one(DatasetRow, self.job.spec["target"]["dataset"]).name
 
     def _failed(self, code: str, message: str) -> None:
-        self._finish("failed", {"code": code, "message": message})
+        self._finish("failed", {"code": code, "message": told.clean(message)})
 
     def _finish(self, status: Any, error: dict[str, str] | None = None, rows: list[Any] | None = None) -> None:
         def finish() -> None:
@@ -502,9 +510,12 @@ class _Execution:
 
 
 def _end_of(path: Path) -> str:
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TOLD_BYTES))
-        return file.read(TOLD_BYTES).decode("utf-8", "replace")
+    try:
+        with told.opened(path) as file:
+            file.seek(max(0, path.stat().st_size - TOLD_BYTES))
+            return file.read(TOLD_BYTES).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
 
 
 def _reason(error: Exception) -> str:

@@ -186,6 +186,22 @@ def models(good: Path) -> Iterator[Hostile]:
         "config a thousand levels deep", "bad_config", "nested|not valid", config__json=b'{"a":' * 1000 + b"1" + b"}" * 1000
     )
     yield but("config that is no JSON", "bad_config", "not valid JSON", config__json=b"\xff\xfe{}")
+
+    def wide(words: str, file: str, size: int) -> Hostile:
+        body = b"[" + b"[]," * (size // 3) + b"[]]"
+        return but(f"{file} of {size:,} bytes of lists", "bad_config", words, **{file.replace(".", "__"): body})
+
+    yield wide("is larger than", "special_tokens_map.json", 63 * 2**20)
+    yield wide("is larger than", "config.json", 2**20)
+    yield wide("is larger than", "chat_template.jinja", 2**20)
+    for file in ("special_tokens_map.json", "generation_config.json"):
+        yield wide("holds more than", file, 900_000)
+    for file in ("vocab.json", "added_tokens.json", "model.safetensors.index.json"):
+        yield wide("holds more than", file, 15 * 2**20)
+    yield wide("holds more than", "config.json", 200_000)
+    yield wide("holds more than", "tokenizer_config.json", 3 * 2**20)
+    yield wide("holds more than", "tokenizer.json", 63 * 2**20)
+    yield with_weights("header of 15 MiB of lists", "holds more than", header(b'{"a": [' + b"[]," * (5 * 2**20) + b"[]]}"))
     yield but("no config", "missing_file", "config.json", "config.json")
     yield but("no tokenizer", "missing_file", "tokenizer.json", "tokenizer.json")
     for name, target in (("outside", "../../../etc/passwd"), ("to a pickle", "pytorch_model.bin")):

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from narrow_client._files import TERMINAL
-from narrow_client.models import Answers, Budget, Event, Frontier, Job, Plan, Point, Report, Size, Spread, SweepPoints
+from narrow_client.models import Answers, Budget, Event, Frontier, Job, JobSpec, Plan, Point, Report, Size, Spread, SweepPoints
 
 WORDS = {
     "load": "read model and data",
@@ -343,9 +343,15 @@ def jobs_table(jobs: list[Job]) -> Table:
     for job in jobs:
         created = job.created_at.astimezone().strftime("%d %b %H:%M")
         status = f"{job.status}: {job.error.code}" if job.error else job.status
-        row = (job.id, status, job.phase, _budget(job.spec.budget), created)
+        row = (job.id, status, job.phase, _wanted(job.spec), created)
         table.add_row(*(Text(plain(cell)) for cell in row))
     return table
+
+
+def _wanted(spec: JobSpec) -> str:
+    if spec.budget is None or (spec.method and spec.method.kind == "export"):
+        return f"exported as {', '.join(spec.export or [])}"
+    return _budget(spec.budget)
 
 
 def _budget(budget: Budget) -> str:

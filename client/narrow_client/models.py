@@ -20,10 +20,11 @@ class Extract(RootModel[str]):
     root: Annotated[
         str,
         Field(
-            description="A regular expression. Its last match, or its first group there, is what is compared, in the answer as in what was written. By default all of both, without the space around them.",
+            description="A regular expression of Python's `re`, in printable ASCII, without inline flags like `(?i)` and without the escapes `\\x`, `\\u`, `\\U` and `\\N`. Its last match, or its first group there, is what is compared, in the answer as in what was written. By default all of both, without the space around them.",
             examples=["#### (-?[\\d,.]+)"],
-            max_length=1000,
+            max_length=200,
             min_length=1,
+            pattern="^[ -~]+$",
             title="Extract",
         ),
     ]
@@ -44,7 +45,7 @@ class Answer(BaseModel):
     extract: Annotated[
         Extract | None,
         Field(
-            description="A regular expression. Its last match, or its first group there, is what is compared, in the answer as in what was written. By default all of both, without the space around them.",
+            description="A regular expression of Python's `re`, in printable ASCII, without inline flags like `(?i)` and without the escapes `\\x`, `\\u`, `\\U` and `\\N`. Its last match, or its first group there, is what is compared, in the answer as in what was written. By default all of both, without the space around them.",
             examples=["#### (-?[\\d,.]+)"],
             title="Extract",
         ),
@@ -2006,9 +2007,12 @@ class JobSpec(BaseModel):
         extra="forbid",
     )
     method: Method | None = None
-    budget: Annotated[Budget | None, Field(description="Required, but where `method.kind` is export, which cuts nothing.", validate_default=True)] = {
-        "keep": {"neuron": 1.0}
-    }
+    budget: Annotated[
+        Budget | None,
+        Field(
+            description="Required, but where `method.kind` is export, which cuts nothing."
+        ),
+    ] = None
     export: Annotated[
         list[Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]] | None,
         Field(

@@ -82,10 +82,11 @@ _MADE = {
     "prune": "Cut from a larger {family} model",
     "distill": "Distilled from a larger {family} model",
     "scratch": "Trained from scratch in the shape of a smaller {family} model",
+    "export": "A {family} model as it was brought, in other formats",
 }
 
 
-_TAGS = {"prune": "pruned", "distill": "distilled", "scratch": "trained-from-scratch"}
+_TAGS = {"prune": "pruned", "distill": "distilled", "scratch": "trained-from-scratch", "export": "exported"}
 
 
 def render_card(report: Report) -> str:

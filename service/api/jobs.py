@@ -13,7 +13,7 @@ from sqlmodel import Session, col, delete, select
 
 from narrow_engine.documents import BadRow, Skipped, read_documents
 from narrow_engine.errors import NarrowError
-from narrow_engine.model_files import DTYPES, check_teacher
+from narrow_engine.model_files import DTYPES, Tried, check_teacher
 from narrow_engine.sizing import solve
 from narrow_engine.spec import JobSpec, ModelId
 from service import janitor, queue, quotas
@@ -160,10 +160,9 @@ def check_spec(session: Session, spec: JobSpec, storage: Storage) -> ModelRow:
     """Refuses a spec whose inputs are not there or whose budget cannot be met; returns the base."""
     base, *_ = (_model(session, reference) for reference in (spec.base, spec.teacher) if reference)
     if spec.teacher:
-        needed = ("config.json", "tokenizer.json")
-        base_folder = storage.folder(f"models/{spec.base.model}", needed)
-        teacher_folder = storage.folder(f"models/{spec.teacher.model}", needed)
-        check_teacher(base_folder, teacher_folder, "token" in spec.method.units, spec.block_tokens)
+        trimmed = "token" in spec.method.units
+        read, taught_by = (_tried(_model(session, reference)) for reference in (spec.base, spec.teacher))
+        check_teacher(read.config, taught_by.config, (read.reading, taught_by.reading), trimmed, spec.block_tokens)
     names = [skill.name for skill in spec.skills]
     for reference in spec.data:
         data = session.get(DatasetRow, reference.dataset)
@@ -183,6 +182,13 @@ def _model(session: Session, reference: ModelId) -> ModelRow:
     if found is None:
         raise not_found("model", reference.model)
     return found
+
+
+def _tried(model: ModelRow) -> Tried:
+    if "reading" not in model.info:
+        detail = f"{model.name!r} was kept by an older version, which did not note how a model reads text: upload it again."
+        raise ApiError(422, "invalid_request", detail)
+    return Tried.model_validate(model.info)
 
 
 def _check_answers(path: Path, data: DatasetRow, answer: str) -> None:

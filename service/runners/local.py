@@ -6,7 +6,6 @@ in before it begins (`sandbox`), and is ended together with everything that it s
 
 import contextlib
 import ctypes
-import json
 import logging
 import os
 import signal
@@ -18,10 +17,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 import narrow_engine
 from narrow_engine import sandbox
 from narrow_engine.errors import NarrowError
+from narrow_engine.model_files import Tried
 from service.settings import Settings
+from service.told import Failure
 
 _KEPT = ("PATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
 _KEPT_PREFIXES = ("OMP_", "MKL_", "OPENBLAS_", "CUDA_", "NVIDIA_", "PYTORCH_")
@@ -44,6 +47,8 @@ LEFT_SECONDS = 10.0
 """For how long what a job left behind is ended: something that starts others as fast could go on for ever."""
 TRIAL_BYTES, TRIAL_SECONDS, TRIAL_RATE = 2 * 2**30, 30.0, 50e6
 """What trying a model out may take: memory, seconds, and one more for so many bytes of it, as a slow disk reads."""
+TRIAL_SAYS = 4 * 2**20
+"""Bytes, at most, of which most are the config."""
 _TRIALS = threading.BoundedSemaphore(2)
 """How many at a time: they are the only thing that the server itself spends a core on."""
 
@@ -66,8 +71,9 @@ def start(
     folder. `after` is the number of the last event that is known of the run, `memory` in bytes. With several `processes` it is
     torchrun, which starts them.
     """
-    scratch = folder / "scratch.tmp"
-    for made in (scratch, shared):
+    # Not on the shelf: what libraries keep in HOME, and run from there, would go from one job to the next.
+    scratch, home = folder / "scratch.tmp", folder / "home.tmp"
+    for made in (scratch, home, shared):
         made.mkdir(parents=True, exist_ok=True)
     several = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m") if processes > 1 else ()
     environment = {k: v for k, v in os.environ.items() if k in _KEPT or k.startswith(_KEPT_PREFIXES)} | _FIXED
@@ -103,36 +109,45 @@ def start(
         )
 
 
-def try_model(folder: Path, tokens: int) -> None:
-    """Has the engine try the files of a model out that knows so many tokens. Raises NarrowError (bad_tokenizer,
-    non_finite_weights), also where the tokenizer keeps it busy for ever or takes its memory."""
+def try_model(folder: Path) -> Tried:
+    """Has the engine look at the files of a model and try them out. Raises NarrowError (those of `inspect_model`, bad_tokenizer,
+    non_finite_weights), also where a file keeps it busy for ever or takes its memory."""
+    folder = folder.resolve()
     shut_in = sandbox.before(**_shown([folder]), hide=[str(folder.parent)], memory=TRIAL_BYTES, files=FILES, processes=THREADS)
     size = sum(path.stat().st_size for path in folder.iterdir())
     with _TRIALS:
         process = subprocess.Popen(
-            [*shut_in, sys.executable, "-m", "narrow_engine.trial", str(folder), str(tokens)],
+            [*shut_in, sys.executable, "-m", "narrow_engine.trial", str(folder)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            text=True,
             env={"TOKENIZERS_PARALLELISM": "false"},
             cwd=_ENGINE.parent,
             start_new_session=True,
         )
         end_in_time = threading.Timer(TRIAL_SECONDS + size / TRIAL_RATE, os.killpg, (process.pid, signal.SIGKILL))
         end_in_time.start()
-        told = process.communicate()[0].splitlines()
+        assert process.stdout is not None
+        with process.stdout:
+            told = process.stdout.read(TRIAL_SAYS).splitlines()
+        process.wait()
         end_in_time.cancel()
-    if process.returncode == 0:
-        fault = json.loads(told[-1])
-        if fault:
-            raise NarrowError(fault["code"], fault["message"])
-    elif told:
+    if not told:
+        raise NarrowError(
+            "bad_config", "The files take too long or too much memory to read: save the model with another program."
+        )
+    try:
+        if process.returncode == 0 and told[-1] != b"null":
+            fault = Failure.model_validate_json(told[-1])
+            raise NarrowError(fault.code, fault.message)
+        tried = Tried.model_validate_json(told[1])
+    except (ValidationError, IndexError) as error:
+        detail = "tokenizer.json takes too long, too much memory, or crashes what reads it, on a page of text."
+        raise NarrowError("bad_tokenizer", detail) from error
+    if process.returncode:
         # The tokenizer has passed. Weights are read once more before a job uses them, so a slow disk refuses nobody.
         log.warning("the weights of a model could not be looked at: status %d", process.returncode)
-    else:
-        detail = "tokenizer.json takes too long, too much memory, or crashes what reads it, on a page of text."
-        raise NarrowError("bad_tokenizer", detail)
+    return tried
 
 
 def _shown(inputs: Iterable[Path]) -> dict[str, Any]:

@@ -3,9 +3,11 @@ on with everybody else. tests/contract/test_requests.py has what keeps to HTTP a
 
 import re
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Barrier
 
@@ -204,6 +206,46 @@ def test_heads_that_never_end_are_not_waited_for(service):
             connection.sendall(piece)
             time.sleep(0.3)
         assert statuses(connection.recv(2**16)) == [200]
+
+
+def test_many_connections_that_say_nothing_keep_nobody_out(tmp_path):
+    with running(tmp_path / "data", workers=0, NARROW_MAX_CONNECTIONS="50") as service, ExitStack() as stack:
+        server = psutil.Process(service.process.pid)
+        before = server.num_fds()
+        for begun in (b"", b"GET /healthz HTTP/1.1\r\nX: "):
+            for _ in range(300):
+                with suppress(ConnectionError):  # given up already
+                    stack.enter_context(connect(service)).sendall(begun)
+            for _ in range(3):
+                with connect(service) as connection:
+                    connection.sendall(head("GET /healthz"))
+                    assert statuses(connection.recv(2**16)) == [200]
+            assert server.num_fds() - before < 80
+        # Whoever is being answered is not given up.
+        slow = stack.enter_context(connect(service))
+        slow.sendall(head("POST /datasets", FORM, b"Content-Length: 100000") + b"--x\r\n")
+        time.sleep(0.5)  # it has to be read first: more come at a time than may be open
+        for _ in range(300):
+            stack.enter_context(connect(service))
+        slow.sendall(bytes(100_000 - 5))
+        assert 400 <= statuses(slow.recv(2**16))[0] < 500
+        assert "Traceback" not in Path(service.log.name).read_text()
+
+
+def test_open_files_are_as_many_as_the_system_allows_and_enough_for_the_connections():
+    code = (
+        "import resource; from service.wire import most_connections; resource.setrlimit(resource.RLIMIT_NOFILE, ({0}, {1}));"
+        "print(most_connections(4096), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+
+    def most(soft: int, hard: int) -> list[int]:
+        told = subprocess.run([sys.executable, "-c", code.format(soft, hard)], capture_output=True, text=True, check=True).stdout
+        return [int(number) for number in told.split()]
+
+    assert most(1024, 1024) == [320, 1024]
+    assert most(1024, 4096) == [1856, 4096]
+    assert most(256, 300) == [1, 300]
+    assert most(1024, 20_000) == [4096, 16_384]
 
 
 def test_who_has_no_key_has_no_body_read(tmp_path):

@@ -1,10 +1,13 @@
 """Everything in the hostile corpus is refused with a sentence, in bounded time and memory, and disturbs nobody."""
 
 import re
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hostile
+import httpx
 import psutil
 import pytest
 from live import SLOW, running, spec_of
@@ -59,6 +62,56 @@ def test_every_hostile_file_is_refused_with_a_sentence(house, tiny_folder):
     assert (job["status"], job["attempt"]) == ("running", 1)
     for folder in (house.data / "models", house.data / "datasets", house.data / "uploads"):
         assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
+def test_files_that_are_as_wide_as_may_be_keep_nobody_waiting(house, tiny_folder):
+    """What is just within the limits, several at a time: they are parsed where nobody waits for it."""
+    whole = {path.name: path.read_bytes() for path in sorted(tiny_folder.iterdir())}
+
+    def lists(count: int) -> bytes:
+        return b"[" + b"[]," * (count // 2 - 2) + b"[]]"
+
+    def with_lists(name: str, count: int) -> bytes:
+        return whole[name].rstrip().removesuffix(b"}") + b', "wide": ' + lists(count) + b"}"
+
+    cases = [
+        {"vocab.json": lists(1_000_000), "added_tokens.json": lists(1_000_000), "special_tokens_map.json": lists(100_000)},
+        {"vocab.json": b"{" + b",".join(b'"%x":%d' % (n, n) for n in range(990_000)) + b"}"},
+        {"vocab.json": b"[" + b",".join([b"9" * 4000] * 4000) + b"]"},
+        {"tokenizer.json": with_lists("tokenizer.json", 3_900_000)},
+        {
+            "tokenizer_config.json": lists(200_000),
+            "generation_config.json": lists(100_000),
+            "config.json": with_lists("config.json", 9_000),
+        },
+        {"model.safetensors": hostile.header(b"{" + b",".join(b'"%x":[]' % n for n in range(490_000)) + b"}")},
+        {"model.safetensors.index.json": b'{"weight_map": {' + b",".join(b'"%x":"a"' % n for n in range(990_000)) + b"}}"},
+    ]
+    server, waits, done = psutil.Process(house.process.pid), [0.0], threading.Event()
+    before, most = server.memory_info().rss, [0]
+
+    def watch() -> None:
+        with httpx.Client(base_url=house.url, timeout=60) as http:
+            while not done.wait(0.02):
+                began = time.monotonic()
+                assert http.get("/healthz").status_code == 200
+                waits.append(time.monotonic() - began)
+                most.append(server.memory_info().rss)
+
+    def send(files: dict[str, bytes]) -> int:
+        with httpx.Client(base_url=house.url, timeout=120) as http:
+            answer = http.post("/models", files=[("files", file) for file in {**whole, **files}.items()])
+            return answer.status_code
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(send, cases))
+    done.set()
+    watcher.join()
+    assert set(got) <= {201, 422}, got
+    assert max(waits) < 1
+    assert max(most) - before < MEMORY
 
 
 TEMPLATE = (

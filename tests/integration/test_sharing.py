@@ -1,5 +1,6 @@
 """Runs that share their first stages: the same results as alone, the same notices, and nothing lost where the shelf fails."""
 
+import fcntl
 import json
 import os
 import threading
@@ -157,8 +158,64 @@ def test_what_nobody_used_for_long_goes_and_the_rest_stays(finished, tmp_path):
     for path in (old, fresh, old.parent / ".tmp-torn"):
         os.utime(path, (0, time.time() - 4000))
     shelf.take(fresh, tmp_path / "taken")
-    shelf.tidy(old.parent, 2000)
+    shelf.tidy(old.parent, 2000, 2**30)
     assert sorted(p.name for p in old.parent.iterdir()) == sorted([".tmp-now", fresh.name])
+
+
+def test_what_is_no_entry_goes_too_but_for_locks_that_are_held(tmp_path):
+    for name in ("file", ".home", ".any", ".gone-file", ".lock-left", ".lock-held", "soon", ".soon"):
+        path = tmp_path / name
+        path.mkdir() if name in (".home", "soon") else path.write_text("x")
+        moment = time.time() + (10**6 if name.endswith("soon") else -4000)
+        os.utime(path, (0, moment))
+    (tmp_path / ".new").mkdir()
+    (tmp_path / ".gone-link").symlink_to(tmp_path)
+    with (tmp_path / ".lock-held").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        shelf.tidy(tmp_path, 2000, 2**30)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock-held", ".new"]
+
+
+def test_of_too_much_what_was_used_longest_ago_goes(tmp_path):
+    for number in range(6):
+        folder = tmp_path / f"score-{number}" / "out"
+        folder.mkdir(parents=True)
+        (folder / "file").write_bytes(bytes(2**20))
+        (folder / "sparse").touch()
+        os.truncate(folder / "sparse", 2**40)
+        os.utime(folder.parent, (0, time.time() - 100 + number))
+    (tmp_path / ".planted").write_bytes(bytes(2**20))
+    os.utime(tmp_path / ".planted", (0, time.time() - 97.5))
+    shelf.tidy(tmp_path, 2000, 10 * 2**20)
+    assert len(list(tmp_path.iterdir())) == 7
+    shelf.tidy(tmp_path, 2000, 3 * 2**20 + 2**19)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["score-3", "score-4", "score-5"]
+    deep(tmp_path / "score-6", 100)
+    shelf.tidy(tmp_path, 2000, 4 * 2**20)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["score-3", "score-4", "score-5"]
+
+
+def deep(folder, levels):
+    folder.mkdir()
+    here = os.open(folder, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir("d" * 200, dir_fd=here)
+        within = os.open("d" * 200, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = within
+    os.mkfifo("pipe", dir_fd=here)
+    os.fchmod(here, 0)
+    os.close(here)
+
+
+def test_however_deep_a_folder_is_it_can_be_removed(tmp_path):
+    deep(tmp_path / "a", 3000)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "file").touch()
+    (tmp_path / "a" / "link").symlink_to(tmp_path / "outside")
+    for name in ("a", "a", "none"):
+        shelf.remove(tmp_path / name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["outside", "file"]
 
 
 def test_taking_while_it_is_put_and_removed_gives_all_or_nothing(finished, tmp_path):
@@ -169,7 +226,7 @@ def test_taking_while_it_is_put_and_removed_gives_all_or_nothing(finished, tmp_p
         while not stop.is_set():
             shelf.put(place, *finished)
             time.sleep(0.002)
-            shelf.tidy(place.parent, 0)
+            shelf.tidy(place.parent, 0, 2**30)
 
     threads = [threading.Thread(target=churn) for _ in range(2)]
     for thread in threads:

@@ -199,3 +199,25 @@ def test_only_known_names_are_accepted(name):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json"])
 def test_known_names_are_accepted(name):
     assert accepted_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"), [("config.json", 10_000), ("special_tokens_map.json", 100_000), ("tokenizer_config.json", 200_000)]
+)
+def test_values_are_counted_before_they_are_made(folder, name, values):
+    content = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    (folder / name).write_text(json.dumps({**content, "wide": (values // 2 - 500) * [[]]}))
+    inspect_model(folder)
+    (folder / name).write_text(json.dumps({**content, "wide": (values // 2) * [[]]}))
+    refused(folder, "bad_config", f"more than {values:,} values")
+
+
+def test_the_largest_vocabularies_are_within_the_limits(folder):
+    """As many tokens and merges as Gemma 3 has, all of them longer than its are, in the form with more values."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {f"{number:016x}": number for number in range(262_144)}
+    tokenizer["model"]["merges"] = [[f"{number:08x}", f"{number:08x}"] for number in range(514_906)]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, indent=1))
+    settings = {number: {"content": f"<unused{number}>", "special": True, "lstrip": False} for number in range(6_400)}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": settings}, indent=2))
+    inspect_model(folder)

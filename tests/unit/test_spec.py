@@ -1,9 +1,13 @@
 """What a method's options are by default, and what is refused with a sentence."""
 
+import re
+import time
+from contextlib import suppress
+
 import pytest
 from pydantic import ValidationError
 
-from narrow_engine.spec import CompressionSpec, Method, Options, SweepSpec, points
+from narrow_engine.spec import Answer, CompressionSpec, Method, Options, SweepSpec, points
 
 
 def test_what_is_not_given_follows_the_kind():
@@ -88,3 +92,62 @@ def test_broad_text_and_its_curriculum_come_together(broad, curriculum):
     inputs = {"base": {"path": "m"}, "target": {"path": "t"}, "budget": {"parameters": 0.5}, "broad": broad}
     with pytest.raises(ValidationError, match="give both, or neither"):
         CompressionSpec.model_validate({**inputs, "method": {"recover": {"curriculum": curriculum}}})
+
+
+@pytest.mark.parametrize(
+    "extract",
+    [
+        "[\u0100-\U0010ffff]",
+        r"[^\U00000100-\U0010ffff]",
+        r"[\u0100-\uffff]",
+        r"\\\u0100",
+        r"a\x41",
+        r"\N{LATIN SMALL LETTER A}",
+        "(?i)a",
+        "(?i:a)",
+        "(?-i:a)",
+        r"\\(?u)\w",
+        "a\nb",
+        "a" * 201,
+        "(",
+        "a\\",
+        "(?:a{1,1000}){99999999999}",
+    ],
+)
+def test_expressions_that_could_take_long_to_compile_are_refused(extract):
+    with pytest.raises(ValidationError, match="extract"):
+        Answer(extract=extract)
+
+
+@pytest.mark.parametrize(
+    "extract", [r"#### (-?[\d,.]+)", r"\(?s?\)?", r"C:\\(?P<user>\w+)\\u", r"(?<=\bis )(?!not)(?:yes|no)(?=\.)", r"\\x"]
+)
+def test_ordinary_expressions_are_taken(extract):
+    assert Answer(extract=extract).extract == extract
+
+
+@pytest.mark.parametrize(
+    "extract",
+    [
+        "(?:" * 18 + "a" + "{1,1000})" * 18,
+        "(?:" * 28 + "a" + ")*?" * 28,
+        "(?:" * 22 + "a" + "{1,9})" * 18,
+        r"[\W\D\S]" * 22,
+        "[^!-~]" * 33,
+        r"[\001-\377]" * 18,
+        "(?<=" + "a" * 190 + ")",
+        "(" * 99 + ")" * 99,
+        "(?:a|" * 33 + "b" + ")" * 33,
+        "()" + "(?(1)a|b)" * 22,
+        "|".join(map(str, range(60))),
+    ],
+)
+def test_what_is_taken_compiles_in_milliseconds(extract):
+    seconds = []
+    for _ in range(5):
+        re.purge()
+        began = time.perf_counter()
+        with suppress(ValidationError):
+            Answer(extract=extract)
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.005
