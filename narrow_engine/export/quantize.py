@@ -4,12 +4,13 @@ Each row of a matrix is cut into blocks of BLOCK inputs, and each block gets a s
 w ≈ (q − zero) · scale, q in 0 … 2^bits − 1. Of four bits, a block is rounded with its whole range and with narrower ones, and
 what has the least squared error stays. The embedding and the head keep 8 bits: every token passes them.
 
-ONNX Runtime multiplies by such blocks (com.microsoft MatMulNBits, GatherBlockQuantized). Norms, biases and routers stay.
+ONNX Runtime multiplies by such blocks (com.microsoft MatMulNBits, GatherBlockQuantized). Norms, biases, routers and
+embeddings of positions stay.
 """
 
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from narrow_engine.export.onnx import EXTERNAL_BYTES
 from narrow_engine.models import family
@@ -74,22 +76,20 @@ def round_model(model: PreTrainedModel, bits: int) -> dict[str, Rounded]:
     """Rounds the matrices of a model in place. Returns what became of each, by the digest of what it was (`_digest`)."""
     found: dict[str, Rounded] = {}
     outer = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None}
+    turned = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}  # which are [inputs, outputs]
+    router = family(model).router
+    positions = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)} - outer
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or not _is_matrix(model, name):
+        if parameter.dim() < 2 or id(parameter) in positions or (router and f"{router}." in name):
             continue
-        for matrix in parameter if parameter.dim() == 3 else parameter[None]:
+        for stored in parameter if parameter.dim() == 3 else parameter[None]:
+            matrix = stored.T if id(parameter) in turned else stored
             rounded = round_matrix(matrix, 8 if id(parameter) in outer else bits)
             found[_digest(matrix.float().cpu().numpy())] = rounded._replace(
                 quants=rounded.quants.cpu(), scale=rounded.scale.cpu(), zero=rounded.zero.cpu()
             )
             matrix.copy_(rounded.value())
     return found
-
-
-def _is_matrix(model: PreTrainedModel, name: str) -> bool:
-    """Whether a parameter multiplies activations, and is not what chooses experts."""
-    router = family(model).router
-    return not (router and router in name)
 
 
 def _digest(matrix: NDArray[np.float32]) -> str:
@@ -101,17 +101,33 @@ def quantize_onnx(source: Path, out: Path, rounded: dict[str, Rounded]) -> list[
     model = onnx.load(source)
     graph = model.graph
     weights = {i.name: i for i in graph.initializer}
-    turned = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "Transpose" and n.input[0] in weights}
+    made_by = {output: node for node in graph.node for output in node.output}
     made: dict[str, tuple[str, str, str]] = {}
     kept: list[str] = []
     nodes: list[onnx.NodeProto] = []
     added: list[onnx.TensorProto] = []
 
-    def find(name: str, transposed: bool) -> tuple[str, Rounded] | None:
-        array = numpy_helper.to_array(weights[name])
-        if array.ndim != 2:
+    def read(name: str) -> NDArray[Any] | None:
+        """A matrix that is in the file as it is, turned, or as one of several."""
+        if name in weights:
+            return numpy_helper.to_array(weights[name])
+        node = made_by.get(name)
+        if node is None or node.op_type not in ("Transpose", "Gather", "Constant"):
             return None
-        digest = _digest(array.T if transposed else array)
+        if node.op_type == "Constant":
+            return numpy_helper.to_array(node.attribute[0].t) if node.attribute[0].name == "value" else None
+        whole = read(node.input[0])
+        if whole is None or node.op_type == "Transpose":
+            return None if whole is None or whole.ndim != 2 else whole.T
+        at = read(node.input[1])
+        first = not any(a.name == "axis" and a.i for a in node.attribute)
+        return whole[int(at)] if first and at is not None and at.ndim == 0 and whole.ndim == 3 else None
+
+    def find(name: str, flipped: bool) -> tuple[str, Rounded] | None:
+        array = read(name)
+        if array is None or array.ndim != 2:
+            return None
+        digest = _digest(array.T if flipped else array)
         return (digest, rounded[digest]) if digest in rounded else None
 
     def store(digest: str, value: Rounded) -> tuple[str, str, str]:
@@ -126,9 +142,8 @@ def quantize_onnx(source: Path, out: Path, rounded: dict[str, Rounded]) -> list[
     for node in graph.node:
         replaced = None
         if node.op_type in ("MatMul", "Gemm"):
-            name = turned.get(node.input[1], node.input[1])
-            flipped = node.input[1] in turned or any(a.name == "transB" and a.i for a in node.attribute)
-            found = find(name, not flipped) if name in weights else None
+            flipped = not any(a.name == "transB" and a.i for a in node.attribute)
+            found = find(node.input[1], flipped)
             if found:
                 quants, scale, zero = store(*found)
                 given = [node.input[0], quants, scale, zero, *(("", *node.input[2:]) if len(node.input) > 2 else ())]
@@ -144,8 +159,8 @@ def quantize_onnx(source: Path, out: Path, rounded: dict[str, Rounded]) -> list[
                     block_size=BLOCK,
                     accuracy_level=IN_BYTES,
                 )
-            elif name in weights and len(weights[name].dims) == 2:
-                kept.append(name)
+            elif read(node.input[1]) is not None:
+                kept.append(node.input[1])
         elif node.op_type == "Gather" and node.input[0] in weights:
             found = find(node.input[0], False)
             if found and found[1].columns % BLOCK == 0:
@@ -166,10 +181,12 @@ def quantize_onnx(source: Path, out: Path, rounded: dict[str, Rounded]) -> list[
                     bits=found[1].bits,
                 )
         nodes.append(replaced or node)
-    used = {name for node in nodes for name in node.input}
-    nodes = [node for node in nodes if node.op_type != "Transpose" or used & set(node.output)]
-    used = {name for node in nodes for name in node.input}
-    initializers = [i for i in graph.initializer if i.name in used] + added
+    needed = {output.name for output in graph.output}
+    for node in reversed(nodes):  # what only led to a matrix leads nowhere now
+        if needed & set(node.output):
+            needed.update(node.input)
+    nodes = [node for node in nodes if needed & set(node.output)]
+    initializers = [i for i in graph.initializer if i.name in needed] + added
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
     graph.initializer.extend(initializers)

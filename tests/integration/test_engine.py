@@ -9,7 +9,9 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from runs import Run, wait_for
+from safetensors.torch import load_file
 from tiny import documents, tiny_model, write_jsonl
 from tokenizers import Tokenizer
 
@@ -108,6 +110,34 @@ def test_a_whole_run_with_every_part(spec, tmp_path):
         assert title in page
     assert (result / "model" / "README.md").exists()
     numbered(tmp_path / "run")
+
+
+def test_a_model_is_exported_as_it_is_in_another_type(spec, tmp_path, tiny_folder):
+    options = {"method": {"kind": "export"}, "budget": None, "export": ["onnx-int4"], "dtype": "bfloat16", "skills": []}
+    path = spec(**options)
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if v is not None}))
+    code, told = finish(start(path, tmp_path / "run"))
+    assert code == 0, told
+    result = tmp_path / "run" / "result"
+    report = Report.model_validate_json((result / "report.json").read_text())
+    assert (report.after.parameters, report.after.bytes) == (report.before.parameters, 2 * report.before.parameters)
+    made, base = (load_file(folder / "model.safetensors") for folder in (result / "model", tiny_folder))
+    assert all(torch.equal(made[name], base[name].bfloat16()) for name in base)
+    assert [speed.format for speed in report.speed] == ["safetensors", "onnx-int4"]
+    assert all(speed.base for speed in report.speed)
+    python = report.skills["python"]
+    assert python.retention.value == pytest.approx(1, abs=0.01)
+    assert python.rounded["onnx-int4"].value == pytest.approx(1, abs=0.2)
+    assert python.rounded["onnx-int4"].value != python.retention.value
+    assert not (result / "onnx").exists(), "what it was made of was not asked for"
+    assert {file.path for file in report.files} >= {
+        "onnx-int4/model.onnx",
+        "onnx-int4/genai_config.json",
+        "onnx-int4/tokenizer.json",
+    }
+    page = (result / "report.html").read_text()
+    for words in ("What rounding the weights keeps", "What runs which files", "ONNX Runtime, int4"):
+        assert words in page
 
 
 def test_a_model_with_experts_loses_experts_and_neurons(spec, tmp_path, tokenizer_file):

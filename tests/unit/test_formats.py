@@ -59,8 +59,8 @@ def test_a_runtime_that_ends_is_told(tmp_path):
 
 
 def test_rules_of_servers():
-    config = config_dict(tiny_model("llama", num_attention_heads=4, num_key_value_heads=2, intermediate_size=50))
-    assert matrix.gpus(config) == [1, 2]
+    config = config_dict(tiny_model("llama", num_attention_heads=4, num_key_value_heads=2, intermediate_size=64))
+    assert matrix.gpus(config) == [1, 2, 4]
     assert matrix.gpus({**config, "num_attention_heads": 8, "num_key_value_heads": 2}) == [1, 2, 4, 8]
     assert matrix.gpus({**config, "num_attention_heads": 8, "num_key_value_heads": 2}, alike=False) == [1, 2]
     assert matrix.gpus({**config, "num_attention_heads": 8, "intermediate_size": 337}) == [1]
@@ -68,7 +68,7 @@ def test_rules_of_servers():
     assert rows["transformers", "safetensors"].checked
     assert rows["ONNX Runtime", "onnx"].checked
     assert not rows["llama.cpp", "gguf-f16"].checked
-    assert "On 1 or 2 GPUs." in rows["vLLM", "safetensors"].note
+    assert "On 1, 2 or 4 GPUs." in rows["vLLM", "safetensors"].note
     odd = matrix.runtimes({**config, "head_dim": 12}, [], [])
     assert "not in FlashAttention" in next(row.note for row in odd if row.runtime == "vLLM")
     other = matrix.runtimes(config_dict(tiny_model("ministral")), [], [])

@@ -42,6 +42,8 @@ def test_what_is_not_given_follows_the_kind():
         ({"recover": {"match": {"hidden": 1}, "cache": "top"}}, "'match' needs the teacher itself"),
         ({"recover": {"top": 8, "cache": "hidden"}}, "'top' is the number of tokens in a 'cache' of kind 'top'"),
         ({"recover": {"match": {}}}, "needs a weight above 0"),
+        ({"kind": "export", "recover": {"tokens": 1}}, "gives the base back as it is"),
+        ({"kind": "export", "refit": True}, "gives the base back as it is"),
     ],
 )
 def test_what_contradicts_itself_is_refused(method, words):
@@ -151,3 +153,21 @@ def test_what_is_taken_compiles_in_milliseconds(extract):
             Answer(extract=extract)
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 0.005
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "'budget' is missing"),
+        ({"method": {"kind": "export"}, "budget": {"parameters": 0.5}}, "'export' cuts nothing"),
+        ({"budget": {"parameters": 0.5}, "export": ["onnx", "onnx"]}, "names a format twice"),
+    ],
+)
+def test_formats_and_budgets_that_make_no_sense_are_refused(options, words):
+    with pytest.raises(ValidationError, match=words):
+        Options.model_validate(options)
+
+
+def test_what_is_exported_has_no_budget_and_is_read_again_as_it_was_written():
+    made = Options.model_validate({"method": {"kind": "export"}, "export": ["onnx-int4"]})
+    assert Options.model_validate(made.model_dump(mode="json")) == made
