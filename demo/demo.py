@@ -72,8 +72,7 @@ def main() -> int:
     finally:
         server.terminate()
         server.wait()
-    assert result.onnx_path is not None
-    paths = {"model": result.model_path, "onnx": result.onnx_path, "report": result.report_path}
+    paths = {**result.paths, "report": result.report_path}
     console.print()
     console.print(narrow_client.report_view(result.report, paths))
     console.print(f"\n{time.monotonic() - started:.0f} s in all. Open {result.report_path} in a browser.")

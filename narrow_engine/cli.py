@@ -151,6 +151,25 @@ def evaluate(base: Path, narrow: Path, tasks: tuple[str, ...], limit: int | None
     click.echo(found.model_dump_json(indent=2) if as_json else "\n".join(map(printable, harness.lines(found))))
 
 
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("prompt")
+@click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="To write, at most.")
+@click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True)
+def run_model(folder: Path, prompt: str, tokens: int, threads: int) -> None:
+    """Continue a prompt with a result: the folder of any of its formats.
+
+    Greedily, so that all formats can be compared: model/ in torch, onnx*/ in ONNX Runtime, gguf*/ in llama.cpp.
+    """
+    from narrow_engine.export import runtimes
+
+    with _told("run-model"):
+        for piece in runtimes.write(folder, prompt, tokens, threads):
+            click.echo("".join(c for c in piece if c.isprintable() or c in "\n\t"), nl=False)
+            sys.stdout.flush()
+        click.echo()
+
+
 @contextmanager
 def _told(command: str) -> Iterator[None]:
     """What the user can mend, as a sentence."""

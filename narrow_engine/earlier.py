@@ -19,6 +19,7 @@ from narrow_engine import corpus, shard, train
 from narrow_engine import skills as measuring
 from narrow_engine.errors import NarrowError
 from narrow_engine.export import safetensors as safetensors_export
+from narrow_engine.families import opening
 from narrow_engine.models import config_dict, device, load_model
 from narrow_engine.plan import Plan, Scores, whole_plan
 from narrow_engine.report.model import Allocation, CurvePoint
@@ -47,14 +48,7 @@ class Reader(NamedTuple):
 
 
 def reader(folder: Path, config: dict[str, Any]) -> Reader:
-    size = config["vocab_size"]
-    tokenizer = read_tokenizer(folder, size)
-    for key in ("bos_token_id", "eos_token_id"):
-        value = config.get(key)
-        value = value[0] if isinstance(value, list) and value else value
-        if isinstance(value, int) and 0 <= value < size:
-            return Reader(tokenizer, value, size)
-    return Reader(tokenizer, None, size)
+    return Reader(read_tokenizer(folder, config["vocab_size"]), opening(config), config["vocab_size"])
 
 
 def info(run: Run) -> dict[str, Any]:

@@ -637,6 +637,16 @@ CONTEXT = 2048
 """Taken where a config does not say; transformers' own defaults are this or longer."""
 
 
+def opening(config: dict[str, Any]) -> int | None:
+    """The token that opens a document: BOS, else EOS, else none."""
+    for key in ("bos_token_id", "eos_token_id"):
+        value = config.get(key)
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, int) and 0 <= value < config["vocab_size"]:
+            return value
+    return None
+
+
 def dimensions(config: dict[str, Any]) -> Dimensions:
     """The lengths in a config.json. Raises NarrowError (unsupported_architecture, bad_config)."""
     family = family_of(config)

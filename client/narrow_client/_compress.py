@@ -8,7 +8,7 @@ from typing import Any
 
 from narrow_client import _calls
 from narrow_client._errors import Conflict, ConnectionFailed, JobCancelled, JobFailed, NarrowClientError, ServerError
-from narrow_client._files import check_out
+from narrow_client._files import check_out, folder_of
 from narrow_client._render import ProgressDisplay
 from narrow_client._sync import Narrow
 from narrow_client.models import Event, Job, Report
@@ -25,14 +25,15 @@ class Result:
     report: Report
     model_path: Path
     """Loads with AutoModelForCausalLM.from_pretrained."""
-    onnx_path: Path | None
+    paths: Mapping[str, Path]
+    """The folders of all formats: `paths["onnx-int4"]`, ..., of which `narrow run-model` runs any."""
     report_path: Path
 
 
 def compress(
     base: str | Path,
     target: str | Path,
-    budget: float | Mapping[str, Any] = 0.5,
+    budget: float | Mapping[str, Any] | None = None,
     out: str | Path = "narrow-out",
     *,
     skills: Mapping[str, Skill] | None = None,
@@ -51,7 +52,8 @@ def compress(
     """Compresses `base` (a model folder or `mdl_...`) to the domain of `target` (a file or `ds_...`).
 
     `budget` is the share of parameters to keep (0.5), their number (4_000_000), or the API's own form
-    ({"keep": {"neuron": 0.25}}). `skills` maps names to (file or id, role), with the roles keep, forget and watch.
+    ({"keep": {"neuron": 0.25}}); by default half of them, or of what is only exported (`method={"kind": "export"}`), all.
+    `export` are formats. `skills` maps names to (file or id, role), with the roles keep, forget and watch.
     Where rows hold prompts in `column` and their answers beside them, `answer` says where the target's are and how to judge
     what models write, as the API does ({"column": "answer"}); for a skill it is a third item beside its role.
     `method` and `options` are merged into the job spec as they are; `broad` is the text of a curriculum (file or id),
@@ -102,7 +104,7 @@ def compress(
             job=job,
             report=report,
             model_path=out / "model",
-            onnx_path=out / "onnx" / "model.onnx" if "onnx" in spec["export"] else None,
+            paths={form: out / folder_of(form) for form in dict.fromkeys(("safetensors", *spec["export"]))},
             report_path=out / "report.html",
         )
     finally:
@@ -144,7 +146,7 @@ def upload_spec(
     client: Narrow,
     base: str | Path,
     target: str | Path,
-    budget: float | Mapping[str, Any],
+    budget: float | Mapping[str, Any] | None,
     skills: Mapping[str, Skill] | None,
     method: Mapping[str, Any] | None,
     export: Sequence[str],
@@ -173,7 +175,7 @@ def upload_spec(
             | ({"answer": dict(skill[2])} if len(skill) > 2 else {})
             for name, skill in (skills or {}).items()
         ],
-        "budget": dict(budget) if isinstance(budget, Mapping) else {"parameters": budget},
+        **_budget(budget, method or {}),
         "method": dict(method or {}),
         "export": list(export),
         "seed": seed,
@@ -181,6 +183,12 @@ def upload_spec(
         **({"teacher": {"model": _model_id(client, teacher)}} if teacher else {}),
         **(options or {}),
     }
+
+
+def _budget(budget: float | Mapping[str, Any] | None, method: Mapping[str, Any]) -> dict[str, Any]:
+    if budget is None and method.get("kind") == "export":
+        return {}
+    return {"budget": dict(budget) if isinstance(budget, Mapping) else {"parameters": 0.5 if budget is None else budget}}
 
 
 def _model_id(client: Narrow, model: str | Path) -> str:

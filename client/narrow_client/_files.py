@@ -10,6 +10,11 @@ from narrow_client.models import Artifact, Job
 TERMINAL = ("succeeded", "failed", "cancelled")
 
 
+def folder_of(form: str) -> str:
+    """Where a result's files of a format are. All others are made of what is in `model`."""
+    return "model" if form == "safetensors" else form
+
+
 def is_terminal(job: Job) -> bool:
     return job.status in TERMINAL
 

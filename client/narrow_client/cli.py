@@ -22,7 +22,7 @@ from narrow_client._calls import BadRows
 from narrow_client._compress import check_data, check_model, upload_spec
 from narrow_client._compress import compress as run_compress
 from narrow_client._errors import InvalidRequest, NarrowClientError
-from narrow_client._files import check_out
+from narrow_client._files import check_out, folder_of
 from narrow_client._render import ProgressDisplay, frontier_view, jobs_table, plain, plan_view, report_view
 from narrow_client._sweep import create_sweep, follow, is_sweep, keep_frontier, read_sweep, shortfall, upload_sweep
 from narrow_client._sync import Narrow
@@ -46,6 +46,7 @@ FULL = {
     "run": "Run a compression from a spec file.",
     "reproduce": "Run again what a report tells of, and compare.",
     "compare": "Compare two reports.",
+    "run-model": "Continue a prompt with a result, in any of its formats.",
     "evaluate": "Put tasks of lm-evaluation-harness to two model folders.",
 }
 COLUMN = click.option("--column", default="text", show_default=True, help="Field of the text in each row.")
@@ -160,7 +161,9 @@ def parse_answer(_: click.Context, __: click.Parameter, values: tuple[str, ...])
 QUANTITIES = tuple(name for name in Budget.model_fields if name != "keep")
 
 
-def parse_budget(_: click.Context, __: click.Parameter, value: str) -> dict[str, float]:
+def parse_budget(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, float] | None:
+    if value is None:
+        return None
     quantity, equals, amount = value.rpartition("=")
     try:
         # A comma counts between groups of three only: 0,5 is not 5.
@@ -192,10 +195,8 @@ def parse_budget(_: click.Context, __: click.Parameter, value: str) -> dict[str,
 )
 @click.option(
     "--budget",
-    default="0.5",
     callback=parse_budget,
-    show_default=True,
-    help="Share of parameters to keep, or their number; or bytes=..., flops=...",
+    help="Share of parameters to keep, or their number; or bytes=..., flops=... By default 0.5; of what is only exported, all.",
 )
 @click.option(
     "--skill",
@@ -226,7 +227,16 @@ def parse_budget(_: click.Context, __: click.Parameter, value: str) -> dict[str,
     help="The text of this skill, or else of the target, is prompts, and this field their answer: count how many are answered. "
     "Of answers and of what models write, the last match of REGEX is compared.",
 )
-@click.option("--export", "exports", multiple=True, type=click.Choice(words(JobSpec, "export")), help="Formats; both by default.")
+@click.option(
+    "--export",
+    "exports",
+    multiple=True,
+    type=click.Choice(words(JobSpec, "export")),
+    help="Format. Repeat for several; by default safetensors and onnx.",
+)
+@click.option(
+    "--dtype", type=click.Choice(words(JobSpec, "dtype")), help="Type of the weights in safetensors; by default the base's."
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", default="narrow-out", show_default=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Only say what would come out. Uploads what is local, but queues no job.")
@@ -234,7 +244,7 @@ def parse_budget(_: click.Context, __: click.Parameter, value: str) -> dict[str,
 def compress(
     base: str,
     target: str,
-    budget: dict[str, float],
+    budget: dict[str, float] | None,
     skills: dict[str, tuple[str, str]],
     method: str,
     units: tuple[str, ...],
@@ -244,6 +254,7 @@ def compress(
     bad_rows: BadRows,
     answers: dict[str | None, dict[str, str]],
     exports: tuple[str, ...],
+    dtype: str | None,
     seed: int,
     out: Path,
     dry_run: bool,
@@ -257,14 +268,15 @@ def compress(
         chosen["importance"] = importance
     if recover_tokens is not None:
         chosen["recover"] = {"tokens": recover_tokens}
-    export = exports or words(JobSpec, "export")
+    export = exports or ("safetensors", "onnx")
+    options = {"dtype": dtype} if dtype else {}
     if unknown := answers.keys() - skills.keys() - {None}:
         raise click.BadParameter(f"there is no --skill {unknown.pop()!r} whose answers it could tell.", param_hint="--answer")
     asked = {name: (*skill, answers[name]) if name in answers else skill for name, skill in skills.items()}
     with Narrow() as client:
         if dry_run:
             spec = upload_spec(
-                client, base, target, budget, asked, chosen, export, column, answers.get(None), seed, bad_rows=bad_rows
+                client, base, target, budget, asked, chosen, export, column, answers.get(None), seed, options, bad_rows=bad_rows
             )
             plan = client.plan(spec)
             if as_json:
@@ -283,6 +295,7 @@ def compress(
             column=column,
             answer=answers.get(None),
             seed=seed,
+            options=options,
             bad_rows=bad_rows,
             client=client,
             progress=not as_json,
@@ -290,8 +303,7 @@ def compress(
     if as_json:
         click.echo(result.report.model_dump_json(indent=2))
         return
-    paths = {"model": result.model_path, "onnx": result.onnx_path, "report": result.report_path}
-    Console().print(report_view(result.report, {name: path for name, path in paths.items() if path}))
+    Console().print(report_view(result.report, {**result.paths, "report": result.report_path}))
 
 
 @main.command()
@@ -427,11 +439,16 @@ def report(job: str, as_json: bool) -> None:
 @main.command()
 @click.argument("job")
 @click.option("--out", default="narrow-out", show_default=True, type=click.Path(file_okay=False, path_type=Path))
-@click.option("--only", default="", metavar="PREFIX", help="Only files whose path begins so: model/, onnx/, report.html.")
-def download(job: str, out: Path, only: str) -> None:
-    """Download what a job made; a broken download goes on where it broke."""
+@click.option(
+    "--format", "form", type=click.Choice(words(JobSpec, "export")), help="Only this format; by default all, and the report."
+)
+@click.option("--only", default="", metavar="PREFIX", help="Only files whose path begins so: report.html, onnx/model.onnx.")
+def download(job: str, out: Path, form: str | None, only: str) -> None:
+    """Download what a job made; a broken download goes on where it broke, and what arrived is checked by its digest."""
+    if form and only:
+        raise click.UsageError("--format and --only both say which files: give one of them.")
     with Narrow() as client:
-        for path in client.jobs.download(job, out, only):
+        for path in client.jobs.download(job, out, f"{folder_of(form)}/" if form else only):
             click.echo(plain(str(path)))
 
 

@@ -5,8 +5,9 @@ them. Each library is imported where it is opened, so that a process that runs o
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,11 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from narrow_engine.errors import NarrowError
+from narrow_engine.families import dimensions, opening
 from narrow_engine.spec import Format
+from narrow_engine.trial import read_tokenizer
 
 Name = Literal["torch", "onnxruntime", "llama.cpp"]
 GGUF_CONTEXT = 2048
 """Tokens that llama.cpp is opened for."""
+
+
+Reader = tuple[Callable[[str], list[int]], Callable[[list[int]], str], set[int], int]
+"""How text becomes tokens and tokens text, the tokens that end a text, and the length of the context."""
 
 
 class Runtime(Protocol):
@@ -71,6 +78,40 @@ def greedy(runtime: Runtime, ids: NDArray[np.int64]) -> Iterator[int]:
         token = int(runtime.step(ids[None])[0, -1].argmax())
         yield token
         ids = np.array([token])
+
+
+def write(folder: Path, prompt: str, tokens: int, threads: int) -> Iterator[str]:
+    """What the model in a folder, of whatever format, writes after a prompt, piece by piece: greedily, up to so many tokens, its
+    end of text or the end of its context. Raises NarrowError (no_model, missing_extra, bad_tokenizer, prompt_too_long)."""
+    form = form_of(folder)
+    runtime = open_runtime(form, folder, threads)
+    encode, decode, ends, room = runtime.reader() if isinstance(runtime, Llama) else _reader(folder, runtime.vocabulary)
+    ids = encode(prompt)
+    if not 0 < len(ids) < room:
+        raise NarrowError("prompt_too_long", f"The prompt has {len(ids):,} tokens, and the model's context holds {room:,}.")
+    made: list[int] = []
+    told = ""
+    for token in islice(greedy(runtime, np.array(ids)), min(tokens, room - len(ids))):
+        if token in ends:
+            return
+        made.append(token)
+        text = decode(made)
+        if not text.endswith("\ufffd"):  # half of a character: the next token may have the other
+            yield text[len(told) :]
+            told = text
+
+
+def _reader(folder: Path, size: int) -> Reader:
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer, start = read_tokenizer(folder, size), opening(config)
+    path = folder / "generation_config.json"
+    end = (json.loads(path.read_text()) if path.is_file() else config).get("eos_token_id")
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text).ids
+        return ids if start is None or ids[:1] == [start] else [start, *ids]
+
+    return encode, tokenizer.decode, set(end if isinstance(end, list) else [end]), dimensions(config).context
 
 
 class Torch:
@@ -146,6 +187,17 @@ class Llama:
             str(path), n_ctx=GGUF_CONTEXT, n_threads=threads, n_threads_batch=threads, logits_all=True, verbose=False
         )
         self.vocabulary: int = self.llama.n_vocab()
+
+    def reader(self) -> Reader:
+        """By what the file says of its tokenizer."""
+
+        def encode(text: str) -> list[int]:
+            return self.llama.tokenize(text.encode(), special=True)  # type: ignore[no-any-return]
+
+        def decode(ids: list[int]) -> str:
+            return self.llama.detokenize(ids).decode("utf-8", "replace")  # type: ignore[no-any-return]
+
+        return encode, decode, {self.llama.token_eos()}, GGUF_CONTEXT
 
     def step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         before = self.llama.n_tokens

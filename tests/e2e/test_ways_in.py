@@ -69,7 +69,7 @@ def test_compress_in_python_and_the_files_in_stock_libraries(service, tiny_folde
     model = AutoModelForCausalLM.from_pretrained(result.model_path, dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(result.model_path / "tokenizer.json"))
     ids = tokenizer("def main():", return_tensors="pt")["input_ids"]
-    session = onnxruntime.InferenceSession(str(result.onnx_path))
+    session = onnxruntime.InferenceSession(str(result.paths["onnx"] / "model.onnx"))
     feed = {"input_ids": ids.numpy(), "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}
     for value in session.get_inputs()[3:]:
         feed[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
