@@ -73,7 +73,7 @@ def _genai(config: dict[str, Any]) -> dict[str, Any]:
     pad = config.get("pad_token_id")
     return {
         "model": {
-            "type": config["model_type"],
+            "type": "decoder",  # of any family: those that it knows by name have inputs of their own
             "bos_token_id": end[0] if start is None else start,
             "eos_token_id": end,
             "pad_token_id": end[0] if pad is None else pad,

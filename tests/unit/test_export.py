@@ -18,6 +18,7 @@ from narrow_engine.export.onnx import export_onnx
 from narrow_engine.export.parity import compare
 from narrow_engine.export.runtimes import Onnx
 from narrow_engine.export.safetensors import check_reload, round_weights, save_model
+from narrow_engine.models import greedy
 
 IDS = torch.randint(3, 320, (2, 24), generator=torch.Generator().manual_seed(0))
 
@@ -150,6 +151,24 @@ def test_a_sliding_window_is_in_the_mask(family, tmp_path):
     assert parity.relative_error < 1e-4
     assert parity.greedy_equal == parity.greedy_tokens
     _any_batch_and_past(runtime, model)
+
+
+@pytest.mark.parametrize("family", [f if f == "gpt_neox" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+def test_onnx_runtime_genai_runs_the_folder(family, tmp_path):
+    genai = pytest.importorskip("onnxruntime_genai", reason="it is published for few machines")
+    model = tiny_model(family).eval()
+    model.save_pretrained(tmp_path / "model")
+    export_onnx(tmp_path / "model", tmp_path / "onnx")
+    opened = genai.Model(str(tmp_path / "onnx"))
+    options = genai.GeneratorParams(opened)
+    options.set_search_options(max_length=40)
+    generator = genai.Generator(opened, options)
+    generator.append_tokens(IDS[0, :8].tolist())
+    while not generator.is_done():
+        generator.generate_next_token()
+    made = [int(token) for token in generator.get_sequence(0)][8:]
+    assert made == greedy(model, IDS[:1, :8], len(made))
+    assert made
 
 
 def _any_batch_and_past(decoder, model):
