@@ -54,10 +54,11 @@ CHECK_SECONDS = 1800
 
 _RUN = Path(__file__).with_name("run_llama.py")
 _PART_NAMES = {"gate_up": ("ffn_gate", "ffn_up"), "q_k_v": ("attn_q", "attn_k", "attn_v")}
-_YARN = {"beta_fast": "rope.scaling.yarn_beta_fast", "beta_slow": "rope.scaling.yarn_beta_slow"}
+_YARN = {"beta_fast": 32, "beta_slow": 1}
+"""Where YaRN's ramp begins and ends: llama.cpp reads other values for a few architectures only, of which none is here."""
 _ROPE_KEYS = {
     *("rope_type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings", "attention_factor"),
-    *("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor", "long_factor", "short_factor"),
+    *(*_YARN, "low_freq_factor", "high_freq_factor", "long_factor", "short_factor"),
 }
 
 Read = Callable[[str], Tensor]
@@ -171,10 +172,10 @@ def _add_shape(writer: gguf.GGUFWriter, arch: Arch, family: Family, config: dict
         # Files of regular models carry no pattern, and older readers know no other.
         if pattern != [(n + 1) % arch.window_period != 0 for n in range(dims.layers)]:
             writer.add_sliding_window_pattern(pattern)
-    elif arch.window_period:
-        # Told nothing, llama.cpp would take a window for granted.
-        writer.add_sliding_window(dims.context)
-        writer.add_sliding_window_pattern([False] * dims.layers)
+    elif arch.windowless == "refuse":
+        raise refuse(f"llama.cpp takes {family.model_type} models only with a sliding window in some layer")
+    elif arch.windowless == "context":
+        writer.add_sliding_window(context)
     elif context < dims.context:
         notes.append(
             f"llama.cpp knows no sliding window in {family.model_type} models: the file's context is {context} tokens, the "
@@ -231,16 +232,17 @@ def _add_rope(writer: gguf.GGUFWriter, arch: Arch, config: Any, dims: Dimensions
             raise refuse(f"llama.cpp does not scale positions in layers with a window ({windowed['rope_type']})")
         writer.add_rope_freq_base_swa(windowed["rope_theta"])
     rope = {key: value for key, value in rope.items() if value is not None}
-    if rope["rope_type"] == "dynamic" and "alpha" in rope:
+    if config.model_type == "hunyuan_v1_dense" and rope["rope_type"] == "dynamic" and rope.get("alpha"):
         # HunYuan: a fixed stretch of the base and nothing dynamic (transformers, compute_ntk_alpha_rope_parameters).
         stretch = rope["alpha"] ** (dims.head_dim / (dims.head_dim - 2))
         rope = {"rope_type": "default", "rope_theta": rope["rope_theta"] * stretch}
     kind = rope["rope_type"]
-    if kind not in arch.rope_types or rope.keys() - _ROPE_KEYS:
-        odd = ", ".join(sorted(rope.keys() - _ROPE_KEYS))
-        raise refuse(
-            f"llama.cpp does not compute rotary positions of type {kind!r}{odd and f' with {odd}'} in {arch.name} models"
-        )
+    odd = rope.keys() - _ROPE_KEYS
+    if kind == "yarn":
+        odd |= {key for key, value in _YARN.items() if rope.get(key, value) != value}
+    if kind not in arch.rope_types or odd:
+        shown = ", ".join([kind, *sorted(odd)])
+        raise refuse(f"llama.cpp does not compute such rotary positions in {arch.name} models ({shown})")
     turned = int(dims.head_dim * rope.get("partial_rotary_factor", 1.0))
     if turned != dims.head_dim and arch.rotary != "part":
         raise refuse(f"llama.cpp turns whole heads in {arch.name} models, here {turned} of {dims.head_dim} dimensions")
@@ -251,14 +253,9 @@ def _add_rope(writer: gguf.GGUFWriter, arch: Arch, config: Any, dims: Dimensions
         writer.add_rope_scaling_factor(rope["factor"])
     if kind in ("yarn", "longrope"):
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    if kind == "yarn":
-        for key, metadata in _YARN.items():
-            if key in rope:
-                writer.add_float32(f"{arch.name}.{metadata}", rope[key])
-        if "attention_factor" in rope:
-            # llama.cpp multiplies by YaRN's own factor as well.
-            own = 1 + 0.1 * math.log(rope["factor"])
-            writer.add_float32(f"{arch.name}.rope.scaling.yarn_attn_factor", rope["attention_factor"] / own)
+    if kind == "yarn" and "attention_factor" in rope:
+        # llama.cpp multiplies by YaRN's own factor as well.
+        writer.add_rope_scaling_attn_factors(rope["attention_factor"] / (1 + 0.1 * math.log(rope["factor"])))
     if kind == "llama3":
         frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, turned, 2) / turned)
@@ -461,7 +458,11 @@ def check_gguf(folder: Path, path: Path, ids: Tensor, texts: Sequence[str] = (),
     ids = ids.cpu()
     config = model.config.to_dict()
     family, dims = family_of(config), dimensions(config)
-    ids = ids[:, : (context := _context(_arch(family, config, dims), config, dims))]
+    context = _context(_arch(family, config, dims), config, dims)
+    if (rope := config.get("rope_parameters") or {}).get("rope_type") == "longrope":
+        # Opened with more tokens, llama.cpp takes the long factors from the first one on.
+        context = min(context, rope["original_max_position_embeddings"])
+    ids = ids[:, :context]
     prompt = ids[:1, :PROMPT_TOKENS]
     made = greedy(model, prompt, min(greedy_tokens, context - prompt.shape[1]))
     with tempfile.TemporaryDirectory() as scratch:

@@ -51,6 +51,8 @@ class Arch:
     rope_types: tuple[str, ...] = ("default", "linear", "yarn")
     window_period: int = 0
     """Layers with a sliding window come in groups of this size, whose last layer sees everything; 0 if it knows no windows."""
+    windowless: Literal["", "context", "refuse"] = ""
+    """What is done if it knows windows and no layer has one: say nothing, or call the whole context a window, or refuse it."""
     numbers: tuple[tuple[str, str], ...] = ()
     """Config keys of numbers that it reads, and their metadata key, without the architecture's name in front."""
     flags: tuple[tuple[str, str], ...] = ()
@@ -138,6 +140,7 @@ ARCHES: dict[str, Arch] = {
         head="none",
         eps_key="layer_norm_eps",
         window_period=4,
+        windowless="refuse",
         numbers=(("logit_scale", "logit_scale"),),
     ),
     "glm": Arch("chatglm", square=True, rotary="part", rope_types=("default",)),
@@ -149,6 +152,7 @@ ARCHES: dict[str, Arch] = {
         head="none",
         norm_offset=1,
         window_period=2,
+        windowless="context",
         numbers=(
             ("attn_logit_softcapping", "attn_logit_softcapping"),
             ("final_logit_softcapping", "final_logit_softcapping"),

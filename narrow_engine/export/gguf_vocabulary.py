@@ -99,9 +99,9 @@ def _steps(part: dict[str, Any] | None) -> list[Step]:
         return [step for inner in part["pretokenizers"] for step in _steps(inner)]
     if kind == "Split":
         pattern = part["pattern"].get("Regex", part["pattern"])
-        # Both keep every match of a pattern that leaves nothing out.
-        if (part["behavior"], part["invert"]) in (("Isolated", False), ("Removed", True)):
-            return [("split", pattern)]
+        # Both keep every match of a pattern that leaves nothing out. Some files have line ends themselves, some escaped.
+        if isinstance(pattern, str) and (part["behavior"], part["invert"]) in (("Isolated", False), ("Removed", True)):
+            return [("split", pattern.replace("\r", r"\r").replace("\n", r"\n"))]
         return [("split", (json.dumps(pattern), part["behavior"], part["invert"]))]
     if kind == "ByteLevel":
         return [("bytes", part["use_regex"])] + ([("space", None)] if part["add_prefix_space"] else [])
@@ -206,6 +206,7 @@ def _unigram(writer: gguf.GGUFWriter, raw: dict[str, Any], steps: list[Step]) ->
     writer.add_tokenizer_pre("default")
     writer.add_add_space_prefix(prefix)
     writer.add_remove_extra_whitespaces(False)
+    notes.append("Where two ways through a text are equally likely, llama.cpp may take the one that the tokenizer does not.")
     for normalizer in precompiled:
         writer.add_precompiled_charsmap(base64.b64decode(normalizer["precompiled_charsmap"]))
     return notes
@@ -271,6 +272,8 @@ def _add_special(writer: gguf.GGUFWriter, folder: Path, tokenizer: Tokenizer) ->
     writer.add_add_eos_token(bool(after))
     if eos:
         writer.add_eos_token_id(eos[0])
+    else:
+        notes.append("The model names no token that ends a text: llama.cpp takes one by its number, and ends there.")
     if len(eos) > 1:
         # llama.cpp stops at the end of a text and at the end of a turn.
         writer.add_eot_token_id(eos[1])
