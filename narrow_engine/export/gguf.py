@@ -49,6 +49,8 @@ Q8_BLOCK = 32
 """Numbers that share a scale in Q8_0; a row must hold whole blocks."""
 EXACT = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd")
 """Matrices that llama.cpp wants in float32: routers, where a rounding picks another expert, and positions."""
+CHUNK = 2**24
+"""Numbers that are converted at a time."""
 PROMPT_TOKENS, GREEDY_TOKENS = 16, 256
 CHECK_SECONDS = 1800
 
@@ -345,9 +347,9 @@ def _piece(
     if axes[0] == "qkv":
         steps.append(partial(_sort_heads, heads=dims.heads))
     if tensor.is_norm and arch.norm_offset:
-        steps.append(partial(torch.add, other=arch.norm_offset))
+        steps.append(partial(_plus, number=arch.norm_offset))
     if stem == arch.query_scale:
-        steps.append(partial(torch.mul, other=_query_factor(arch, dims, config["query_pre_attn_scalar"])))
+        steps.append(partial(_times, number=_query_factor(arch, dims, config["query_pre_attn_scalar"])))
     if "*" in saved[0]:
         saved = [saved[0].replace("*", str(expert)) for expert in range(dims.experts)]
     return _Piece(name, shape, partial(_read, saved=saved, steps=steps))
@@ -371,15 +373,23 @@ def _number(arch: Arch) -> gguf.MODEL_ARCH:
 
 
 def _read(read: Read, saved: Sequence[str], steps: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
-    """A tensor, or the experts' own on top of each other, in float32, after the steps."""
-    tensor = read(saved[0]).float() if len(saved) == 1 else torch.stack([read(name).float() for name in saved])
+    """A tensor, or the experts' own on top of each other, after the steps; as saved, if none of them computes."""
+    tensor = read(saved[0]) if len(saved) == 1 else torch.stack([read(name) for name in saved])
     for step in steps:
         tensor = step(tensor)
-    return tensor.contiguous()
+    return tensor
 
 
 def _constant(tensor: Tensor, read: Read) -> Tensor:
-    return tensor.float()
+    return tensor
+
+
+def _plus(tensor: Tensor, number: float) -> Tensor:
+    return tensor.float() + number
+
+
+def _times(tensor: Tensor, number: float) -> Tensor:
+    return tensor.float() * number
 
 
 def _cut(tensor: Tensor, lengths: list[int], part: int, axis: int) -> Tensor:
@@ -420,7 +430,7 @@ def _write(writer: gguf.GGUFWriter, folder: Path, pieces: list[_Piece], kind: Ki
         for piece, qtype in zip(pieces, types, strict=True):
             tensor = piece.make(lambda name: where[name].get_tensor(name))
             assert tuple(tensor.shape) == piece.shape, (piece.name, tensor.shape)
-            writer.write_tensor_data(_quantized(tensor.numpy(), qtype, piece.name))
+            writer.write_tensor_data(_quantized(tensor, qtype, piece.name))
     if not unquantized:
         return []
     return [
@@ -429,13 +439,25 @@ def _write(writer: gguf.GGUFWriter, folder: Path, pieces: list[_Piece], kind: Ki
     ]
 
 
-def _quantized(array: NDArray[np.float32], qtype: gguf.GGMLQuantizationType, name: str) -> NDArray[Any]:
-    """In the type. Raises NarrowError (gguf_overflow)."""
-    if qtype == gguf.GGMLQuantizationType.F16 and float(np.abs(array).max()) > float(np.finfo(np.float16).max):
-        raise NarrowError(
-            "gguf_overflow", f"A weight of {name!r} is larger than float16 holds (65,504): ask for GGUF in bf16 or f32 instead."
-        )
-    found: NDArray[Any] = gguf.quants.quantize(array, qtype)
+def _quantized(tensor: Tensor, qtype: gguf.GGMLQuantizationType, name: str) -> NDArray[Any]:
+    """A tensor [..., n] as numbers or blocks of the type, [rows, n or bytes]. Raises NarrowError (gguf_overflow).
+
+    Some rows at a time: an embedding in float32 would be several times the model file's largest tensor.
+    """
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    found: NDArray[Any] | None = None
+    for at in range(0, len(rows), step := max(1, CHUNK // rows.shape[1])):
+        numbers = rows[at : at + step].float()
+        if qtype == gguf.GGMLQuantizationType.F16 and float(numbers.abs().max()) > torch.finfo(torch.float16).max:
+            raise NarrowError(
+                "gguf_overflow",
+                f"A weight of {name!r} is larger than float16 holds (65,504): ask for GGUF in bf16 or f32 instead.",
+            )
+        done = gguf.quants.quantize(numbers.numpy(), qtype)
+        if found is None:
+            found = np.empty((len(rows), done.shape[1]), done.dtype)
+        found[at : at + step] = done
+    assert found is not None
     return found
 
 

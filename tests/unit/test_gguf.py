@@ -148,6 +148,13 @@ def test_shape_and_numbers_are_in_the_file(tmp_path, tokenizer_file):
     })  # fmt: skip
 
 
+def test_a_tensor_is_converted_some_rows_at_a_time(tmp_path, tokenizer_file, monkeypatch):
+    folder = saved("mixtral", tmp_path, tokenizer_file)
+    whole = export_gguf(folder, tmp_path, "q8_0").path.read_bytes()
+    monkeypatch.setattr("narrow_engine.export.gguf.CHUNK", 100)
+    assert export_gguf(folder, tmp_path, "q8_0").path.read_bytes() == whole
+
+
 def test_shards_are_read_and_a_large_weight_is_no_float16(tmp_path, tokenizer_file):
     whole = export_gguf(saved("llama", tmp_path / "whole", tokenizer_file), tmp_path / "whole", "bf16").path
     model = tiny_model("llama")
