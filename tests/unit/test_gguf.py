@@ -231,7 +231,7 @@ def byte_level(steps, specials=("<s>", "</s>"), **options):
     return framed(tokenizer, specials[0])
 
 
-def sentencepiece_like(**options):
+def sentencepiece_like(style="llama"):
     """A BPE as transformers makes it from SentencePiece's: every pair whose joint text is a piece is a merge."""
     plain = Tokenizer(models.BPE())
     plain.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -245,8 +245,14 @@ def sentencepiece_like(**options):
         for at in range(1, len(piece))
         if piece[:at] in vocabulary and piece[at:] in vocabulary
     ]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True, **options))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if style == "llama":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif style == "gemma":
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     return framed(tokenizer, "<s>")
@@ -294,6 +300,8 @@ TOKENIZERS = {
     "tekken": lambda: byte_level(split(TEKKEN), ignore_merges=True),
     "deepseek-v3": lambda: byte_level(split(r"\p{N}{1,3}", CJK, DEEPSEEK)),
     "llama": sentencepiece_like,
+    "gemma": lambda: sentencepiece_like("gemma"),
+    "metaspace": lambda: sentencepiece_like("metaspace"),
     "t5": unigram,
 }
 TEXTS = [
@@ -329,9 +337,9 @@ def test_a_tokenizer_is_in_the_file(name, tmp_path):
     assert fields["tokenizer.ggml.bos_token_id"] == tokenizer.token_to_id("<s>")
     assert (fields["tokenizer.ggml.add_bos_token"], fields["tokenizer.ggml.add_eos_token"]) == (True, False)
     assert fields["tokenizer.chat_template"] == "{{ messages }}"
-    if name == "llama":
+    if name in ("llama", "gemma", "metaspace"):
         assert fields["tokenizer.ggml.model"] == "llama"
-        assert fields["tokenizer.ggml.add_space_prefix"] is True
+        assert fields["tokenizer.ggml.add_space_prefix"] == (name != "gemma")
         scores = dict(zip(tokens, fields["tokenizer.ggml.scores"], strict=True))
         ranks = [scores[a + b] for a, b in raw["model"]["merges"]]
         assert ranks == sorted(ranks, reverse=True)
@@ -483,9 +491,11 @@ def test_llama_cpp_writes_the_same_text_as_torch(kind, tmp_path):
 
 
 def lines(name):
-    """What is cut: of Unigram lines, without spaces in front. Where two ways through a text are equally likely, each tokenizer
-    takes its own, and in a long text there are some; and llama.cpp puts a space before another one."""
-    return TEXTS if name != "t5" else [line.strip() for text in TEXTS for line in text.splitlines() if line.strip()]
+    """What is cut: of Unigram lines, since where two ways through a text are equally likely, each tokenizer takes its own, and
+    in a long text there are some. Those behind Metaspace put a space neither before another one nor after a special token."""
+    if name == "t5":
+        return [line.strip() for text in TEXTS for line in text.splitlines() if line.strip()]
+    return [text for text in TEXTS if name != "metaspace" or (text[0] != " " and "<s>" not in text)]
 
 
 @needs_llama
@@ -499,7 +509,7 @@ def test_llama_cpp_cuts_text_into_the_same_tokens(name, tmp_path):
 
 @needs_llama
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt-2", "qwen2", "llama", "t5"])
+@pytest.mark.parametrize("name", ["gpt-2", "qwen2", "llama", "gemma", "t5"])
 def test_llama_cpp_cuts_text_by_a_trimmed_vocabulary_too(name, tmp_path):
     whole = model_of(TOKENIZERS[name](), tmp_path / "whole")
     tokenizer = Tokenizer.from_file(str(whole / "tokenizer.json"))
