@@ -103,24 +103,13 @@ def export_gguf(folder: Path, out: Path, kind: Kind, name: str = "narrow") -> Ex
     Norms, biases, routers and positions stay float32. Raises NarrowError: gguf_unsupported where llama.cpp cannot compute
     this model or cut text as its tokenizer does, gguf_overflow where a weight is beyond what float16 holds.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    values = config.to_dict()
-    family, dims = family_of(values), dimensions(values)
-    arch = _arch(family, values, dims)
     out.mkdir(parents=True, exist_ok=True)
     path, unfinished = out / f"model-{kind}.gguf", out / f"model-{kind}.gguf.partial"
-    writer = gguf.GGUFWriter(unfinished, arch.name)
+    writer, pieces, notes = _prepare(folder, unfinished)
     try:
         writer.add_name(name)
         writer.add_file_type(FILE_TYPES[kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        notes = _add_shape(writer, arch, family, values, dims)
-        extra = _add_rope(writer, arch, config, dims, notes)
-        notes += add_vocabulary(writer, folder, dims.vocab)
-        pieces = [
-            *(_Piece(n, tuple(t.shape), partial(_constant, t)) for n, t in extra.items()),
-            *_pieces(arch, family, values, dims),
-        ]
         notes += _write(writer, folder, pieces, kind)
         writer.close()
         unfinished.replace(path)
@@ -128,6 +117,29 @@ def export_gguf(folder: Path, out: Path, kind: Kind, name: str = "narrow") -> Ex
         writer.close()
         unfinished.unlink(missing_ok=True)
     return Exported(path, path.stat().st_size, notes)
+
+
+def require_gguf(folder: Path) -> None:
+    """Refuses a base of which no GGUF can be made, before any work. No weight is read.
+
+    A cut can still bring a model out of what llama.cpp takes: heads or hidden dimensions where it wants them square, layers
+    where it counts them. Raises NarrowError (gguf_unsupported).
+    """
+    _prepare(folder, None)
+
+
+def _prepare(folder: Path, path: Path | None) -> tuple[gguf.GGUFWriter, list[_Piece], list[str]]:
+    """A writer with all that is in the file but the tensors, these, and notes. Raises NarrowError (gguf_unsupported)."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    values = config.to_dict()
+    family, dims = family_of(values), dimensions(values)
+    arch = _arch(family, values, dims)
+    writer = gguf.GGUFWriter(path, arch.name)
+    notes = _add_shape(writer, arch, family, values, dims)
+    extra = _add_rope(writer, arch, config, dims, notes)
+    notes += add_vocabulary(writer, folder, dims.vocab)
+    constants = [_Piece(name, tuple(tensor.shape), partial(_constant, tensor)) for name, tensor in extra.items()]
+    return writer, constants + list(_pieces(arch, family, values, dims)), notes
 
 
 def refuse(what: str) -> NarrowError:

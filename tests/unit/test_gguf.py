@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 gguf = pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
 
 from narrow_engine.errors import NarrowError  # noqa: E402
-from narrow_engine.export.gguf import check_gguf, export_gguf, have_llama  # noqa: E402
+from narrow_engine.export.gguf import check_gguf, export_gguf, have_llama, require_gguf  # noqa: E402
 from narrow_engine.export.gguf_arches import ARCHES  # noqa: E402
 from narrow_engine.vocabulary import choose, write_files  # noqa: E402
 
@@ -148,6 +148,13 @@ def test_shape_and_numbers_are_in_the_file(tmp_path, tokenizer_file):
     })  # fmt: skip
 
 
+def test_a_base_that_llama_cpp_takes_is_not_refused(tmp_path, tokenizer_file):
+    folder = saved("qwen2", tmp_path, tokenizer_file)
+    (folder / "model.safetensors").unlink()
+    require_gguf(folder)
+    assert list(folder.glob("*gguf*")) == []
+
+
 def test_a_tensor_is_converted_some_rows_at_a_time(tmp_path, tokenizer_file, monkeypatch):
     folder = saved("mixtral", tmp_path, tokenizer_file)
     whole = export_gguf(folder, tmp_path, "q8_0").path.read_bytes()
@@ -193,10 +200,14 @@ REFUSED = [
 
 @pytest.mark.parametrize(("family", "changes", "why"), REFUSED)
 def test_what_llama_cpp_would_compute_otherwise_is_refused(family, changes, why, tmp_path, tokenizer_file):
+    folder = saved(family, tmp_path, tokenizer_file, **changes)
     with pytest.raises(NarrowError, match=why) as raised:
-        export_gguf(saved(family, tmp_path, tokenizer_file, **changes), tmp_path / "out", "f32")
+        export_gguf(folder, tmp_path / "out", "f32")
     assert raised.value.code == "gguf_unsupported"
     assert list((tmp_path / "out").glob("*")) == []
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(NarrowError, match=why):
+        require_gguf(folder)
 
 
 def test_every_family_has_an_architecture_that_the_package_knows():
