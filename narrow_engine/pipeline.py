@@ -57,7 +57,8 @@ def _load_options(spec: CompressionSpec) -> Any:
 
 def _allocation_options(spec: CompressionSpec) -> Any:
     trials = [spec.method.refit, spec.method.recover] if leaves_a_choice(spec) else []
-    return [spec.budget, spec.method.units, spec.method.multiple, spec.dtype if spec.budget.bytes else None, *trials]
+    saved = [spec.dtype if spec.budget.bytes else None, "gguf-q8_0" in spec.export]
+    return [spec.budget, spec.method.units, spec.method.multiple, *saved, *trials]
 
 
 def _correction_options(spec: CompressionSpec) -> Any:

@@ -33,6 +33,8 @@ CHOICE, SEARCH = 16, 8
 
 WIDE, WIDE_MULTIPLE, MULTIPLE = 4096, 64, 8
 """Neurons are kept in multiples where a budget leaves the choice, since odd widths waste vector lanes and tiles."""
+Q8_MULTIPLE = 32
+"""And where the result is to be a GGUF in Q8_0, whose blocks have so many: other widths stay in F16."""
 
 CANDIDATES = 8000
 """Combinations of the coarse kinds that are looked at, about: where there are more, each kind takes longer steps."""
@@ -282,7 +284,8 @@ def smallest_shape(config: dict[str, Any], options: Options, tokens: int | None 
 
 
 def _multiple(family: Family, dims: Dimensions, options: Options) -> int:
-    return math.lcm(options.method.multiple or (WIDE_MULTIPLE if dims.width >= WIDE else MULTIPLE), family.multiple)
+    own = WIDE_MULTIPLE if dims.width >= WIDE else Q8_MULTIPLE if "gguf-q8_0" in options.export else MULTIPLE
+    return math.lcm(options.method.multiple or own, family.multiple)
 
 
 def _more_units(family: Family, dims: Dimensions, units: list[Unit]) -> str:

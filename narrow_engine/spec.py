@@ -23,9 +23,9 @@ Cache = Literal["hidden", "top"]
 Role = Literal["keep", "forget", "watch"]
 BadRows = Literal["stop", "skip"]
 """What a bad row of a dataset does: refuse all of it, or be left out and counted."""
-Format = Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]
+Format = Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0"]
 """What a result is given back as. `safetensors` is there in any case, since the others are made of it."""
-ROUNDED: tuple[Format, ...] = ("onnx-int8", "onnx-int4", "gguf-q8_0", "gguf-q4_0")
+ROUNDED: tuple[Format, ...] = ("onnx-int8", "onnx-int4", "gguf-q8_0")
 """Formats whose weights are rounded further than the result's."""
 DType = Literal["float32", "bfloat16", "float16"]
 BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -265,7 +265,8 @@ class Method(Model):
         ge=1,
         le=1024,
         description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. "
-        "By default 64 in MLPs of 4,096 neurons and more, else 8. Neurons of experts are kept in multiples of 8 in any case.",
+        "By default 64 in MLPs of 4,096 neurons and more, 32 where gguf-q8_0 is among the formats, else 8. Neurons of experts are "
+        "kept in multiples of 8 in any case.",
     )
     importance: Criterion = "reconstruction"
     calibration_tokens: int = Field(65_536, ge=1, le=10**9, description="Tokens of the target that scores and refit see.")

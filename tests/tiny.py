@@ -83,7 +83,7 @@ def tiny_config(family: str, **changes):
         **changes,
     }
     if family == "smollm3":
-        options["no_rope_layers"] = [layer % 2 for layer in range(options["num_hidden_layers"])]
+        options.setdefault("no_rope_layers", [layer % 2 for layer in range(options["num_hidden_layers"])])
     for name in MISSING.get(family, ()):
         options.pop(name)
     renamed = RENAMED.get(family, {})

@@ -661,7 +661,7 @@ class Load(BaseModel):
 
     runtime: Annotated[str, Field(title="Runtime")]
     format: Annotated[
-        Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"],
+        Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0"],
         Field(title="Format"),
     ]
     loads: Annotated[bool, Field(title="Loads")]
@@ -755,7 +755,7 @@ class Multiple(RootModel[int]):
     root: Annotated[
         int,
         Field(
-            description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. By default 64 in MLPs of 4,096 neurons and more, else 8. Neurons of experts are kept in multiples of 8 in any case.",
+            description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. By default 64 in MLPs of 4,096 neurons and more, 32 where gguf-q8_0 is among the formats, else 8. Neurons of experts are kept in multiples of 8 in any case.",
             ge=1,
             le=1024,
             title="Multiple",
@@ -1410,7 +1410,7 @@ class Speed(BaseModel):
     """
 
     format: Annotated[
-        Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"] | None,
+        Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0"] | None,
         Field(title="Format"),
     ] = "safetensors"
     runtime: Annotated[
@@ -1719,7 +1719,7 @@ class Method(BaseModel):
     multiple: Annotated[
         Multiple | None,
         Field(
-            description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. By default 64 in MLPs of 4,096 neurons and more, else 8. Neurons of experts are kept in multiples of 8 in any case.",
+            description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. By default 64 in MLPs of 4,096 neurons and more, 32 where gguf-q8_0 is among the formats, else 8. Neurons of experts are kept in multiples of 8 in any case.",
             title="Multiple",
         ),
     ] = None
@@ -1861,7 +1861,7 @@ class Skill(BaseModel):
         Field(description="Of skills whose text is prompts with answers."),
     ] = None
     rounded: Annotated[
-        dict[Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"], Interval] | None,
+        dict[Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0"], Interval] | None,
         Field(
             description="Retention of the formats that round the result's weights further.",
             title="Rounded",
@@ -1927,10 +1927,10 @@ class SweepSpec(BaseModel):
         ),
     ] = [0]
     export: Annotated[
-        list[Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]] | None,
+        list[Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0"]] | None,
         Field(
             description="Formats. Of onnx and gguf, those with int or q have rounded weights, and the report says what that costs.",
-            max_length=7,
+            max_length=6,
             min_length=1,
             title="Export",
         ),
@@ -2014,10 +2014,10 @@ class JobSpec(BaseModel):
         ),
     ] = None
     export: Annotated[
-        list[Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0", "gguf-q4_0"]] | None,
+        list[Literal["safetensors", "onnx", "onnx-int8", "onnx-int4", "gguf-f16", "gguf-q8_0"]] | None,
         Field(
             description="Formats. Of onnx and gguf, those with int or q have rounded weights, and the report says what that costs.",
-            max_length=7,
+            max_length=6,
             min_length=1,
             title="Export",
         ),
@@ -2113,7 +2113,7 @@ class Report(BaseModel):
     parity: Annotated[
         dict[str, Parity],
         Field(
-            description="vocabulary: the base with its vocabulary trimmed and whole; slice: sliced and masked; reload: a fresh process; of other formats: what runs them and torch, with the same weights.",
+            description="vocabulary: the base with its vocabulary trimmed and whole; slice: sliced and masked; reload: a fresh process; of other formats: what runs them and torch, with the same weights or, for gguf, with those before rounding.",
             title="Parity",
         ),
     ]

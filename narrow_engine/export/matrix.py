@@ -44,7 +44,7 @@ def _vllm(config: dict[str, Any]) -> Load:
     head = dimensions(config).head_dim
     fast = head % HEAD_MULTIPLE == 0 and head <= HEAD_LARGEST
     where = "in FlashAttention" if fast else "in its slower attention, not in FlashAttention"
-    note = f"On {_numbers(gpus(config))} GPUs. Heads of {head} run {where}."
+    note = f"On {_numbers(gpus(config))}. Heads of {head} run {where}."
     return Load(runtime="vLLM", format="safetensors", loads=True, checked=False, note=note)
 
 
@@ -52,9 +52,7 @@ def _tgi(config: dict[str, Any]) -> Load:
     if config["model_type"] not in IN_TGI:
         note = f"It runs {config['model_type']} through transformers, on one GPU."
         return Load(runtime="TGI", format="safetensors", loads=True, checked=False, note=note)
-    return Load(
-        runtime="TGI", format="safetensors", loads=True, checked=False, note=f"On {_numbers(gpus(config, alike=False))} GPUs."
-    )
+    return Load(runtime="TGI", format="safetensors", loads=True, checked=False, note=f"On {_numbers(gpus(config, alike=False))}.")
 
 
 def gpus(config: dict[str, Any], alike: bool = True) -> list[int]:
@@ -71,4 +69,5 @@ def gpus(config: dict[str, Any], alike: bool = True) -> list[int]:
 
 
 def _numbers(counts: list[int]) -> str:
-    return " or ".join(filter(None, [", ".join(map(str, counts[:-1])), str(counts[-1])]))
+    several = " or ".join(filter(None, [", ".join(map(str, counts[:-1])), str(counts[-1])]))
+    return f"{several} GPU{'s' if counts[-1] > 1 else ''}"

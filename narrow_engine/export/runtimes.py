@@ -55,9 +55,14 @@ def form_of(folder: Path) -> Format:
     raise NarrowError("no_model", f"{folder} holds no model.onnx, *.gguf or model*.safetensors: name the folder of one format.")
 
 
+def have_llama() -> bool:
+    """Whether llama.cpp can be run here, by llama-cpp-python."""
+    return find_spec("llama_cpp") is not None
+
+
 def is_there(form: Format) -> bool:
     """Whether what runs a format is installed here."""
-    return form.startswith(("safetensors", "onnx")) or find_spec("llama_cpp") is not None
+    return form.startswith(("safetensors", "onnx")) or have_llama()
 
 
 def open_runtime(form: Format, folder: Path, threads: int) -> Runtime:
@@ -66,8 +71,8 @@ def open_runtime(form: Format, folder: Path, threads: int) -> Runtime:
         return Torch(folder, threads)
     if form.startswith("onnx"):
         return Onnx(folder / "model.onnx", threads)
-    if find_spec("llama_cpp") is None:
-        raise NarrowError("missing_extra", "A GGUF file takes llama-cpp-python to run: pip install llama-cpp-python.")
+    if not have_llama():
+        raise NarrowError("missing_extra", "A GGUF file takes llama-cpp-python to run: pip install 'narrow[llama]'.")
     return Llama(next(iter(sorted(folder.glob("*.gguf")))), threads)
 
 
@@ -197,7 +202,8 @@ class Llama:
         def decode(ids: list[int]) -> str:
             return self.llama.detokenize(ids).decode("utf-8", "replace")  # type: ignore[no-any-return]
 
-        return encode, decode, {self.llama.token_eos()}, GGUF_CONTEXT
+        context = self.llama.metadata.get(f"{self.llama.metadata['general.architecture']}.context_length", GGUF_CONTEXT)
+        return encode, decode, {self.llama.token_eos()}, min(GGUF_CONTEXT, int(context))
 
     def step(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         before = self.llama.n_tokens

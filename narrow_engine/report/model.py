@@ -269,7 +269,7 @@ class Report(BaseModel):
     cuts: list[Cut]
     parity: dict[str, Parity] = Field(
         description="vocabulary: the base with its vocabulary trimmed and whole; slice: sliced and masked; reload: a fresh "
-        "process; of other formats: what runs them and torch, with the same weights."
+        "process; of other formats: what runs them and torch, with the same weights or, for gguf, with those before rounding."
     )
     runtimes: list[Load] = Field([], description="Which programs take which files.")
     curve: list[CurvePoint]
