@@ -265,8 +265,8 @@ class Method(Model):
         ge=1,
         le=1024,
         description="Neurons are kept in multiples of this where a budget leaves the choice: kernels are fastest at whole tiles. "
-        "By default 64 in MLPs of 4,096 neurons and more, 32 where gguf-q8_0 is among the formats, else 8. Neurons of experts are "
-        "kept in multiples of 8 in any case.",
+        "By default 64 in MLPs of 4,096 neurons and more, 32 where gguf-q8_0 is among the formats, else 8. Neurons of experts "
+        "are kept in multiples of 8 in any case.",
     )
     importance: Criterion = "reconstruction"
     calibration_tokens: int = Field(65_536, ge=1, le=10**9, description="Tokens of the target that scores and refit see.")

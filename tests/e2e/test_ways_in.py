@@ -107,6 +107,27 @@ def test_the_command_watches_shows_downloads_and_cancels(service, api_spec, tmp_
     assert (tmp_path / "d" / "model" / "model.safetensors").exists(), err
     assert not (tmp_path / "d" / "report.json").exists()
 
+    # The result in another format, later: a job on the model that is there by now, of which one format is fetched and run.
+    model = service.job(job)["result_model"]
+    data = service.job(job)["spec"]["target"]["dataset"]
+    wanted = ("--base", model, "--target", data, "--method", "export", "--export", "onnx-int4", "--out", tmp_path / "e", "--json")
+    exporting = narrow("compress", *wanted, url=service.url)
+    out, err = exporting.communicate(timeout=240)
+    assert exporting.returncode == 0, err
+    assert [speed["format"] for speed in json.loads(out)["speed"]] == ["safetensors", "onnx-int4"]
+    exported = service.http.get("/jobs").json()["data"][0]["id"]
+    fetch = narrow("download", exported, "--out", tmp_path / "f", "--format", "onnx-int4", url=service.url)
+    out, err = fetch.communicate(timeout=60)
+    assert fetch.returncode == 0, err
+    assert [path.name for path in (tmp_path / "f").iterdir()] == ["onnx-int4"]
+    texts = []
+    for folder in ("e/model", "f/onnx-int4"):
+        writing = narrow("run-model", tmp_path / folder, "def main", "--tokens", "5", "--threads", "1", url=service.url)
+        out, err = writing.communicate(timeout=120)
+        assert writing.returncode == 0, err
+        texts.append(out)
+    assert all(texts)
+
     slow = service.http.post("/jobs", json=api_spec(5_000_000)).json()["id"]
     service.wait(slow, lambda j: j["status"] == "running")
     watching = narrow("watch", slow, url=service.url)

@@ -59,7 +59,7 @@ def test_the_file_holds_the_weights_that_are_measured(family, tmp_path):
         meant = formats.write(form, tmp_path / "model", tmp_path / form, tmp_path / "onnx")
         exact, told = formats.check(form, meant, tmp_path / form, tmp_path / "onnx", IDS)
         assert exact.relative_error < 1e-4
-        assert told.mean_error <= told.max_error < 1
+        assert exact.mean_error < told.mean_error < 0.2, "activations are rounded too"
         with torch.no_grad():
             moved = (meant(IDS).logits - model(IDS).logits).abs().max()
         assert moved > 100 * exact.max_error, "it is the rounded weights that agree, not those of before"
