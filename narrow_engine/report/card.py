@@ -117,13 +117,22 @@ def render_card(report: Report) -> str:
         exact_match=_exact_match(report),
         answers=_answers(report),
         forgotten="".join(f"{_plain(row.note)}\n\n" for row in report.relearning.values()),
-        onnx=_ONNX if "onnx" in report.parity else "",
+        onnx=(_ONNX if "onnx" in report.parity else "") + _others(report),
         base=report.provenance.sha256("base"),
         cut=_cut(report),
         tokens=report.provenance.recovery_tokens,
         objective=method["recover"]["objective"].replace("_", " "),
         seed=report.provenance.seed,
     )
+
+
+def _others(report: Report) -> str:
+    """The formats beside this folder."""
+    found = sorted({load.format for load in report.runtimes} - {"safetensors"})
+    if not found:
+        return ""
+    places = ", ".join(f"`../{form}`" for form in found)
+    return f"\nIn other formats: {places}. `narrow run-model FOLDER PROMPT` runs any of them.\n"
 
 
 def _exact_match(report: Report) -> str:
@@ -156,7 +165,9 @@ def _cut(report: Report) -> str:
     if "token" in method["units"]:
         said.append(f"vocabulary trimmed from {report.before.vocabulary:,} to {report.after.vocabulary:,} tokens")
     init = method.get("init", "cut")
-    if init == "fresh":
+    if method.get("kind") == "export":
+        said.append("nothing was cut")
+    elif init == "fresh":
         said.append(f"fresh weights in a shape with fewer {scored}" if scored else "fresh weights")
     elif init == "layers":
         said.append("evenly spaced layers of the base")
