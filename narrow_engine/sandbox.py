@@ -166,7 +166,7 @@ def missing(limits: dict[str, Any], apart: bool) -> list[str]:
         )
         if 1 <= version < 6:
             lacking.append("jobs can signal the service's processes: the kernel's Landlock is too old for that")
-    if limits.get("network") and not _network_of_its_own():
+    if limits.get("network") and not (_succeeds(_network_of_its_own) == 0 and _network_of_its_own() == 0):
         lacking.append("jobs on several processes can reach the network: network namespaces are not allowed here")
     if not _files(limits, version):
         lacking.append("jobs can read every file that the service can: the kernel has no Landlock")
@@ -213,18 +213,18 @@ def _as_a_new_user(wanted: int) -> bool:
     return True
 
 
-def _network_of_its_own() -> bool:
-    """Whether the process is now in a network where there is nothing but itself and what it starts."""
+def _network_of_its_own() -> int:
+    """0 if the process is now in a network where there is nothing but itself and what it starts."""
     if libc.unshare(NEW_NETWORK) != 0 and not _as_a_new_user(NEW_NETWORK):
-        return False
+        return 1
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         up = struct.pack("16sh", b"lo", 1 | 64)  # IFF_UP, IFF_RUNNING
         fcntl.ioctl(any_socket, 0x8914, up)  # SIOCSIFFLAGS
-    return True
+    return 0
 
 
 def _possible(limits: dict[str, Any]) -> bool:
-    """Whether a process may have namespaces and mounts, tried by one that ends then: there is no way back."""
+    """Whether a process may have namespaces and mounts."""
 
     def attempt() -> int:
         return _succeeds(lambda: _mounts(limits)) if _namespaces() else 1
@@ -233,7 +233,8 @@ def _possible(limits: dict[str, Any]) -> bool:
 
 
 def _succeeds(attempt: Callable[[], int]) -> int:
-    """What a function returns in a process of its own, 1 if it raises."""
+    """What a function returns in a process that ends then, 1 if it raises: where systems allow namespaces by halves, as with
+    AppArmor's rules for users, there is no way back."""
     child = os.fork()
     if child == 0:
         status = 1
