@@ -54,7 +54,7 @@ def create_app(settings: Settings, keys_needed: bool = False, host: str | None =
     app.state.limiter = RateLimiter(settings.max_requests)
     app.state.known_keys = {}
     app.state.drain = asyncio.Event()
-    app.state.fetches = Fetches()
+    app.state.fetches = Fetches(app.state.drain)
     app.state.hub = Hub(app.state.engine, settings.poll_seconds, app.state.drain)
     problems.install(app)
     app.add_middleware(Requests, silence_seconds=settings.silence_seconds)

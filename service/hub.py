@@ -47,6 +47,8 @@ MOST_FETCHES, MOST_OF_TENANT = 8, 2
 MOST_LOOKS = 8
 """And about how many it asks the hub: others wait."""
 CONNECT_SECONDS = 10.0
+LOOK_SECONDS = 0.2
+"""Between two looks whether the server stops."""
 REDIRECTS = (301, 302, 303, 307, 308)
 
 T = TypeVar("T")
@@ -56,8 +58,9 @@ Key = tuple[str, str, str]
 
 @dataclass
 class Fetches:
-    """What a server is fetching: who asks for the same waits for it."""
+    """What a server is fetching: who asks for the same waits for it. `drain` ends it all."""
 
+    drain: asyncio.Event
     looking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_LOOKS))
     running: dict[Key, asyncio.Event] = field(default_factory=dict)
 
@@ -109,7 +112,7 @@ async def bring(
         detail = "This server fetches no models: its administrator has set no NARROW_HUB. Upload the model's files instead."
         raise ApiError(403, "no_hub", detail)
     async with _asking(settings, wanted) as asked:
-        async with fetches.looking, _in_time(settings):
+        async with fetches.looking, _in_time(settings, fetches.drain):
             source, files = await _find(asked)
         key = (tenant, source.hub, source.commit)
         while True:
@@ -123,7 +126,7 @@ async def bring(
                 await run_in_threadpool(require_room, session, settings, sum(file.bytes for file in files))
                 folder = Path(await run_in_threadpool(tempfile.mkdtemp, prefix=".fetch-", dir=settings.uploads))
                 try:
-                    async with _in_time(settings):
+                    async with _in_time(settings, fetches.drain):
                         await _fetch(asked, source, files, folder)
                     arguments = (session, settings, storage, folder, source, wanted.name)
                     made = await run_in_threadpool(store_fetched, *arguments)
@@ -142,11 +145,25 @@ async def _asking(settings: Settings, wanted: HubModel) -> AsyncIterator[Asked]:
 
 
 @asynccontextmanager
-async def _in_time(settings: Settings) -> AsyncIterator[None]:
+async def _in_time(settings: Settings, drain: asyncio.Event) -> AsyncIterator[None]:
+    """Ends what takes too long, or longer than the server has."""
+
+    async def end_with_server() -> None:
+        while not drain.is_set():  # an Event can be waited for in one loop, and each request of a TestClient has its own
+            await asyncio.sleep(LOOK_SECONDS)  # noqa: ASYNC110
+        limit.reschedule(0)
+
     try:
-        async with asyncio.timeout(settings.hub_seconds):
-            yield
+        async with asyncio.timeout(settings.hub_seconds) as limit:
+            ending = asyncio.create_task(end_with_server())
+            try:
+                yield
+            finally:
+                ending.cancel()
     except TimeoutError as error:
+        if drain.is_set():
+            detail = "The server stops, and what it has fetched of the model is gone: ask again in a moment."
+            raise ApiError(503, "stopping", detail, headers={"Retry-After": "10"}) from error
         seconds = f"{settings.hub_seconds:g} s (NARROW_HUB_SECONDS)"
         raise NarrowError("hub_too_slow", f"The model did not come within {seconds}: fetch it yourself and upload it.") from error
 

@@ -425,6 +425,19 @@ def test_who_asks_meanwhile_waits_for_the_same_and_nobody_else_waits(held, repo,
         assert ask("owner/tiny2").status_code == 201
 
 
+def test_a_server_that_stops_ends_what_it_fetches(hub, repo, tmp_path):
+    hub.does["/lfs/"] = lambda handler: handler.stream(time.sleep(0.1) or b"x" for _ in range(600))
+    with running(tmp_path / "data", workers=0, NARROW_HUB=hub.url) as service, ThreadPoolExecutor() as pool:
+        asked = [pool.submit(service.http.post, "/fetches", json={"hub": NAME}) for _ in range(2)]
+        until(lambda: hub.paths("/lfs/"))
+        began = time.monotonic()
+        assert service.stop() == 0
+        assert time.monotonic() - began < 8
+        for answer in asked:
+            refused(answer.result(), 503, "stopping", "ask again")
+        assert list((service.data / "uploads").iterdir()) == []
+
+
 def until(condition, seconds=20):
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
