@@ -9,14 +9,14 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from narrow_engine.errors import NarrowError
-from narrow_engine.families import dimensions, family_of, saved_names, saved_shapes
+from narrow_engine.families import Dimensions, Family, dimensions, family_of, saved_names, saved_shapes
 from narrow_engine.spec import Unit
 
 HEADER_LIMIT = 16 * 2**20
@@ -81,7 +81,7 @@ class Tried(ModelInfo):
 
 def accepted_name(name: str) -> bool:
     """Whether a file of this name belongs in a model folder. Names only: no separators, nothing hidden."""
-    return name in _JSON_FILES or name in TOKENIZER_FILES or _WEIGHTS.fullmatch(name) is not None
+    return name in _JSON_FILES or name in TOKENIZER_FILES or is_weights(name)
 
 
 def refuse_name(name: str) -> NarrowError:
@@ -100,22 +100,23 @@ def refuse_name(name: str) -> NarrowError:
     )
 
 
+def no_weights(names: Iterable[str]) -> NarrowError:
+    """Why files that are called so are no model, if none of them is one of weights."""
+    others = sorted(name for name in names if name.lower().endswith(_PICKLES))
+    return refuse_name(others[0]) if others else NarrowError("missing_file", "model.safetensors is missing from the model.")
+
+
+def is_weights(name: str) -> bool:
+    return _WEIGHTS.fullmatch(name) is not None
+
+
 def inspect_model(folder: Path) -> ModelInfo:
     """Checks a folder in the Hugging Face layout without loading it.
 
     Raises NarrowError: missing_file, unsafe_weights, remote_code, bad_config, unsupported_architecture,
     bad_safetensors, wrong_tensors.
     """
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise NarrowError("bad_config", "config.json is not a JSON object.")
-    _check_small_files(folder)
-    if config.get("quantization_config"):
-        raise NarrowError("bad_config", "config.json says that the weights are quantized: bring the unquantized model.")
-    family, dims = family_of(config), dimensions(config)
-    if not (folder / "tokenizer.json").is_file():
-        raise NarrowError("missing_file", "tokenizer.json is missing: save the tokenizer in the fast format beside the weights.")
-
+    config, family, dims = inspect_config(folder)
     weights = weight_files(folder)
     headers: dict[str, tuple[str, tuple[int, ...]]] = {}
     for path in weights:
@@ -140,6 +141,20 @@ def inspect_model(folder: Path) -> ModelInfo:
         sha256=files_sha256(files),
         units=list(family.units),
     )
+
+
+def inspect_config(folder: Path) -> tuple[dict[str, Any], Family, Dimensions]:
+    """Checks all but the weights, which may not be there yet. Raises NarrowError."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise NarrowError("bad_config", "config.json is not a JSON object.")
+    _check_small_files(folder)
+    if config.get("quantization_config"):
+        raise NarrowError("bad_config", "config.json says that the weights are quantized: bring the unquantized model.")
+    family, dims = family_of(config), dimensions(config)
+    if not (folder / "tokenizer.json").is_file():
+        raise NarrowError("missing_file", "tokenizer.json is missing: save the tokenizer in the fast format beside the weights.")
+    return config, family, dims
 
 
 def _check_small_files(folder: Path) -> None:
@@ -250,8 +265,7 @@ def weight_files(folder: Path) -> list[Path]:
     elif single.is_file():
         paths = [single]
     else:
-        others = sorted(p.name for p in folder.iterdir() if p.name.lower().endswith(_PICKLES))
-        raise (refuse_name(others[0]) if others else NarrowError("missing_file", "model.safetensors is missing from the model."))
+        raise no_weights(p.name for p in folder.iterdir())
     for path in paths:
         if not path.is_file():
             raise NarrowError("missing_file", f"{path.name} is named in {INDEX} but missing from the model.")

@@ -52,6 +52,14 @@ TOP = 64
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[\w][\w .+-]*$")]
 
 
+_PART = r"[A-Za-z0-9_]+((\.|-+)[A-Za-z0-9_]+)*"
+"""Of a path that goes into a URL: it neither begins nor ends with a dot, nor has two of them together."""
+_HUB_NAME = f"^{_PART}/{_PART}$"
+HubName = Annotated[str, Field(max_length=200, pattern=_HUB_NAME, examples=["HuggingFaceTB/SmolLM2-135M"])]
+Revision = Annotated[str, Field(max_length=200, pattern=f"^{_PART}(/{_PART})*$")]
+Commit = Annotated[str, Field(pattern="^([0-9a-f]{40}|[0-9a-f]{64})$")]
+
+
 class Model(BaseModel):
     """Base of everything a person can write: an unknown or misspelt option is an error, not a silent default."""
 
@@ -446,6 +454,8 @@ class Answer(Model):
 
 class ModelPath(Model):
     path: Path = Field(description="A folder in the Hugging Face layout: config.json, *.safetensors, tokenizer.json.")
+    hub: HubName | None = Field(None, description="Its name on the hub that it is from, for the report.")
+    commit: Commit | None = Field(None, description="And of which commit its files are.")
 
 
 Answered = Annotated[
@@ -717,6 +727,8 @@ def wording(error: Mapping[str, Any]) -> str:
         return f"is not an id like {pattern[1:].partition('[')[0]}01h455vb4pex5vsknk084sn02q"
     if kind == "string_pattern_mismatch" and pattern == _NAME_PATTERN:
         return "is not a name: it takes letters, digits, spaces and . + - _, and begins with a letter, a digit or _"
+    if kind == "string_pattern_mismatch" and pattern == _HUB_NAME:
+        return "is not the name of a model on a hub, like HuggingFaceTB/SmolLM2-135M"
     text = str(error["msg"])
     if kind == "value_error":
         return text.removeprefix("Value error, ")[:300]

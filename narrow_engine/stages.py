@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ from narrow_engine.report.page import render_page
 from narrow_engine.run import Run, write_json
 from narrow_engine.sizing import leaves_a_choice, saved_bytes, size_of, solve, vocabulary_is_fixed
 from narrow_engine.slice import compare, mask_model, renew, slice_model
-from narrow_engine.spec import INPUTS, ROUNDED, TOP, DatasetPath, Format, chooses, relearned, taught
+from narrow_engine.spec import INPUTS, ROUNDED, TOP, DatasetPath, Format, ModelPath, chooses, relearned, taught
 
 HELD_OUT_FACTOR = 16
 """Held-out tokens for each that is measured: stretches of many documents instead of a few whole ones."""
@@ -590,7 +590,7 @@ def report(run: Run, out: Path) -> None:
         files=[],
         provenance=Provenance(
             inputs=_inputs(run),
-            base_model=_hub_name(info.config),
+            base_model=spec.base.hub or _hub_name(info.config),
             tokenizer_sha256=earlier.dataset_sha256(spec.base.path / "tokenizer.json"),
             spec_sha256=hashlib.sha256(spec.model_dump_json(exclude=INPUTS).encode()).hexdigest(),
             seed=spec.seed,
@@ -692,9 +692,9 @@ def _skills(run: Run) -> dict[str, Any]:
 def _inputs(run: Run) -> list[Input]:
     """The base first; of files that a run reads, the bytes are those that its stages were keyed by."""
     spec = run.spec
-    found = [Input(part="base", name=spec.base.path.name, sha256=earlier.info(run)["model"]["sha256"])]
+    found = [_model_input("base", spec.base, earlier.info(run)["model"]["sha256"])]
     if spec.teacher:
-        found.append(Input(part="teacher", name=spec.teacher.path.name, sha256=earlier.info(run)["teacher"]["sha256"]))
+        found.append(_model_input("teacher", spec.teacher, earlier.info(run)["teacher"]["sha256"]))
     data = [("target", None, spec.target), *(("skill", skill.name, skill) for skill in spec.skills)]
     data += [("broad", None, spec.broad)] if spec.broad else []
     return found + [
@@ -709,6 +709,10 @@ def _inputs(run: Run) -> list[Input]:
         )
         for part, skill, item in data
     ]
+
+
+def _model_input(part: Literal["base", "teacher"], model: ModelPath, sha256: str) -> Input:
+    return Input(part=part, name=model.path.name, sha256=sha256, hub=model.hub, commit=model.commit)
 
 
 def _hub_name(config: dict[str, Any]) -> str | None:

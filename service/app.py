@@ -11,6 +11,7 @@ from service.api import (
     audit,
     datasets,
     events,
+    fetches,
     health,
     jobs,
     keys,
@@ -24,6 +25,7 @@ from service.api import (
 )
 from service.auth import caller
 from service.db.session import connect
+from service.hub import Fetches
 from service.openapi import describe
 from service.quotas import RateLimiter
 from service.requests import Requests
@@ -52,6 +54,7 @@ def create_app(settings: Settings, keys_needed: bool = False, host: str | None =
     app.state.limiter = RateLimiter(settings.max_requests)
     app.state.known_keys = {}
     app.state.drain = asyncio.Event()
+    app.state.fetches = Fetches(app.state.drain)
     app.state.hub = Hub(app.state.engine, settings.poll_seconds, app.state.drain)
     problems.install(app)
     app.add_middleware(Requests, silence_seconds=settings.silence_seconds)
@@ -68,6 +71,7 @@ def create_app(settings: Settings, keys_needed: bool = False, host: str | None =
         audit.router,
         metrics.router,
         webhooks.router,
+        fetches.router,
     ):
         app.include_router(router, dependencies=known, max_body_size=settings.max_body_bytes)
     for router in (models.router, uploads.router):

@@ -85,6 +85,9 @@ def tidy_pieces(engine: Engine, storage: Storage) -> None:
     for piece in (storage.root / "uploads").glob(".piece-*"):
         if _age(piece) > STALE_SECONDS:
             piece.unlink(missing_ok=True)
+    for fetched in (storage.root / "uploads").glob(".fetch-*"):
+        if _age(fetched) > STALE_SECONDS:
+            shutil.rmtree(fetched, ignore_errors=True)
     with open_session(engine) as session:
         expired = list(session.exec(select(UploadRow.id).where(col(UploadRow.expires_at) < now())))
     for identifier in expired:

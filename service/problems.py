@@ -43,6 +43,7 @@ TITLES = {
     429: "Too many",
     460: "Checksum mismatch",
     500: "Internal error",
+    502: "Bad gateway",
     503: "Unavailable",
     507: "Out of space",
 }

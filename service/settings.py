@@ -41,6 +41,14 @@ class Settings(BaseSettings):
         512 * 2**30, gt=0, description="What a job may keep on disk while it runs, its checkpoints and stages together."
     )
     min_free_bytes: int = Field(256 * 2**20, ge=0, description="Uploads and new jobs are refused below this free space.")
+    hub: str = Field(
+        "",
+        pattern=r"^(https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?(/[A-Za-z0-9._~%/-]*)?)?$",
+        description="URL of a hub with Hugging Face's HTTP API, such as https://huggingface.co, that models may be fetched from; "
+        "by default there is none. It may be a mirror at a private address.",
+    )
+    # Less than what the janitor takes for left behind.
+    hub_seconds: float = Field(3600.0, gt=0, le=18_000, description="How long it may take to fetch a model from the hub.")
     silence_seconds: float = Field(
         60.0, gt=0, description="Who sends nothing more of a body, or no whole head of a request, for so long counts as gone."
     )

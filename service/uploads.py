@@ -14,14 +14,15 @@ from pathlib import Path
 
 from fastapi import UploadFile
 from pydantic import TypeAdapter, ValidationError
-from sqlmodel import Session
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import Session, select
 
 from narrow_engine.documents import Skipped, ending, nothing_left, read_documents
 from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import accepted_name, refuse_name
 from narrow_engine.spec import BadRows, Name
 from service import quotas
-from service.api.schemas import Dataset, Model, Page
+from service.api.schemas import Dataset, Model, Page, Source
 from service.db.tables import DatasetRow, ModelRow, UploadRow, new_id, now
 from service.problems import ApiError, not_found
 from service.runners import local
@@ -37,7 +38,8 @@ _READING = threading.BoundedSemaphore(4)
 
 def as_model(row: ModelRow) -> Model:
     fields = {k: row.info[k] for k in ("family", "parameters", "bytes", "sha256", "units", "config")}
-    return Model(id=row.id, name=row.name, job=row.job_id, created_at=row.created_at, **fields)
+    source = Source(hub=row.hub, commit=row.hub_commit) if row.hub and row.hub_commit else None
+    return Model(id=row.id, name=row.name, job=row.job_id, source=source, created_at=row.created_at, **fields)
 
 
 def as_dataset(row: DatasetRow) -> Dataset:
@@ -61,25 +63,69 @@ def store_model(
             _write(_sent(file), folder / given)
         for upload in complete:
             _assemble(storage, upload, folder / upload.name)
-        info = local.try_model(folder)
-        try:
-            row = ModelRow(
-                id=identifier,
-                name=_clean(name) or f"{info.family} model",
-                info=info.model_dump(mode="json"),
-                stored=sum(path.stat().st_size for path in folder.iterdir()),
-                created_at=now(),
-            )
-            answer = as_model(row)
-            # What cannot be said must not be kept: every list that it is on could not be said either.
-            Page[Model](data=[answer]).model_dump_json()
-        except ValueError as error:
-            detail = "config.json holds half a surrogate pair or is nested too deep: save it with another program."
-            raise NarrowError("bad_config", detail) from error
+        row = _look_at(identifier, folder, name)
         session.add(row)
         _use_up(session, complete)
     _tidy(session, storage, complete)
-    return answer
+    return as_model(row)
+
+
+def store_fetched(
+    session: Session, settings: Settings, storage: Storage, folder: Path, source: Source, name: str | None
+) -> Model | None:
+    """Keeps a model that was fetched into a folder on the data disk, as if it had been uploaded. None if another request was
+    faster. Raises NarrowError."""
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    try:
+        with _folder(session, settings, storage, "models", "mdl", size) as (identifier, place):
+            for path in folder.iterdir():
+                path.rename(place / path.name)
+            row = _look_at(identifier, place, name or source.hub.partition("/")[2])
+            row.hub, row.hub_commit = source.hub, source.commit
+            session.add(row)
+    except IntegrityError:
+        session.rollback()
+        storage.forget(f"models/{identifier}")
+        storage.sure(f"models/{identifier}")
+        return None
+    return as_model(row)
+
+
+def fetched_before(session: Session, source: Source) -> Model | None:
+    """The tenant's model of a commit, if it is there. Leaves no transaction open."""
+    wanted = select(ModelRow).where(ModelRow.hub == source.hub, ModelRow.hub_commit == source.commit)
+    row = session.exec(wanted).first()
+    session.rollback()
+    return as_model(row) if row else None
+
+
+def require_room(session: Session, settings: Settings, size: int) -> None:
+    """Refuses a model of so many bytes that could not be kept, before anything of it is fetched. Leaves no transaction open."""
+    if size > settings.max_model_bytes:
+        detail = f"The files of the model have {size:,} bytes, and this server takes {settings.max_model_bytes:,} at most."
+        raise ApiError(413, "too_large", detail)
+    require_space(settings, size)
+    quotas.require(session, settings, size=size)
+    session.rollback()
+
+
+def _look_at(identifier: str, folder: Path, name: str | None) -> ModelRow:
+    """The row of a model, once its files have passed every check. Raises NarrowError."""
+    info = local.try_model(folder)
+    try:
+        row = ModelRow(
+            id=identifier,
+            name=_clean(name) or f"{info.family} model",
+            info=info.model_dump(mode="json"),
+            stored=sum(path.stat().st_size for path in folder.iterdir()),
+            created_at=now(),
+        )
+        # What cannot be said must not be kept: every list that it is on could not be said either.
+        Page[Model](data=[as_model(row)]).model_dump_json()
+    except ValueError as error:
+        detail = "config.json holds half a surrogate pair or is nested too deep: save it with another program."
+        raise NarrowError("bad_config", detail) from error
+    return row
 
 
 def store_dataset(
@@ -210,9 +256,9 @@ def forget(session: Session, storage: Storage, row: ModelRow | DatasetRow) -> No
     storage.sure(key)
 
 
-def require_space(settings: Settings) -> None:
-    """Refuses work when the disk is nearly full, while there is still room for what runs."""
-    if shutil.disk_usage(settings.data).free < settings.min_free_bytes:
+def require_space(settings: Settings, size: int = 0) -> None:
+    """Refuses work when the disk is nearly full, or would be, while there is still room for what runs."""
+    if shutil.disk_usage(settings.data).free - size < settings.min_free_bytes:
         raise ApiError(507, "disk_full", "The server's disk is nearly full: delete models, datasets or jobs, or try later.")
 
 

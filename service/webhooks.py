@@ -11,15 +11,12 @@ redirects are not followed, and answers are not read.
 import base64
 import hashlib
 import hmac
-import ipaddress
 import json
 import logging
 import secrets
-import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,6 +27,7 @@ from sqlmodel import Session, col, select
 
 from service.db.session import AWAY, open_session
 from service.db.tables import JobRow, MessageRow, WebhookRow, new_id, now
+from service.outward import OnlyPublic, is_public, literal_address
 from service.problems import ApiError
 from service.settings import Settings
 
@@ -54,8 +52,8 @@ def check_url(url: str, private: bool) -> str:
         raise ApiError(422, "bad_url", "A webhook's URL begins with https://.")
     if not host or parts.username or parts.password or port == 0 or any(c <= " " for c in url):
         raise ApiError(422, "bad_url", "A webhook's URL is https://HOST/PATH, without a user name.")
-    literal = _address(host)
-    if not private and (host == "localhost" or host.endswith(".localhost") or (literal and not _public(literal))):
+    literal = literal_address(host)
+    if not private and (host == "localhost" or host.endswith(".localhost") or (literal and not is_public(literal))):
         raise ApiError(422, "private_url", f"{host[:80]!r} is no public address, and webhooks go to no other.")
     return url
 
@@ -94,7 +92,7 @@ class Courier:
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine, self.stop = engine, threading.Event()
-        backend = httpcore.SyncBackend() if settings.webhook_private else _OnlyPublic()
+        backend = httpcore.SyncBackend() if settings.webhook_private else OnlyPublic()
         self.pool = httpcore.ConnectionPool(ssl_context=ssl.create_default_context(), network_backend=backend, max_connections=20)
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
@@ -165,49 +163,3 @@ class Courier:
                 return answer.status, None if answer.status < 300 else f"answered with {answer.status}"
         except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError, OSError, ValueError) as error:
             return None, (str(error) or type(error).__name__)[:200]
-
-
-class _OnlyPublic(httpcore.SyncBackend):
-    """Connects to public addresses alone. The name is resolved here, and what was looked at is what is connected to."""
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.NetworkStream:
-        try:
-            found = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-        except (OSError, UnicodeError) as error:
-            raise httpcore.ConnectError(f"{host} has no address") from error
-        for address in found:
-            if not _public(ipaddress.ip_address(str(address).partition("%")[0])):
-                raise httpcore.ConnectError(f"{host} leads to {address}, which is no public address")
-        return super().connect_tcp(str(found[0]), port, timeout, local_address, socket_options)
-
-
-def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The address that a host is, also in the ways in which only the C library reads one: 127.1, 2130706433, 0x7f.1."""
-    try:
-        return ipaddress.ip_address(host)
-    except ValueError:
-        pass
-    try:
-        return ipaddress.IPv4Address(socket.inet_aton(host))
-    except (OSError, ValueError):
-        return None
-
-
-_TRANSLATED = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("2002::/16"))
-"""NAT64 and 6to4: a v4 address is inside."""
-
-
-def _public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped:
-            return _public(address.ipv4_mapped)
-        if any(address in network for network in _TRANSLATED):
-            return False
-    return address.is_global and not address.is_multicast

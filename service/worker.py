@@ -464,8 +464,10 @@ class _Execution:
                 answer = given.answer and given.answer.model_dump()
                 return {"path": str(path), "column": row.text_column, "answer": answer, "bad_rows": row.bad_rows}
 
-            def model(reference: ModelId) -> dict[str, str]:
-                return {"path": str(self.storage.folder(f"models/{reference.model}").resolve())}
+            def model(reference: ModelId) -> dict[str, Any]:
+                row = session.get_one(ModelRow, reference.model)
+                path = self.storage.folder(f"models/{row.id}").resolve()
+                return {"path": str(path), "hub": row.hub, "commit": row.hub_commit}
 
             options = spec.model_dump(exclude={*INPUTS, *PLACING})
             made = CompressionSpec.model_validate(

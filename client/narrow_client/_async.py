@@ -177,6 +177,13 @@ class AsyncModels:
         uploads = [await self._transport.upload(path) for path in large]
         return await self._transport.send(_calls.upload_model(Path(folder), uploads, name))
 
+    async def fetch(self, hub: str, revision: str = "main", name: str | None = None, token: str | None = None) -> Model:
+        """Has the service fetch OWNER/NAME from its hub, if it has one; what it has fetched before is there at once.
+
+        `token` is one of the hub's, for a model that it does not show to everybody; by default NARROW_HUB_TOKEN.
+        """
+        return await self._transport.send(_calls.fetch_model(hub, revision, name, token))
+
     async def get(self, model_id: str) -> Model:
         return await self._transport.send(_calls.get_model(model_id))
 

@@ -1,6 +1,7 @@
 """Every call of the API as data: what to send and how to read the answer. Sync and async clients send the same ones."""
 
 import hashlib
+import os
 import re
 import secrets
 from base64 import b64encode
@@ -43,6 +44,8 @@ BadRows = Literal["stop", "skip"]
 PREFIXES = {"job": "job_", "sweep": "swp_", "model": "mdl_", "dataset": "ds_", "upload": "upl_", "key": "key_"}
 LARGE = 64 * 2**20
 """Files of so many bytes are sent in pieces of so many: after a break no more than one is sent again."""
+FETCH_SECONDS = 4000.0
+"""Longer than a service, by default, takes to fetch a model."""
 
 MODEL_FILES: tuple[str, ...] = (
     "config.json",
@@ -68,6 +71,8 @@ class Call(Generic[Result]):
     files: tuple[tuple[str, Path], ...] = ()
     form: Mapping[str, Any] = field(default_factory=dict)
     safe: bool = True
+    patience: float | None = None
+    """Seconds to wait for an answer, where that takes longer than others."""
 
 
 def is_id(kind: str, text: str) -> bool:
@@ -210,6 +215,18 @@ def upload_model(folder: Path, uploads: list[str], name: str | None) -> Call[Mod
     files = tuple(("files", path) for path in model_files(folder) if not is_large(path))
     form = _given(name=name or folder.resolve().name, uploads=uploads or None)
     return Call("POST", "/models", _as(Model), files=files, form=form, safe=False)
+
+
+def hub_model(text: str) -> tuple[str, str] | None:
+    """Name and revision of what is written hub:OWNER/NAME@REVISION, or None if that is something else."""
+    found = re.fullmatch(r"hub:([^\s@/]+/[^\s@/]+)(?:@(\S+))?", text)
+    return (found[1], found[2] or "main") if found else None
+
+
+def fetch_model(hub: str, revision: str, name: str | None, token: str | None) -> Call[Model]:
+    body = _given(hub=hub, revision=revision, name=name, token=token or os.environ.get("NARROW_HUB_TOKEN"))
+    # Sent again it is answered with what the first one has made, or is making.
+    return Call("POST", "/fetches", _as(Model), json=body, patience=FETCH_SECONDS)
 
 
 def list_models(cursor: str | None) -> Call[PageModel]:

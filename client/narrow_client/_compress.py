@@ -51,13 +51,14 @@ def compress(
 ) -> Result:
     """Compresses `base` (a model folder or `mdl_...`) to the domain of `target` (a file or `ds_...`).
 
+    `base` may also be `hub:OWNER/NAME@REVISION`, which the service fetches if it has a hub; NARROW_HUB_TOKEN is sent along.
     `budget` is the share of parameters to keep (0.5), their number (4_000_000), or the API's own form
     ({"keep": {"neuron": 0.25}}); by default half of them, or of what is only exported (`method={"kind": "export"}`), all.
     `export` are formats. `skills` maps names to (file or id, role), with the roles keep, forget and watch.
     Where rows hold prompts in `column` and their answers beside them, `answer` says where the target's are and how to judge
     what models write, as the API does ({"column": "answer"}); for a skill it is a third item beside its role.
     `method` and `options` are merged into the job spec as they are; `broad` is the text of a curriculum (file or id),
-    `teacher` a model that teaches in the base's place (folder or id). A bad row of a file refuses it, or with `bad_rows="skip"`
+    `teacher` a model that teaches in the base's place (as `base`). A bad row of a file refuses it, or with `bad_rows="skip"`
     is left out and counted.
     Results lie in `out`: model/, onnx/, report.json, report.html, plan.json. `progress` prints to the
     terminal, or takes a function of each event.
@@ -192,11 +193,16 @@ def _budget(budget: float | Mapping[str, Any] | None, method: Mapping[str, Any])
 
 
 def _model_id(client: Narrow, model: str | Path) -> str:
+    if hub := _calls.hub_model(str(model)):
+        return client.models.fetch(*hub).id
     return client.models.upload(model).id if Path(model).is_dir() else str(model)
 
 
 def check_model(base: str | Path) -> None:
-    if not Path(base).is_dir() and not _calls.is_id("model", str(base)):
+    if str(base).startswith("hub:"):
+        if not _calls.hub_model(str(base)):
+            raise NarrowClientError(f"{str(base)!r} does not look like hub:OWNER/NAME or hub:OWNER/NAME@REVISION.")
+    elif not Path(base).is_dir() and not _calls.is_id("model", str(base)):
         raise NarrowClientError(f"There is no model folder at {str(base)!r}, and it is not an id (mdl_...) either.")
 
 

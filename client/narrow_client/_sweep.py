@@ -21,13 +21,16 @@ SECONDS = 1.0
 PATIENCE = 60.0
 """Seconds without the service after which it is given up: a restart takes less."""
 INPUTS = {"base": "model", "teacher": "model", "target": "dataset", "broad": "dataset"}
+LOCAL, HUB = ("path", "column", "bad_rows"), ("hub", "revision")
+"""What an input is told by that has no id yet."""
 EXAMPLES = {"model": "mdl_0000000000000000", "dataset": "ds_0000000000000000"}
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
     """A spec file, with its local paths, which count from its own folder, made absolute. Nothing is uploaded yet.
 
-    Inputs are {"path": ...} or an id, as `POST /sweeps` takes it; the rest is what `POST /sweeps` takes.
+    Inputs are {"path": ...} or an id, as `POST /sweeps` takes it, and models also {"hub": ..., "revision": ...}; the rest is what
+    `POST /sweeps` takes.
     """
     try:
         spec = json.loads(path.read_bytes())
@@ -55,10 +58,12 @@ def read_sweep(path: Path) -> dict[str, Any]:
 
 
 def upload_sweep(client: Narrow, spec: dict[str, Any]) -> dict[str, Any]:
-    """The spec with everything local uploaded, each file once."""
+    """The spec with everything local uploaded, each file once, and what is on the service's hub fetched."""
     known: dict[tuple[str, ...], str] = {}
 
     def upload(kind: str, item: dict[str, Any]) -> str:
+        if "hub" in item:
+            return client.models.fetch(str(item["hub"]), str(item.get("revision", "main"))).id
         path, column = str(item["path"]), str(item.get("column", "text"))
         bad_rows: Any = str(item.get("bad_rows", "stop"))
         key = (kind, path, column, bad_rows)
@@ -81,9 +86,10 @@ def create_sweep(client: Narrow, spec: dict[str, Any]) -> SweepPoints:
 
 def _with_ids(spec: dict[str, Any], identify: Callable[[str, dict[str, Any]], str]) -> dict[str, Any]:
     def replace(kind: str, item: Any) -> Any:
-        if not (isinstance(item, dict) and "path" in item):
+        named = LOCAL if isinstance(item, dict) and "path" in item else HUB
+        if not (isinstance(item, dict) and (named is LOCAL or (kind == "model" and "hub" in item))):
             return item
-        rest = {name: value for name, value in item.items() if name not in ("path", "column", "bad_rows")}
+        rest = {name: value for name, value in item.items() if name not in named}
         return {**rest, kind: identify(kind, item)}
 
     made = {**spec}

@@ -176,6 +176,13 @@ class Models:
         uploads = [self._transport.upload(path) for path in large]
         return self._transport.send(_calls.upload_model(Path(folder), uploads, name))
 
+    def fetch(self, hub: str, revision: str = "main", name: str | None = None, token: str | None = None) -> Model:
+        """Has the service fetch OWNER/NAME from its hub, if it has one; what it has fetched before is there at once.
+
+        `token` is one of the hub's, for a model that it does not show to everybody; by default NARROW_HUB_TOKEN.
+        """
+        return self._transport.send(_calls.fetch_model(hub, revision, name, token))
+
     def get(self, model_id: str) -> Model:
         return self._transport.send(_calls.get_model(model_id))
 

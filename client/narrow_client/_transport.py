@@ -66,6 +66,8 @@ def arguments(call: Call[Any], stack: ExitStack) -> dict[str, Any]:
     body: dict[str, Any] = {"files": files, "data": dict(call.form)} if files or call.form else {}
     if call.json is not None or call.content is not None:
         body = {"json": call.json} if call.content is None else {"content": call.content}
+    if call.patience:
+        body["timeout"] = httpx.Timeout(60, connect=5, read=call.patience)
     return {"method": call.method, "url": call.path, "params": dict(call.params), "headers": dict(call.headers), **body}
 
 

@@ -18,7 +18,7 @@ import click
 from pydantic import BaseModel
 from rich.console import Console
 
-from narrow_client._calls import BadRows
+from narrow_client._calls import BadRows, hub_model
 from narrow_client._compress import check_data, check_model, upload_spec
 from narrow_client._compress import compress as run_compress
 from narrow_client._errors import InvalidRequest, NarrowClientError
@@ -186,7 +186,9 @@ def parse_budget(_: click.Context, __: click.Parameter, value: str | None) -> di
 
 
 @main.command()
-@click.option("--base", required=True, callback=checked(check_model), help="A model folder, or an id (mdl_...).")
+@click.option(
+    "--base", required=True, callback=checked(check_model), help="A model folder, an id (mdl_...) or hub:OWNER/NAME[@REVISION]."
+)
 @click.option(
     "--target",
     required=True,
@@ -351,6 +353,18 @@ def upload(path: Path, column: str, bad_rows: BadRows, name: str | None) -> None
     if isinstance(made, Dataset) and made.skipped:
         click.echo(f"{made.skipped:,} bad rows were left out. The first: {plain(made.skipped_reason or '')}", err=True)
     click.echo(made.id)
+
+
+@main.command()
+@click.argument("model", metavar="OWNER/NAME[@REVISION]")
+@click.option("--name", help="What reports call it; by default as the hub does.")
+def fetch(model: str, name: str | None) -> None:
+    """Have the service fetch a model from its hub and print its id. NARROW_HUB_TOKEN: for one that not everybody may read."""
+    found = hub_model(f"hub:{model.removeprefix('hub:')}")
+    if not found:
+        raise click.BadParameter(f"{model!r} does not look like OWNER/NAME or OWNER/NAME@REVISION.")
+    with Narrow() as client:
+        click.echo(client.models.fetch(*found, name=name).id)
 
 
 @main.command()

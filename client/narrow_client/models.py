@@ -560,6 +560,73 @@ class Health(BaseModel):
     checks: Annotated[dict[str, str] | None, Field(title="Checks")] = {}
 
 
+class Name2(RootModel[str]):
+    root: Annotated[
+        str,
+        Field(
+            description="What reports call it; by default as the hub does.",
+            max_length=100,
+            title="Name",
+        ),
+    ]
+
+
+class Token(RootModel[str]):
+    root: Annotated[
+        str,
+        Field(
+            description="Of the hub, for a model that it does not show to everybody. It is not kept.",
+            max_length=500,
+            min_length=1,
+            pattern="^[!-~]+$",
+            title="Token",
+        ),
+    ]
+
+
+class HubModel(BaseModel):
+    """
+    A model that the server is to fetch.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    hub: Annotated[
+        str,
+        Field(
+            description="Its name on the hub.",
+            examples=["HuggingFaceTB/SmolLM2-135M"],
+            max_length=200,
+            pattern="^[A-Za-z0-9_]+((\\.|-+)[A-Za-z0-9_]+)*/[A-Za-z0-9_]+((\\.|-+)[A-Za-z0-9_]+)*$",
+            title="Hub",
+        ),
+    ]
+    revision: Annotated[
+        str | None,
+        Field(
+            description="A branch, a tag or a commit.",
+            max_length=200,
+            pattern="^[A-Za-z0-9_]+((\\.|-+)[A-Za-z0-9_]+)*(/[A-Za-z0-9_]+((\\.|-+)[A-Za-z0-9_]+)*)*$",
+            title="Revision",
+        ),
+    ] = "main"
+    name: Annotated[
+        Name2 | None,
+        Field(
+            description="What reports call it; by default as the hub does.",
+            title="Name",
+        ),
+    ] = None
+    token: Annotated[
+        Token | None,
+        Field(
+            description="Of the hub, for a model that it does not show to everybody. It is not kept.",
+            title="Token",
+        ),
+    ] = None
+
+
 class Input(BaseModel):
     """
     What a run was given, by its bytes: `narrow reproduce` takes no other.
@@ -576,6 +643,17 @@ class Input(BaseModel):
             title="Sha256",
         ),
     ]
+    hub: Annotated[
+        str | None,
+        Field(
+            description="Of a model that was fetched from a hub: its name there.",
+            title="Hub",
+        ),
+    ] = None
+    commit: Annotated[
+        str | None,
+        Field(description="And the commit that its files are of.", title="Commit"),
+    ] = None
     skill: Annotated[str | None, Field(title="Skill")] = None
     column: Annotated[str | None, Field(title="Column")] = None
     answer: Answer | None = None
@@ -763,24 +841,6 @@ class Multiple(RootModel[int]):
     ]
 
 
-class Model(BaseModel):
-    id: Annotated[str, Field(examples=["mdl_01h455vb4pex5vsknk084sn02q"], title="Id")]
-    name: Annotated[str, Field(title="Name")]
-    family: Annotated[str, Field(title="Family")]
-    parameters: Annotated[int, Field(title="Parameters")]
-    bytes: Annotated[int, Field(title="Bytes")]
-    sha256: Annotated[str, Field(title="Sha256")]
-    units: Annotated[
-        list[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"]],
-        Field(description="Kinds of unit that can be cut from it.", title="Units"),
-    ]
-    config: Annotated[dict[str, Any], Field(title="Config")]
-    job: Annotated[
-        str | None, Field(description="The job that made it, if one did.", title="Job")
-    ] = None
-    created_at: Annotated[AwareDatetime, Field(title="Created At")]
-
-
 class ModelId(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
@@ -948,11 +1008,6 @@ class PageMessage(BaseModel):
     next_cursor: Annotated[str | None, Field(title="Next Cursor")] = None
 
 
-class PageModel(BaseModel):
-    data: Annotated[list[Model], Field(title="Data")]
-    next_cursor: Annotated[str | None, Field(title="Next Cursor")] = None
-
-
 class Parity(BaseModel):
     """
     Agreement of two forms of one model on the same tokens.
@@ -1018,7 +1073,7 @@ class Provenance(BaseModel):
     base_model: Annotated[
         str | None,
         Field(
-            description="The base's name on a hub, where its config tells it.",
+            description="The base's name on a hub, if it is from one or its config tells it.",
             title="Base Model",
         ),
     ] = None
@@ -1404,6 +1459,15 @@ class SkillId(BaseModel):
     )
 
 
+class Source(BaseModel):
+    """
+    Where on the hub a model is from.
+    """
+
+    hub: Annotated[str, Field(examples=["HuggingFaceTB/SmolLM2-135M"], title="Hub")]
+    commit: Annotated[str, Field(description="Of which the files are.", title="Commit")]
+
+
 class Speed(BaseModel):
     """
     A format of the result and of the base, in turn on the machine that ran the job, one sequence at a time.
@@ -1750,6 +1814,32 @@ class Method(BaseModel):
             description="Its objective is by default mixed to prune, distill to distill, and next_token from scratch."
         ),
     ] = None
+
+
+class Model(BaseModel):
+    id: Annotated[str, Field(examples=["mdl_01h455vb4pex5vsknk084sn02q"], title="Id")]
+    name: Annotated[str, Field(title="Name")]
+    family: Annotated[str, Field(title="Family")]
+    parameters: Annotated[int, Field(title="Parameters")]
+    bytes: Annotated[int, Field(title="Bytes")]
+    sha256: Annotated[str, Field(title="Sha256")]
+    units: Annotated[
+        list[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"]],
+        Field(description="Kinds of unit that can be cut from it.", title="Units"),
+    ]
+    config: Annotated[dict[str, Any], Field(title="Config")]
+    job: Annotated[
+        str | None, Field(description="The job that made it, if one did.", title="Job")
+    ] = None
+    source: Annotated[
+        Source | None, Field(description="Where it was fetched from, if it was.")
+    ] = None
+    created_at: Annotated[AwareDatetime, Field(title="Created At")]
+
+
+class PageModel(BaseModel):
+    data: Annotated[list[Model], Field(title="Data")]
+    next_cursor: Annotated[str | None, Field(title="Next Cursor")] = None
 
 
 class PageUpload(BaseModel):

@@ -59,7 +59,7 @@ base gets wrong, this model gets wrong as well; the terms under which the base m
 ## How it was made
 
 {cut}, {tokens:,} tokens of training ({objective}), seed {seed}, from the base whose
-files have the SHA-256 `{base}`. The whole account is in report.json and report.html beside this folder.
+files have the SHA-256 `{base}`{source}. The whole account is in report.json and report.html beside this folder.
 """
 
 _ONNX = """
@@ -119,6 +119,7 @@ def render_card(report: Report) -> str:
         forgotten="".join(f"{_plain(row.note)}\n\n" for row in report.relearning.values()),
         onnx=(_ONNX if "onnx" in report.parity else "") + _others(report),
         base=report.provenance.sha256("base"),
+        source=_source(report),
         cut=_cut(report),
         tokens=report.provenance.recovery_tokens,
         objective=method["recover"]["objective"].replace("_", " "),
@@ -133,6 +134,12 @@ def _others(report: Report) -> str:
         return ""
     places = ", ".join(f"`../{form}`" for form in found)
     return f"\nIn other formats: {places}. `narrow run-model FOLDER PROMPT` runs any of them.\n"
+
+
+def _source(report: Report) -> str:
+    """Where the base is from, if it was fetched."""
+    base = next((item for item in report.provenance.inputs if item.part == "base" and item.hub), None)
+    return f", which are those of `{base.hub}` at the commit `{base.commit}`" if base else ""
 
 
 def _exact_match(report: Report) -> str:

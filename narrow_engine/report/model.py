@@ -232,6 +232,8 @@ class Input(BaseModel):
     part: Literal["base", "teacher", "target", "broad", "skill"]
     name: str = Field(description="Of the file or folder.")
     sha256: str = Field(description="Of a file's bytes; of a model, over the names and digests of its files.")
+    hub: str | None = Field(None, description="Of a model that was fetched from a hub: its name there.")
+    commit: str | None = Field(None, description="And the commit that its files are of.")
     skill: str | None = None
     column: str | None = None
     answer: Answer | None = None
@@ -240,7 +242,7 @@ class Input(BaseModel):
 
 class Provenance(BaseModel):
     inputs: list[Input]
-    base_model: str | None = Field(None, description="The base's name on a hub, where its config tells it.")
+    base_model: str | None = Field(None, description="The base's name on a hub, if it is from one or its config tells it.")
     tokenizer_sha256: str
     spec_sha256: str = Field(description="Of the spec without its inputs.")
     seed: int

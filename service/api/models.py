@@ -1,4 +1,4 @@
-"""Models: base models that were uploaded, and the results of jobs, which can be cut again."""
+"""Models: base models that were uploaded or fetched, and the results of jobs, which can be cut again."""
 
 from typing import Annotated
 

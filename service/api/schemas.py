@@ -1,14 +1,14 @@
 """What the API says: the resources as a client sees them. What a client may send is `JobSpec`, in the engine's spec."""
 
 from datetime import datetime
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, Secret
 
 from narrow_engine.events import Event
 from narrow_engine.report.frontier import Figures
 from narrow_engine.report.model import Size
-from narrow_engine.spec import BadRows, Budget, JobSpec, SweepSpec, Unit
+from narrow_engine.spec import BadRows, Budget, HubName, JobSpec, Revision, SweepSpec, Unit
 
 Role = Literal["read", "write", "admin"]
 Status = Literal["queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"]
@@ -137,6 +137,13 @@ class Upload(BaseModel):
     expires_at: datetime
 
 
+class Source(BaseModel):
+    """Where on the hub a model is from."""
+
+    hub: str = Field(examples=["HuggingFaceTB/SmolLM2-135M"])
+    commit: str = Field(description="Of which the files are.")
+
+
 class Model(BaseModel):
     id: str = Field(examples=["mdl_01h455vb4pex5vsknk084sn02q"])
     name: str
@@ -147,7 +154,21 @@ class Model(BaseModel):
     units: list[Unit] = Field(description="Kinds of unit that can be cut from it.")
     config: dict[str, Any]
     job: str | None = Field(None, description="The job that made it, if one did.")
+    source: Source | None = Field(None, description="Where it was fetched from, if it was.")
     created_at: datetime
+
+
+class HubModel(BaseModel):
+    """A model that the server is to fetch."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    hub: HubName = Field(description="Its name on the hub.")
+    revision: Revision = Field("main", description="A branch, a tag or a commit.")
+    name: str | None = Field(None, max_length=100, description="What reports call it; by default as the hub does.")
+    token: Secret[Annotated[str, Field(min_length=1, max_length=500, pattern="^[!-~]+$")]] | None = Field(
+        None, description="Of the hub, for a model that it does not show to everybody. It is not kept."
+    )
 
 
 class Dataset(BaseModel):
@@ -290,6 +311,7 @@ __all__ = [
     "Dataset",
     "Event",
     "Health",
+    "HubModel",
     "Job",
     "JobError",
     "Key",

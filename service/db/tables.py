@@ -103,13 +103,15 @@ class TenantRow(SQLModel, table=True):
 
 class ModelRow(Owned, table=True):
     __tablename__ = "model"
-    __table_args__ = (Index("model_tenant", "tenant", "id"),)
+    __table_args__ = (Index("model_tenant", "tenant", "id"), Index("model_hub", "tenant", "hub", "hub_commit", unique=True))
 
     id: str = Field(primary_key=True)
     name: str
     info: dict[str, Any] = Field(sa_type=JSON, description="A `ModelInfo`.")
     stored: int = Field(default=0, sa_type=Bytes, sa_column_kwargs={"server_default": "0"}, description="Bytes of its files.")
     job_id: str | None = None
+    hub: str | None = Field(default=None, description="Its name on the hub that it was fetched from.")
+    hub_commit: str | None = None
     created_at: datetime = _time(nullable=False)
 
 

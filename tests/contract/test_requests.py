@@ -37,7 +37,7 @@ from service.storage import open_storage
 
 HOST = "127.0.0.1:8000"
 REFUSED = [400, 401, 403, 404, 405, 408, 409, 412, 413, 415, 422, 460]
-RULED = ["/jobs", "/plans", "/sweeps", "/models", "/datasets", "/uploads", "/uploads/{upload_id}", "/webhooks"]
+RULED = ["/jobs", "/plans", "/sweeps", "/models", "/fetches", "/datasets", "/uploads", "/uploads/{upload_id}", "/webhooks"]
 """Where a body that fits its schema may be refused all the same: a budget has exactly one field, a job's inputs have to be there,
 files have to be a model. JSON Schema cannot say it. Everywhere else what fits is taken."""
 BOUNDED = {"examples", "coverage"}

@@ -13,7 +13,7 @@ from standardwebhooks import Webhook
 from test_operations import key
 from test_quotas import JOB, house, spec  # noqa: F401
 
-from service import queue, webhooks
+from service import outward, queue, webhooks
 from service.db.session import open_session, tenant_session
 from service.db.tables import MessageRow, WebhookRow, new_id, now
 from service.problems import ApiError
@@ -189,7 +189,7 @@ def test_private_addresses_are_never_connected_to(house, receiver, monkeypatch, 
     ],
 )
 def test_which_addresses_are_public(address, public):
-    assert webhooks._public(ipaddress.ip_address(address)) == public
+    assert outward.is_public(ipaddress.ip_address(address)) == public
 
 
 @private

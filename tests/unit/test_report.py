@@ -97,6 +97,14 @@ def test_a_hub_reads_the_card(report, tmp_path):
     assert "base_model" not in render_card(report)
 
 
+def test_a_base_from_a_hub_is_told_with_its_commit(report):
+    assert " at the commit " not in render_card(report)
+    base = report.provenance.inputs[0]
+    base.hub, base.commit = "owner/base", "c0ffee" * 6 + "c0ff"
+    assert f"`{base.sha256}`, which are those of `owner/base` at the commit `{base.commit}`." in render_card(report)
+    assert f"owner/base at <code>{base.commit}</code>" in render_page(report)
+
+
 def test_the_published_schema_is_that_of_reports(report):
     published = json.loads((ROOT / "docs" / "report.schema.json").read_text())
     assert published == json.loads(schema())
