@@ -149,7 +149,8 @@ async def _in_time(settings: Settings, drain: asyncio.Event) -> AsyncIterator[No
     """Ends what takes too long, or longer than the server has."""
 
     async def end_with_server() -> None:
-        while not drain.is_set():  # an Event can be waited for in one loop, and each request of a TestClient has its own
+        # An Event can be waited for in one loop alone, and each request of a TestClient has its own.
+        while not drain.is_set():  # noqa: ASYNC110
             await asyncio.sleep(LOOK_SECONDS)
         limit.reschedule(0)
 

@@ -120,6 +120,37 @@ def artifacts(sha256="", path="model/w.bin"):
     return answer({"data": [{"path": path, "bytes": len(BODY), "sha256": digest, "media_type": "x"}]})
 
 
+FETCHED = {
+    **{"id": "mdl_0000000000000000", "name": "m", "family": "llama", "parameters": 1, "bytes": 1, "sha256": "0", "units": []},
+    **{"config": {}, "source": {"hub": "owner/m", "commit": "0" * 40}, "created_at": "2026-01-01T00:00:00Z"},
+}
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_model_that_a_proxy_did_not_wait_for_is_asked_for_again(server, impatient, monkeypatch, kind):
+    sent = []
+
+    def gives_up(handler):
+        sent.append(json.loads(handler.body))
+        answer(b"<html>", 504)(handler)
+
+    server.script["/fetches"] = [gives_up, gives_up, answer(FETCHED)]
+    monkeypatch.setenv("NARROW_HUB_TOKEN", "hf_1")
+
+    async def fetch():
+        async with narrow_client.AsyncNarrow() as client:
+            return await client.models.fetch("owner/m", token="hf_2")
+
+    if kind == "async":
+        found = asyncio.run(fetch())
+    else:
+        with narrow_client.Narrow() as client:
+            found = client.models.fetch("owner/m", "v1", "M")
+    assert found.source.hub == "owner/m"
+    more = {"revision": "v1", "name": "M", "token": "hf_1"} if kind == "sync" else {"revision": "main", "token": "hf_2"}
+    assert sent == [{"hub": "owner/m", **more}] * 2
+
+
 FILES = f"/jobs/{JOB['id']}/artifacts"
 
 
