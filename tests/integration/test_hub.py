@@ -1,5 +1,6 @@
 """Models from a hub: fetched whole and once, with whatever the hub or who stands in for it does wrong, and from nowhere else."""
 
+import asyncio
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fakehub
+import httpcore
 import httpx
 import narrow_client
 import narrow_client._sweep
@@ -202,6 +204,29 @@ def test_redirects_lead_to_no_private_place(fetch, hub, repo, monkeypatch, place
             hub.does[path] = lambda handler: handler.redirect(place)
             refused(fetch(), 502, "bad_hub", "redirects to")
         assert other.asked == []
+
+
+def test_what_was_looked_at_is_what_is_connected_to(monkeypatch):
+    """Also by a name that leads elsewhere the next time that it is asked for."""
+    places = ["93.184.216.34", "127.0.0.1"] * 2
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, **_: [(2, 1, 6, "", (places.pop(0), port))])
+    tried = []
+
+    async def connect(self, host, *_):
+        tried.append(host)
+
+    monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", connect)
+    monkeypatch.setattr(httpcore.SyncBackend, "connect_tcp", lambda self, host, *_: tried.append(host))
+    for connect_tcp in (
+        lambda: asyncio.run(outward.AsyncOnlyPublic(("hub.example", 443)).connect_tcp("rebound.example", 443)),
+        lambda: outward.OnlyPublic().connect_tcp("rebound.example", 443),
+    ):
+        connect_tcp()
+        with pytest.raises(outward.NotPublic):
+            connect_tcp()
+    assert tried == ["93.184.216.34"] * 2
+    asyncio.run(outward.AsyncOnlyPublic(("hub.example", 443)).connect_tcp("hub.example", 443))
+    assert tried[2:] == ["hub.example"]
 
 
 def test_from_an_encrypted_hub_nothing_leads_to_a_connection_that_is_not():
