@@ -61,6 +61,8 @@ HELD_OUT, HELD_OUT_OF_FORGOTTEN = 0.1, 0.5
 """Share of the text that is held out, at most: of the target, and of a skill to forget, which is learned again from the rest."""
 PARITY_BOUND = 1e-4
 """Relative error that slicing may have in float32. Other orders of summation stay well under it."""
+SMALLEST_TIMED = 500_000
+"""Parameters of a base below which nothing of a token's time is the weights'."""
 BASE_EXPORT_BYTES = 8 * 2**30
 """Of a base in float32, that is written in other formats to be timed in them."""
 TIES = 3
@@ -470,15 +472,25 @@ def export(run: Run, out: Path) -> None:
         run.progress("export")(1 + number, steps)
     if "onnx" not in run.spec.export:
         shutil.rmtree(out / "onnx", ignore_errors=True)
-    timed: list[Format] = ["safetensors", *written]
     speeds = []
-    for number, form in enumerate(timed, 1):
+    for number, form in enumerate(_timed(run, written), 1):
         pace = _speed(run, form, out)
         speeds += [pace.model_dump()] if pace else []
         run.progress("export")(1 + len(others) + number, steps)
     write_json(out / "parity.json", {name: value.model_dump() for name, value in parity.items()})
     write_json(out / "rounded.json", rounded)
     write_json(out / "speed.json", speeds)
+
+
+def _timed(run: Run, written: list[Format]) -> list[Format]:
+    """The formats whose speed is measured."""
+    config = earlier.info(run)["model"]["config"]
+    count = size_of(config, dimensions(config), 4).parameters
+    if count < SMALLEST_TIMED:
+        told = f"The base has {count:,} parameters: so small a model takes the time of the program around it, and is not timed."
+        run.emit("notice", "export", told, {"code": "not_timed"})
+        return []
+    return ["safetensors", *written]
 
 
 def _compared(run: Run, form: Format, made: PreTrainedModel, out: Path, probe: torch.Tensor) -> Parity | None:
@@ -537,6 +549,8 @@ def export_base(run: Run, out: Path) -> None:
     """The base in the formats of the result, for nothing but to be timed beside it."""
     config = earlier.info(run)["model"]["config"]
     size = size_of(config, dimensions(config), 4).bytes
+    if size < 4 * SMALLEST_TIMED:
+        return
     if size > BASE_EXPORT_BYTES:
         run.emit(
             "notice",

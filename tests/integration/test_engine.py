@@ -112,8 +112,18 @@ def test_a_whole_run_with_every_part(spec, tmp_path):
     numbered(tmp_path / "run")
 
 
-def test_a_model_is_exported_as_it_is_in_another_type(spec, tmp_path, tiny_folder):
-    options = {"method": {"kind": "export"}, "budget": None, "export": ["onnx-int4"], "dtype": "bfloat16", "skills": []}
+def test_a_model_is_exported_as_it_is_in_another_type(spec, tmp_path, tokenizer_file):
+    base = tmp_path / "base"
+    tiny_model("llama", intermediate_size=2048).save_pretrained(base)  # large enough to be timed
+    shutil.copy(tokenizer_file, base / "tokenizer.json")
+    options = {
+        "base": {"path": str(base)},
+        "method": {"kind": "export"},
+        "budget": None,
+        "export": ["onnx-int4"],
+        "dtype": "bfloat16",
+        "skills": [],
+    }
     path = spec(**options)
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if v is not None}))
     code, told = finish(start(path, tmp_path / "run"))
@@ -121,8 +131,8 @@ def test_a_model_is_exported_as_it_is_in_another_type(spec, tmp_path, tiny_folde
     result = tmp_path / "run" / "result"
     report = Report.model_validate_json((result / "report.json").read_text())
     assert (report.after.parameters, report.after.bytes) == (report.before.parameters, 2 * report.before.parameters)
-    made, base = (load_file(folder / "model.safetensors") for folder in (result / "model", tiny_folder))
-    assert all(torch.equal(made[name], base[name].bfloat16()) for name in base)
+    made, before = (load_file(folder / "model.safetensors") for folder in (result / "model", base))
+    assert all(torch.equal(made[name], before[name].bfloat16()) for name in before)
     assert [speed.format for speed in report.speed] == ["safetensors", "onnx-int4"]
     assert all(speed.base for speed in report.speed)
     python = report.skills["python"]
