@@ -56,8 +56,8 @@ def test_the_file_holds_the_weights_that_are_measured(family, tmp_path):
     model = tiny_model(family).eval()
     model.save_pretrained(tmp_path / "model")
     for form in ("onnx-int8", "onnx-int4"):
-        meant = formats.write(form, tmp_path / "model", tmp_path / form, tmp_path / "onnx")
-        exact, told = formats.check(form, meant, tmp_path / form, tmp_path / "onnx", IDS)
+        meant = formats.write(form, tmp_path / "model", tmp_path / form, tmp_path / "onnx").model
+        exact, told = formats.check(form, meant, tmp_path / "model", tmp_path / form, IDS)
         assert exact.relative_error < 1e-4
         assert exact.mean_error < told.mean_error < 0.2, "activations are rounded too"
         with torch.no_grad():
