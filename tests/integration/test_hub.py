@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import fakehub
 import httpcore
@@ -386,12 +387,13 @@ def test_names_that_are_none_ask_nobody(fetch, hub, wanted):
     assert hub.asked == []
 
 
-def test_what_there_is_no_room_for_is_not_fetched(fetch, hub, repo, tiny_folder):
-    size = sum(path.stat().st_size for path in tiny_folder.iterdir())
+def test_what_there_is_no_room_for_is_not_fetched(fetch, hub, repo, tiny_folder, monkeypatch):
+    size, free = sum(path.stat().st_size for path in tiny_folder.iterdir()), 10**12
+    monkeypatch.setattr("service.uploads.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     for change, status, code, words in (
         ({"max_model_bytes": size - 1}, 413, "too_large", f"{size:,} bytes"),
         ({"max_bytes": size + 149}, 507, "quota_full", "150 bytes are kept"),  # `house` has a model and a dataset
-        ({"min_free_bytes": shutil.disk_usage(tiny_folder).free - size // 2}, 507, "disk_full", ""),
+        ({"min_free_bytes": free - size // 2}, 507, "disk_full", ""),
     ):
         before = {name: getattr(fetch.settings, name) for name in change}
         for name, value in change.items():
