@@ -4,8 +4,7 @@
 
 Models of the shapes of small Llamas, with random weights but for base-s, which is the demo's base: the time does not depend on
 them. Each is cut to half the FLOPs a token twice, by neurons alone and by layers alone, at random, and base and cuts are written
-in every format and timed in turn, one sequence at a time, each in a process of its own. bench/results/exports.json is the table
-behind docs/how-to/formats.md.
+in every format and timed in turn, one sequence at a time, each in a process of its own.
 """
 
 import argparse
