@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from narrow_engine.errors import NarrowError, out_of_memory
 from narrow_engine.families import PARTS, Axis, Family, dimensions, family_of, present
@@ -187,6 +188,20 @@ def sampled(model: PreTrainedModel, ids: Tensor, count: int) -> Tensor:
         past, ids = out.past_key_values, out.logits[:, -1].float().softmax(-1).multinomial(1)
         whole = torch.cat([whole, ids], 1)
     return whole
+
+
+def matrices(model: PreTrainedModel) -> Iterator[tuple[str, Tensor, bool]]:
+    """What multiplies activations, [outputs, inputs] each, of experts one by one, as views into the parameters: the name of the
+    parameter, the matrix, and whether it is the embedding or the head. Routers and embeddings of positions are not among them."""
+    outer = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None}
+    turned = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}  # which are [inputs, outputs]
+    positions = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)} - outer
+    router = family(model).router
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or id(parameter) in positions or (router and f"{router}." in name):
+            continue
+        for stored in parameter if parameter.dim() == 3 else parameter[None]:
+            yield name, stored.T if id(parameter) in turned else stored, id(parameter) in outer
 
 
 @torch.no_grad()

@@ -27,7 +27,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.pytorch_utils import Conv1D
 
 from narrow_engine import families
 from narrow_engine.errors import NarrowError
@@ -36,7 +35,7 @@ from narrow_engine.export.gguf_vocabulary import add_vocabulary
 from narrow_engine.export.runtimes import have_llama
 from narrow_engine.families import PARTS, Dimensions, Family, dimensions, family_of, present
 from narrow_engine.model_files import weight_files
-from narrow_engine.models import greedy
+from narrow_engine.models import greedy, matrices
 from narrow_engine.report.model import Parity
 
 Kind = Literal["f32", "f16", "bf16", "q8_0"]
@@ -475,14 +474,7 @@ def _quantized(tensor: Tensor, qtype: gguf.GGMLQuantizationType, name: str) -> N
 @torch.no_grad()
 def round_model(model: PreTrainedModel, kind: Kind) -> None:
     """Rounds the matrices of a model in place as a file of this kind has them."""
-    turned = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}  # which are [inputs, outputs]
-    positions = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    positions -= {id(model.get_input_embeddings().weight)}
-    router = family_of(model.config.to_dict()).router
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or id(parameter) in positions or (router and f"{router}." in name):
-            continue
-        matrix = parameter.T if id(parameter) in turned else parameter
+    for name, matrix, _ in matrices(model):
         whole = kind != "q8_0" or matrix.shape[-1] % Q8_BLOCK == 0
         qtype = gguf.GGMLQuantizationType[kind.upper()] if whole else gguf.GGMLQuantizationType.F16
         blocks = gguf.quants.dequantize(_quantized(matrix, qtype, name), qtype)

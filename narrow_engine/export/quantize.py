@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from narrow_engine.export.onnx import EXTERNAL_BYTES
-from narrow_engine.models import family
+from narrow_engine.models import matrices
 
 BLOCK = 32
 RANGES = (1.0, 0.95, 0.9, 0.85, 0.8)
@@ -75,20 +74,12 @@ def round_matrix(weight: Tensor, bits: int) -> Rounded:
 def round_model(model: PreTrainedModel, bits: int) -> dict[str, Rounded]:
     """Rounds the matrices of a model in place. Returns what became of each, by the digest of what it was (`_digest`)."""
     found: dict[str, Rounded] = {}
-    outer = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None}
-    turned = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}  # which are [inputs, outputs]
-    router = family(model).router
-    positions = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)} - outer
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or id(parameter) in positions or (router and f"{router}." in name):
-            continue
-        for stored in parameter if parameter.dim() == 3 else parameter[None]:
-            matrix = stored.T if id(parameter) in turned else stored
-            rounded = round_matrix(matrix, 8 if id(parameter) in outer else bits)
-            found[_digest(matrix.float().cpu().numpy())] = rounded._replace(
-                quants=rounded.quants.cpu(), scale=rounded.scale.cpu(), zero=rounded.zero.cpu()
-            )
-            matrix.copy_(rounded.value())
+    for _, matrix, outer in matrices(model):
+        rounded = round_matrix(matrix, 8 if outer else bits)
+        found[_digest(matrix.float().cpu().numpy())] = rounded._replace(
+            quants=rounded.quants.cpu(), scale=rounded.scale.cpu(), zero=rounded.zero.cpu()
+        )
+        matrix.copy_(rounded.value())
     return found
 
 
