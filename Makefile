@@ -21,6 +21,7 @@ check: setup           ## lint, format, strict types, contract
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	git ls-files -z | grep -zvE '\.(gz|npz|png|svg|lock|safetensors)$$|^demo/|^openapi.yaml' | xargs -0 $(BIN)/detect-secrets-hook
 	$(BIN)/python -m service.openapi | diff - openapi.yaml
 	$(BIN)/python -m narrow_engine.report.schema | diff - docs/report.schema.json

@@ -1,10 +1,10 @@
-"""Tokens per second, base and result in turn: machines drift, ratios of neighbours hold.
+"""Tokens per second, base and result in turn: machines drift, ratios of neighbours hold. The least time of all rounds counts:
+what else the machine does can only add to it.
 
 Formats are timed in a process for each model, which has nothing else in it, so that its memory is the model's.
 """
 
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -21,7 +21,7 @@ from narrow_engine.export.runtimes import runtime_of
 from narrow_engine.report.model import Pace, Size, Speed
 from narrow_engine.spec import Format
 
-PREFILL, DECODE, ROUNDS = 256, 32, 5
+PREFILL, DECODE, ROUNDS = 256, 32, 10
 SECONDS = 60.0
 """No further round begins after this time: a small base takes 3 s in all, a large one on a slow machine would take hours."""
 ENOUGH = 0.9
@@ -31,16 +31,16 @@ ENOUGH = 0.9
 def measure_speed(
     form: Format, folders: tuple[Path | None, Path], sizes: tuple[Size, Size], context: int, check: Callable[[], None]
 ) -> Speed:
-    """Prefill of PREFILL tokens and greedy decoding of DECODE more, batch 1, of base and result in one format: medians of up to
+    """Prefill of PREFILL tokens and greedy decoding of DECODE more, batch 1, of base and result in one format, the best of up to
     ROUNDS. `check` is called between runs and may raise. Raises NarrowError (runtime_failed)."""
     shape = f"{max(1, min(PREFILL, context - DECODE))} {DECODE}"
     clocks = [None if folder is None else _Clock(form, folder) for folder in folders]
     try:
-        times = _in_turn([clock.time for clock in clocks if clock], ROUNDS, check, shape)
+        times = _in_turn([clock.time for clock in clocks if clock], check, shape)
         paces = iter(
             Pace(
-                prefill=int(shape.split()[0]) / statistics.median(prefill for prefill, _ in found),
-                decode=DECODE / statistics.median(decode for _, decode in found),
+                prefill=int(shape.split()[0]) / min(prefill for prefill, _ in found),
+                decode=DECODE / min(decode for _, decode in found),
                 load=clock.load,
                 memory=clock.end(),
             )
@@ -122,19 +122,18 @@ class _Clock:
 
 
 def token_seconds(models: list[PreTrainedModel], check: Callable[[], None]) -> list[float]:
-    """Seconds of one decoded token of each model, timed in turn: the least of several runs, since what else the machine does
-    can only add to it. `check` is called between runs and may raise."""
-    times = _in_turn([_torch(model) for model in models], 2 * ROUNDS, check)
+    """Seconds of one decoded token of each model, timed in turn. `check` is called between runs and may raise."""
+    times = _in_turn([_torch(model) for model in models], check)
     return [min(decode for _, decode in found) / DECODE for found in times]
 
 
 def _in_turn(
-    runners: Sequence[Callable[..., tuple[float, float]]], rounds: int, check: Callable[[], None] = lambda: None, *given: Any
+    runners: Sequence[Callable[..., tuple[float, float]]], check: Callable[[], None] = lambda: None, *given: Any
 ) -> list[list[tuple[float, float]]]:
-    """Seconds of prefill and of decoding of each runner, in up to `rounds` rounds after one that warms up."""
+    """Seconds of prefill and of decoding of each runner, in up to ROUNDS rounds after one that warms up."""
     times: list[list[tuple[float, float]]] = [[] for _ in runners]
     started = time.monotonic()
-    for number in range(rounds + 1):
+    for number in range(ROUNDS + 1):
         if number > 1 and time.monotonic() - started > SECONDS:
             break
         for runner, found in zip(runners, times, strict=True):
