@@ -1,0 +1,164 @@
+// The curve of a job, live, and the frontier of a sweep. Both are drawn from the table beside them, which has the same figures for
+// those who do not see a picture.
+"use strict";
+
+const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const COLOURS = ["--accent", "--warn", "--third", "--quiet", "--ink"];
+const short = (number) => Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format(number);
+
+function axes(xName) {
+  const look = { stroke: colour("--soft"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false } };
+  return [
+    { ...look, label: xName, labelSize: 22, size: 34, grid: { show: false }, values: (_, ticks) => ticks.map(short) },
+    { ...look, size: 52 },
+  ];
+}
+
+/** A chart that is drawn anew when the room or the colours change. `make(width)` gives uPlot's options, `data()` what they show. */
+function chart(place, make, data) {
+  let plot = null;
+  const draw = () => {
+    const width = place.clientWidth;
+    plot?.destroy();
+    plot = width > 0 ? new uPlot({ width, height: 280, ...make() }, data(), place) : null;
+  };
+  new ResizeObserver(() => {
+    if (!plot) draw();
+    else if (plot.width !== place.clientWidth) plot.setSize({ width: place.clientWidth, height: 280 });
+  }).observe(place);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+  draw();
+  return { draw, update: () => (plot ? plot.setData(data()) : draw()) };
+}
+
+function curve(section) {
+  const body = section.querySelector("tbody");
+  const rows = [...body.rows].map(({ dataset }) => ({
+    phase: dataset.phase,
+    tokens: +dataset.tokens,
+    loss: +dataset.loss,
+    validation: dataset.validation === "" ? null : +dataset.validation,
+  }));
+  const data = () => {
+    const before = Math.max(0, ...rows.filter((row) => row.phase === "sparsify").map((row) => row.tokens));
+    const at = (row) => row.tokens + (row.phase === "recover" ? before : 0);
+    return [rows.map(at), rows.map((row) => row.loss), rows.map((row) => row.validation)];
+  };
+  const make = () => ({
+    scales: { x: { time: false } },
+    legend: { live: false },
+    cursor: { y: false },
+    axes: axes("tokens trained on"),
+    series: [
+      {},
+      { label: "training", stroke: colour("--quiet"), width: 1.5 },
+      { label: "held-out", stroke: colour("--accent"), width: 2, spanGaps: true, points: { show: true, size: 6 } },
+    ],
+  });
+  const shown = chart(section.querySelector(".chart"), make, data);
+  return {
+    add(phase, { tokens, loss, validation = null }) {
+      // A job that goes on from a checkpoint tells again what it had told.
+      const last = rows.findLastIndex((row) => row.phase !== phase || row.tokens < tokens);
+      const again = rows.splice(last + 1).length;
+      for (let number = 0; number < again; number++) body.lastElementChild.remove();
+      rows.push({ phase, tokens, loss, validation });
+      const row = body.insertRow();
+      for (const text of [phase, tokens.toLocaleString("en"), loss.toFixed(3), validation?.toFixed(3) ?? "–"]) {
+        row.insertCell().textContent = text;
+      }
+      section.hidden = false;
+      shown.update();
+    },
+  };
+}
+
+function follow(section) {
+  const losses = curve(section);
+  if (!section.dataset.events) return;
+  const began = {};
+  const source = new EventSource(section.dataset.events);
+  const changed = () => document.getElementById("live").dispatchEvent(new Event("changed"));
+  for (const kind of ["state", "started", "finished", "notice", "failed"]) {
+    source.addEventListener(kind, (message) => {
+      const event = JSON.parse(message.data);
+      if (kind === "started") began[event.phase] = Date.parse(event.time);
+      changed();
+    });
+  }
+  source.addEventListener("progress", (message) => {
+    const { phase, time, data } = JSON.parse(message.data);
+    if (Number.isFinite(data.loss) && Number.isFinite(data.tokens) && ["sparsify", "recover"].includes(phase)) {
+      losses.add(phase, data);
+    }
+    const place = document.getElementById("progress");
+    if (!place || !(data.total > 0)) return;
+    place.hidden = false;
+    const bar = place.querySelector("progress");
+    bar.max = data.total;
+    bar.value = data.done;
+    place.querySelector(".figure").textContent = `${data.done.toLocaleString("en")} of ${data.total.toLocaleString("en")}`;
+    const seconds = ((Date.parse(time) - began[phase]) / 1000) * (data.total / data.done - 1);
+    place.querySelector(".left").textContent = seconds > 0 && data.done > 0 ? `about ${spell(seconds)} left of this phase` : "";
+  });
+  source.addEventListener("end", () => {
+    source.close();
+    changed();
+  });
+}
+
+function spell(seconds) {
+  if (seconds < 60) return `${Math.ceil(seconds)} s`;
+  const minutes = Math.round(seconds / 60);
+  return minutes < 60 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+}
+
+function frontier(section) {
+  const measure = document.getElementById("measure");
+  const read = () =>
+    [...document.querySelectorAll("#points tr[data-method]")]
+      .map(({ dataset, id }) => ({ id, method: dataset.method, x: +dataset.parameters, y: +dataset[measure.value] }))
+      .sort((a, b) => a.x - b.x);
+  let points = read();
+  const methods = () => [...new Set(points.map((point) => point.method))].sort();
+  const base = () => ({ x: +section.dataset.baseParameters, y: measure.value === "loss" ? +section.dataset.baseLoss : 1 });
+  // uPlot's series share their xs: of each mark only its own series has a y.
+  const data = () => {
+    const marks = [...points, { ...base(), method: null }];
+    return [marks.map((p) => p.x), ...[...methods(), null].map((name) => marks.map((p) => (p.method === name ? p.y : null)))];
+  };
+  const mark = (label, stroke, size) => ({ label, stroke, paths: () => null, points: { show: true, size, fill: stroke } });
+  const make = () => ({
+    scales: { x: { time: false, range: (_, low, high) => [Math.max(0, low - 0.06 * high), 1.06 * high] } },
+    legend: { live: false },
+    cursor: { drag: { x: false, y: false } },
+    axes: axes("parameters"),
+    series: [{}, ...methods().map((name, n) => mark(name, colour(COLOURS[n % COLOURS.length]), 11)), mark("the base", colour("--soft"), 7)],
+    hooks: {
+      ready: [
+        (plot) =>
+          plot.over.addEventListener("click", ({ offsetX, offsetY }) => {
+            const away = (p) => Math.hypot(plot.valToPos(p.x, "x") - offsetX, plot.valToPos(p.y, "y") - offsetY);
+            const nearest = points.reduce((a, b) => (away(b) < away(a) ? b : a), points[0]);
+            if (nearest && away(nearest) < 24) location.assign(`/ui/jobs/${nearest.id}`);
+          }),
+      ],
+    },
+  });
+  const shown = chart(section.querySelector(".chart"), make, data);
+  const again = () => {
+    points = read();
+    shown.draw();
+  };
+  measure.addEventListener("change", again);
+  let last = JSON.stringify(points);
+  document.addEventListener("htmx:after:swap", () => {
+    if (JSON.stringify(read()) !== last) again();
+    last = JSON.stringify(points);
+  });
+}
+
+const losses = document.getElementById("loss");
+if (losses) follow(losses);
+const points = document.getElementById("frontier");
+if (points) frontier(points);
