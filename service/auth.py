@@ -2,8 +2,9 @@
 
 A key is `nrw_` and 256 random bits. The database has its SHA-256 alone: what is random needs no slow hash, and what is not
 there cannot leak. It comes in a header or, from the pages of this service, in a cookie, which browsers send by themselves: with
-that, what changes anything has to come from such a page. Every request comes through `caller`; what it may do follows from method
-and path, so no route can forget to ask. Whose rows it sees follows from its session (`db.session`), so no query can forget either.
+that, what changes anything has to come from such a page. Every request comes through `caller`; what it may do follows from
+method and path, so no route can forget to ask. Whose rows it sees follows from its session (`db.session`), so no query can
+forget either.
 """
 
 import hashlib

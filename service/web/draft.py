@@ -66,13 +66,9 @@ def spec_of(draft: Draft) -> JobSpec:
 def draft_of(spec: JobSpec) -> Draft:
     """A form that means the same spec: what has no field there and is not as it is by default comes below it, as JSON."""
     rest = spec.model_dump(mode="json", exclude_defaults=True)
-    method = rest.get("method", {})
+    method = rest.pop("method", {})
     draft = Draft(base=spec.base.model, target=spec.target.dataset, kind=method.pop("kind", "prune"), export=list(spec.export))
-    for name, value in DEFAULTS[draft.kind].items():
-        if method.get(name) == value:
-            del method[name]
-        elif isinstance(value, dict):
-            method[name] = {key: said for key, said in method[name].items() if value.get(key) != said}
+    method = _but(method, spec.method.model_dump(mode="json"), DEFAULTS[draft.kind])
     if draft.kind == "export":
         rest.pop("budget", None)
     else:
@@ -88,7 +84,7 @@ def draft_of(spec: JobSpec) -> Draft:
         rest.pop("skills", None)
     del rest["base"]["model"], rest["target"]["dataset"]
     rest.pop("export", None)
-    more = _filled(rest)
+    more = _filled({**rest, "method": method})
     draft.more = json.dumps(more, indent=1, ensure_ascii=False) if more else ""
     return draft
 
@@ -118,6 +114,18 @@ def _merged(given: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(made.get(name), dict) and name != "budget"
         made[name] = _merged(made[name], value) if both else value
     return made
+
+
+def _but(said: dict[str, Any], full: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    """`said`, which leaves out what fields are by default, as a kind of method needs it, by which other values are usual."""
+    for name, value in usual.items():
+        if isinstance(value, dict):
+            said[name] = _but(said.get(name, {}), full[name], value)
+        elif full[name] == value:
+            said.pop(name, None)
+        else:
+            said[name] = full[name]
+    return said
 
 
 def _filled(options: dict[str, Any]) -> dict[str, Any]:

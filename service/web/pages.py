@@ -131,7 +131,7 @@ def logout(request: Request) -> Response:
 
 def _inside(path: str) -> str:
     """A page of ours, whatever the URL said."""
-    return path if re.fullmatch(r"/ui/[\w/?=&.%-]*", path, re.ASCII) and "//" not in path else "/ui/jobs"
+    return path if re.fullmatch(r"/ui/[\w/?=&%-]*", path, re.ASCII) and "//" not in path else "/ui/jobs"
 
 
 # Jobs.
@@ -179,6 +179,7 @@ def create_job(request: Request, session: Db, draft: Annotated[Draft, Form()]) -
 def job_page(job_id: str, request: Request, session: ReadDb, kind: Annotated[str, Query(max_length=20)] = "") -> Response:
     job = jobs.as_job(queue.find(session, job_id))
     told = story(session, job_id, EVENTS)
+    began = next((event.time for event in reversed(told) if event.kind == "started" and event.phase == job.phase), None)
     shown = next((known for known in get_args(Kind) if known == kind), "")
     result = session.get(ModelRow, job.result_model) if job.result_model else None
     return page(
@@ -186,10 +187,11 @@ def job_page(job_id: str, request: Request, session: ReadDb, kind: Annotated[str
         "job.html",
         api=f"/jobs/{job_id}",
         job=job,
-        spec=job.spec.model_dump_json(indent=1, exclude_defaults=True),
+        spec=job.spec.model_dump_json(indent=1),
         names=_names(session, [job.spec]),
         steps=_steps(job, told),
-        left=_left(job, told),
+        began=began,
+        left=_left(job, began),
         ran=_ran(job, told),
         curve=_curve(told),
         kinds=get_args(Kind),
@@ -406,7 +408,7 @@ def sweep_page(sweep_id: str, request: Request, session: ReadDb) -> Response:
         sweep=sweep,
         base=figures[0] if figures else None,
         names=_names(session, [sweep.spec]),
-        spec=sweep.spec.model_dump_json(indent=1, exclude_defaults=True),
+        spec=sweep.spec.model_dump_json(indent=1),
     )
 
 
@@ -516,9 +518,8 @@ def _steps(job: Job, told: list[Event]) -> list[Step]:
     return found
 
 
-def _left(job: Job, told: list[Event]) -> float | None:
+def _left(job: Job, began: datetime | None) -> float | None:
     """Seconds until the phase ends, if it goes on as fast as so far."""
-    began: datetime | None = next((e.time for e in reversed(told) if e.kind == "started" and e.phase == job.phase), None)
     if job.status != "running" or job.progress is None or began is None or not 0 < job.progress.done <= job.progress.total:
         return None
     return (now() - began).total_seconds() * (job.progress.total - job.progress.done) / job.progress.done

@@ -4,6 +4,7 @@
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const COLOURS = ["--accent", "--warn", "--third", "--quiet", "--ink"];
+const LEGEND = { live: false, markers: { width: 0, fill: (plot, number) => plot.series[number].stroke(plot, number) } };
 const short = (number) => Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format(number);
 
 function axes(xName) {
@@ -46,12 +47,12 @@ function curve(section) {
   };
   const make = () => ({
     scales: { x: { time: false } },
-    legend: { live: false },
+    legend: LEGEND,
     cursor: { y: false },
     axes: axes("tokens trained on"),
     series: [
       {},
-      { label: "training", stroke: colour("--quiet"), width: 1.5 },
+      { label: "training", stroke: colour("--quiet"), width: 1.5, points: { show: false } },
       { label: "held-out", stroke: colour("--accent"), width: 2, spanGaps: true, points: { show: true, size: 6 } },
     ],
   });
@@ -98,7 +99,9 @@ function follow(section) {
     bar.max = data.total;
     bar.value = data.done;
     place.querySelector(".figure").textContent = `${data.done.toLocaleString("en")} of ${data.total.toLocaleString("en")}`;
-    const seconds = ((Date.parse(time) - began[phase]) / 1000) * (data.total / data.done - 1);
+    // What began before this page was opened, the server has told.
+    const since = began[phase] ?? (place.dataset.phase === phase ? Date.parse(place.dataset.began) : NaN);
+    const seconds = ((Date.parse(time) - since) / 1000) * (data.total / data.done - 1);
     place.querySelector(".left").textContent = seconds > 0 && data.done > 0 ? `about ${spell(seconds)} left of this phase` : "";
   });
   source.addEventListener("end", () => {
@@ -130,7 +133,7 @@ function frontier(section) {
   const mark = (label, stroke, size) => ({ label, stroke, paths: () => null, points: { show: true, size, fill: stroke } });
   const make = () => ({
     scales: { x: { time: false, range: (_, low, high) => [Math.max(0, low - 0.06 * high), 1.06 * high] } },
-    legend: { live: false },
+    legend: LEGEND,
     cursor: { drag: { x: false, y: false } },
     axes: axes("parameters"),
     series: [{}, ...methods().map((name, n) => mark(name, colour(COLOURS[n % COLOURS.length]), 11)), mark("the base", colour("--soft"), 7)],

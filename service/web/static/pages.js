@@ -5,9 +5,10 @@ document.documentElement.classList.add("js");
 
 function localTimes() {
   const form = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
+  const exact = new Intl.DateTimeFormat(undefined, { dateStyle: "short", timeStyle: "medium" });
   for (const time of document.querySelectorAll("time[datetime]")) {
     const moment = new Date(time.dateTime);
-    const said = form.format(moment);
+    const said = (time.className === "exact" ? exact : form).format(moment);
     if (time.textContent !== said) {
       time.textContent = said;
       time.title = moment.toISOString();
