@@ -52,6 +52,12 @@ def words(event: Event) -> str:
     return ", ".join([*told, *([event.message] if event.message else [])])
 
 
+def size(count: float) -> str:
+    """Bytes, with their unit."""
+    short = FILTERS["short"](count)
+    return f"{short}B" if " " in short else f"{short} B"
+
+
 def _number(data: dict[str, Any], name: str) -> float:
     """A figure of an event, which a job's process wrote: it may be anything."""
     found = data.get(name, 0)
@@ -65,7 +71,7 @@ _pages = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_pages.filters |= {**FILTERS, "told": words, "budget": budget_words, "quoted": lambda text: quote(text, safe="/")}
+_pages.filters |= {**FILTERS, "size": size, "told": words, "budget": budget_words, "quoted": lambda text: quote(text, safe="/")}
 _pages.globals |= {"static": lambda name: f"/ui/static/{VERSION}/{name}"}
 
 

@@ -270,7 +270,7 @@ def test_a_job_is_made_with_a_form_alone(house):
     browser = house.browser("ours write")
     planned = browser.post("/ui/plans", data=house.form)
     assert planned.status_code == 200
-    assert re.search(r"44.4 k <i>→</i> 3\d\.?\d* k", planned.text), "the plan is on the page"
+    assert re.search(r"44.4\sk <i>→</i> 3\d\.?\d*\sk", planned.text), "the plan is on the page"
     assert f'<option value="{house.model}" selected>' in planned.text
     for changes, sentence in (
         ({"amount": "half"}, "'half' is no number: give the budget as one."),

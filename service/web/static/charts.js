@@ -132,7 +132,10 @@ function frontier(section) {
   };
   const mark = (label, stroke, size) => ({ label, stroke, paths: () => null, points: { show: true, size, fill: stroke } });
   const make = () => ({
-    scales: { x: { time: false, range: (_, low, high) => [Math.max(0, low - 0.06 * high), 1.06 * high] } },
+    scales: {
+      x: { time: false, range: (_, low, high) => [Math.max(0, low - 0.06 * high), 1.06 * high] },
+      y: { range: (_, low, high) => [low - 0.1 * (high - low || 1), high + 0.1 * (high - low || 1)] },
+    },
     legend: LEGEND,
     cursor: { drag: { x: false, y: false } },
     axes: axes("parameters"),

@@ -6,9 +6,12 @@ document.documentElement.classList.add("js");
 function localTimes() {
   const form = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
   const exact = new Intl.DateTimeFormat(undefined, { dateStyle: "short", timeStyle: "medium" });
+  const clock = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" });
+  const today = new Date().toDateString();
   for (const time of document.querySelectorAll("time[datetime]")) {
     const moment = new Date(time.dateTime);
-    const said = (time.className === "exact" ? exact : form).format(moment);
+    const precise = moment.toDateString() === today ? clock : exact;
+    const said = (time.className === "exact" ? precise : form).format(moment);
     if (time.textContent !== said) {
       time.textContent = said;
       time.title = moment.toISOString();
