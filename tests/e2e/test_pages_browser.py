@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -27,7 +26,7 @@ FLAGS = [
 ]
 MAYBE = 60_000
 """Milliseconds that something may take which a job does first."""
-HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(1)>\x1b[31m\u202e' + "x" * 150
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\x1b[31m\u202e" + "x" * 150
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +46,18 @@ def browse(chromium):
     """Opens a browser window of its own on a service, and looks at what it logs and where it goes."""
     windows, wrong = [], []
 
-    def open_window(url, key=None, **options):
+    def open_window(url, key=None, refusing=None, **options):
+        def note(message):
+            # Browsers call it an error when a server refuses what was sent.
+            if message.type == "error" and message.location["url"] != f"{url}{refusing}":
+                wrong.append(message.text)
+
         context = chromium.new_context(base_url=url, locale="en-GB", timezone_id="Asia/Tokyo", **options)
         windows.append(context)
         context.set_default_timeout(20_000)
         page = context.new_page()
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+        page.on("console", note)
         page.on("dialog", lambda dialog: wrong.append(dialog.message))
         context.on("request", lambda request: None if request.url.startswith((url, "data:")) else wrong.append(request.url))
         if key:
@@ -93,13 +97,24 @@ class Still:
             session.add(DatasetRow(**dataset | hostile))
             job = queue.enqueue(session, JobSpec.model_validate(spec))
             ended = queue.enqueue(session, JobSpec.model_validate({**spec, "target": {"dataset": hostile["id"]}}))
-            sweep = {**spec, "budgets": [{"parameters": 0.9}, {"parameters": 0.8}], "methods": {"prune": QUICK, "scratch": {"kind": "scratch"}}}
+            sweep = {
+                **spec,
+                "budgets": [{"parameters": 0.9}, {"parameters": 0.8}],
+                "methods": {"prune": QUICK, "scratch": {"kind": "scratch"}},
+            }
             del sweep["budget"], sweep["method"]
             found = queue.enqueue_sweep(session, SweepSpec.model_validate(sweep))
             session.commit()
             for number, point in enumerate(session.exec(select(JobRow).where(JobRow.sweep == found.id)).all()):
                 point.status, point.phase = "succeeded", "report"
-                figures = {"target": "python", "base_parameters": 44416, "base_loss": 3.0, "cut_loss": 3.6, "tokens": 1024, "seconds": 9}
+                figures = {
+                    "target": "python",
+                    "base_parameters": 44416,
+                    "base_loss": 3.0,
+                    "cut_loss": 3.6,
+                    "tokens": 1024,
+                    "seconds": 9,
+                }
                 figures |= {"parameters": 40000 - 3000 * number, "loss": 3.1 + 0.1 * number, "curve": []}
                 session.add(OutcomeRow(job_id=point.id, outcome={**figures, "retention": {"value": 0.9, "low": 0.8, "high": 1}}))
             session.commit()
@@ -147,7 +162,7 @@ def still(tmp_path_factory, tiny_folder, python_file):
 
 def test_from_files_to_the_report(service, browse, tiny_folder, python_file, tmp_path):
     """Upload both, see the plan change, start, watch it to the end on one page, read the report, download and compare."""
-    page = browse(service.url)
+    page = browse(service.url, refusing="/datasets")
     page.goto("/")
     page.get_by_role("link", name="Make the first one").click()
     model, data = page.locator("details.upload").nth(0), page.locator("details.upload").nth(1)
@@ -172,7 +187,12 @@ def test_from_files_to_the_report(service, browse, tiny_folder, python_file, tmp
     expect(plan.get_by_role("alert")).to_be_hidden()
     page.get_by_label("onnx", exact=True).uncheck()
     page.get_by_text("Advanced").click()
-    more = {"method": QUICK, "block_tokens": 64, "skill_tokens": 1024}
+    more = {
+        "method": {**QUICK, "refit": False, "importance": "magnitude"},
+        "controls": [],
+        "block_tokens": 64,
+        "skill_tokens": 1024,
+    }
     page.get_by_label("Any other option").fill(json.dumps(more))
     page.get_by_label("Tokens to train on").fill("1024")
     expect(plan).to_contain_text("24 kept in each layer")
@@ -247,6 +267,9 @@ def test_keys_and_roles(still, browse):
     for name in ("Cancel", "Pause"):
         expect(reader.get_by_role("button", name=name)).to_have_count(0)
     expect(reader.get_by_role("link", name="Keys")).to_have_count(0)
+    reader.goto("/ui/jobs")
+    reader.context.clear_cookies()
+    reader.wait_for_url("**/ui/login?*")  # a page that is open notices that its key is gone
 
 
 def test_a_click_on_the_frontier_opens_the_run(still, browse):

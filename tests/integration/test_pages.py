@@ -1,10 +1,8 @@
 """The pages without a browser: what they answer, to whom, and what they refuse."""
 
-import json
 import logging
 import re
 import time
-from datetime import timedelta
 from html import unescape
 from typing import get_args
 
@@ -19,13 +17,13 @@ from service import auth, queue
 from service.api.schemas import Phase
 from service.app import create_app
 from service.db.session import connect, migrate, open_session, tenant_session
-from service.db.tables import AuditRow, DatasetRow, JobRow, ModelRow, SweepRow, new_id, now
+from service.db.tables import AuditRow, DatasetRow, JobRow, ModelRow, new_id, now
 from service.web.draft import draft_of, spec_of
 from service.web.pages import SHOWN, STEPS
 
 SITE = "http://127.0.0.1:8000"
 OWN = {"Origin": SITE}
-HOSTILE = '<script>alert(1)</script>\x1b[31m"\'\u202eeman' + "x" * 150
+HOSTILE = "<script>alert(1)</script>\x1b[31m\"'\u202eeman" + "x" * 150
 
 
 class House:
@@ -50,7 +48,12 @@ class House:
         self.dataset = api.post("/datasets", files={"file": (data.name, data.read_bytes())}).json()["id"]
         self.form = {"base": self.model, "target": self.dataset, "amount": "0.85", "more": '{"block_tokens": 64}', "once": "1"}
         self.spec = JobSpec.model_validate(
-            {"base": {"model": self.model}, "target": {"dataset": self.dataset}, "budget": {"parameters": 0.85}, "block_tokens": 64}
+            {
+                "base": {"model": self.model},
+                "target": {"dataset": self.dataset},
+                "budget": {"parameters": 0.85},
+                "block_tokens": 64,
+            }
         )
 
     def browser(self, who="ours admin"):
@@ -220,7 +223,9 @@ def test_a_role_sees_the_buttons_that_it_may_press(house, sweep):
     reader = house.browser("ours read")
     for path in (f"{job}/cancel", "/ui/jobs", "/ui/models", f"/ui/models/{house.model}/delete", "/ui/keys"):
         refused = reader.post(path, data={"x": "y"})
-        assert (refused.status_code, "The key’s role" in refused.text or "The key&#39;s role" in refused.text) == (403, True), path
+        assert (refused.status_code, "The key’s role" in refused.text or "The key&#39;s role" in refused.text) == (403, True), (
+            path
+        )
     assert "37" in reader.post("/ui/plans", data=house.form, headers={"HX-Request": "true"}).text, "but to plan changes nothing"
 
 
@@ -287,7 +292,9 @@ def test_a_job_is_made_with_a_form_alone(house):
     ):
         refused = browser.post("/ui/jobs", data={**house.form, **changes})
         assert (refused.status_code // 100, sentence in unescape(refused.text)) == (4, True), (changes, refused.text)
-        assert f'name="amount" inputmode="decimal" value="{changes.get("amount", "0.85")}"' in refused.text, "nothing typed is lost"
+        assert f'name="amount" inputmode="decimal" value="{changes.get("amount", "0.85")}"' in refused.text, (
+            "nothing typed is lost"
+        )
     made = browser.post("/ui/jobs", data=house.form)
     assert made.status_code == 303
     assert browser.post("/ui/jobs", data=house.form).headers["location"] == made.headers["location"], "pressed twice"
@@ -315,14 +322,19 @@ def test_a_job_is_made_with_a_form_alone(house):
         {"method": {"kind": "export"}, "budget": None},
         {"method": {"recover": {"curriculum": {"until": 0.3}}}, "broad": {"dataset": "ds_" + "1" * 26}},
         {"skills": [{"name": "a", "dataset": "ds_" + "2" * 26, "role": "forget"}, {"name": "b", "dataset": "ds_" + "3" * 26}]},
-        {"skills": [{"name": "a", "dataset": "ds_" + "2" * 26, "answer": {"column": "y"}}], "teacher": {"model": "mdl_" + "4" * 26}},
+        {
+            "skills": [{"name": "a", "dataset": "ds_" + "2" * 26, "answer": {"column": "y"}}],
+            "teacher": {"model": "mdl_" + "4" * 26},
+        },
         {"target": {"dataset": "ds_" + "5" * 26, "answer": {"column": "y", "tokens": 3}}},
     ],
     ids=str,
 )
 def test_a_job_that_is_a_template_makes_the_same_spec(changes):
     given = {"base": {"model": "mdl_" + "0" * 26}, "target": {"dataset": "ds_" + "0" * 26}, "budget": {"parameters": 0.5}}
-    spec = JobSpec.model_validate({name: value for name, value in {**given, **changes}.items() if value is not None or name == "relearn"})
+    spec = JobSpec.model_validate(
+        {name: value for name, value in {**given, **changes}.items() if value is not None or name == "relearn"}
+    )
     assert spec_of(draft_of(JobSpec.model_validate(spec.model_dump(mode="json")))) == spec
 
 
@@ -335,7 +347,9 @@ def test_uploads_by_a_form_alone(house):
     assert kept.status_code == 303
     shown = browser.get(kept.headers["location"])
     assert ("fine" in shown.text, "line 2 of bad.jsonl" in shown.text) == (True, True)
-    to_new = browser.post("/ui/datasets", files=bad, data={"column": "text", "bad_rows": "skip", "to_new": "true", "base": house.model})
+    to_new = browser.post(
+        "/ui/datasets", files=bad, data={"column": "text", "bad_rows": "skip", "to_new": "true", "base": house.model}
+    )
     picked = browser.get(to_new.headers["location"])
     assert f'<option value="{house.model}" selected>' in picked.text
     assert len(re.findall(r'<option value="ds_\w+" selected>', picked.text)) == 1
@@ -360,7 +374,7 @@ def test_a_key_is_shown_once_and_the_audit_has_the_words_of_the_api(house):
         refused = browser.post("/ui/keys", data=wrong)
         assert (refused.status_code, sentence in unescape(refused.text)) == (422, True), wrong
     with tenant_session(house.engine, "ours") as session:
-        found = session.exec(select(AuditRow).where(AuditRow.path.like(f"/ui/keys%"))).all()  # type: ignore[attr-defined]
+        found = session.exec(select(AuditRow).where(AuditRow.path.like("/ui/keys%"))).all()
     assert [(line.operation, line.key is not None) for line in found] == [("create_key", True), ("revoke_key", True)]
 
 
@@ -370,7 +384,12 @@ def test_a_job_tells_how_far_it_is(house):
         {"kind": "finished", "phase": "load", "message": "", "data": {"seconds": 1.5, "reused": False}},
         {"kind": "started", "phase": "recover", "message": "", "data": {}},
         *(
-            {"kind": "progress", "phase": "recover", "message": "", "data": {"done": n, "total": 40, "tokens": 256 * n, "loss": 3 / n}}
+            {
+                "kind": "progress",
+                "phase": "recover",
+                "message": "",
+                "data": {"done": n, "total": 40, "tokens": 256 * n, "loss": 3 / n},
+            }
             for n in (1, 2, 3, 2, 3, 10)  # from a checkpoint on it tells again
         ),
         {"kind": "notice", "phase": "recover", "message": "something fell back", "data": {}},

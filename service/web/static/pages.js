@@ -24,7 +24,7 @@ document.addEventListener("htmx:after:swap", localTimes);
 // What is shown stays when the server is away or somebody has logged out: then the whole page is asked for, which says so.
 document.addEventListener("htmx:before:swap", (event) => {
   const { response } = event.detail.ctx;
-  if (response.raw.redirected) location.reload();
+  if (response.raw.redirected || response.status === 401) location.reload();
   if (response.raw.redirected || response.status >= 400) event.preventDefault();
 });
 
@@ -62,7 +62,9 @@ for (const form of document.querySelectorAll("form[data-upload]")) {
       else {
         const select = document.getElementById(form.dataset.upload);
         select.add(new Option(made.name, made.id, true, true), 1);
-        for (const other of document.querySelectorAll('[name="skill_dataset"]')) {
+        const others = '[name="skill_dataset"]';
+        const row = document.querySelector("#skills template").content;
+        for (const other of [...document.querySelectorAll(others), ...row.querySelectorAll(others)]) {
           if (select.id === "target") other.add(new Option(made.name, made.id));
         }
         button.disabled = false;
