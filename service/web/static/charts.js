@@ -5,13 +5,14 @@
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const COLOURS = ["--accent", "--warn", "--third", "--quiet", "--ink"];
 const LEGEND = { live: false, markers: { width: 0, fill: (plot, number) => plot.series[number].stroke(plot, number) } };
+const HEIGHT = 250;
 const short = (number) => Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format(number);
 
-function axes(xName) {
+function axes(xName, y = {}) {
   const look = { stroke: colour("--soft"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false } };
   return [
     { ...look, label: xName, labelSize: 22, size: 34, grid: { show: false }, values: (_, ticks) => ticks.map(short) },
-    { ...look, size: 52 },
+    { ...look, size: 52, ...y },
   ];
 }
 
@@ -21,11 +22,11 @@ function chart(place, make, data) {
   const draw = () => {
     const width = place.clientWidth;
     plot?.destroy();
-    plot = width > 0 ? new uPlot({ width, height: 280, ...make() }, data(), place) : null;
+    plot = width > 0 ? new uPlot({ width, height: HEIGHT, ...make() }, data(), place) : null;
   };
   new ResizeObserver(() => {
     if (!plot) draw();
-    else if (plot.width !== place.clientWidth) plot.setSize({ width: place.clientWidth, height: 280 });
+    else if (plot.width !== place.clientWidth) plot.setSize({ width: place.clientWidth, height: HEIGHT });
   }).observe(place);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   draw();
@@ -40,23 +41,25 @@ function curve(section) {
     loss: +dataset.loss,
     validation: dataset.validation === "" ? null : +dataset.validation,
   }));
-  const data = () => {
-    const before = Math.max(0, ...rows.filter((row) => row.phase === "sparsify").map((row) => row.tokens));
-    const at = (row) => row.tokens + (row.phase === "recover" ? before : 0);
-    return [rows.map(at), rows.map((row) => row.loss), rows.map((row) => row.validation)];
+  // What is trained and what is measured are two things, each with a scale of its own.
+  const draw = (place) => {
+    const series = place.dataset.series;
+    const data = () => {
+      const before = Math.max(0, ...rows.filter((row) => row.phase === "sparsify").map((row) => row.tokens));
+      const at = (row) => row.tokens + (row.phase === "recover" ? before : 0);
+      const known = rows.filter((row) => row[series] !== null);
+      return [known.map(at), known.map((row) => row[series])];
+    };
+    const make = () => ({
+      scales: { x: { time: false } },
+      legend: { show: false },
+      cursor: { y: false },
+      axes: axes("tokens trained on"),
+      series: [{}, { stroke: colour(place.dataset.colour), width: 2, points: { show: series === "validation", size: 6 } }],
+    });
+    return chart(place, make, data);
   };
-  const make = () => ({
-    scales: { x: { time: false } },
-    legend: LEGEND,
-    cursor: { y: false },
-    axes: axes("tokens trained on"),
-    series: [
-      {},
-      { label: "training", stroke: colour("--quiet"), width: 1.5, points: { show: false } },
-      { label: "held-out", stroke: colour("--accent"), width: 2, spanGaps: true, points: { show: true, size: 6 } },
-    ],
-  });
-  const shown = chart(section.querySelector(".chart"), make, data);
+  const shown = [...section.querySelectorAll(".chart")].map(draw);
   return {
     add(phase, { tokens, loss, validation = null }) {
       // A job that goes on from a checkpoint tells again what it had told.
@@ -69,7 +72,7 @@ function curve(section) {
         row.insertCell().textContent = text;
       }
       section.hidden = false;
-      shown.update();
+      for (const one of shown) one.update();
     },
   };
 }
@@ -131,14 +134,22 @@ function frontier(section) {
     return [marks.map((p) => p.x), ...[...methods(), null].map((name) => marks.map((p) => (p.method === name ? p.y : null)))];
   };
   const mark = (label, stroke, size) => ({ label, stroke, paths: () => null, points: { show: true, size, fill: stroke } });
+  // By ratios where methods are far apart, as the frontier's own page has it, so that those near the base are told from each other.
+  const far = () => {
+    const losses = points.map((point) => point.y);
+    return measure.value === "loss" && Math.max(...losses) >= 1.8 * Math.min(...losses);
+  };
+  const beyond = (low, high) => 0.1 * (high - low || 1);
   const make = () => ({
     scales: {
       x: { time: false, range: (_, low, high) => [Math.max(0, low - 0.06 * high), 1.06 * high] },
-      y: { range: (_, low, high) => [low - 0.1 * (high - low || 1), high + 0.1 * (high - low || 1)] },
+      y: far()
+        ? { distr: 3, range: (_, low, high) => [low / 1.1, high * 1.1] }
+        : { range: (_, low, high) => [low - beyond(low, high), high + beyond(low, high)] },
     },
     legend: LEGEND,
     cursor: { drag: { x: false, y: false } },
-    axes: axes("parameters"),
+    axes: axes("parameters", { filter: (_, ticks) => ticks, values: (_, ticks) => ticks.map((tick) => +tick.toPrecision(3)) }),
     series: [{}, ...methods().map((name, n) => mark(name, colour(COLOURS[n % COLOURS.length]), 11)), mark("the base", colour("--soft"), 7)],
     hooks: {
       ready: [
