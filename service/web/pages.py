@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple, get_args
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, File, Form, HTTPException, Query, Request, Response, UploadFile
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse
 from pydantic import ValidationError
 from sqlalchemy.exc import NoResultFound
@@ -24,10 +25,10 @@ from narrow_engine.spec import BadRows, Format, JobSpec, SweepSpec, sentence, wo
 from narrow_engine.spec import Kind as MethodKind
 from narrow_engine.spec import Role as SkillRole
 from service import auth, queue
-from service.api import artifacts, datasets, jobs, keys, models, plans, sweeps
+from service.api import artifacts, datasets, fetches, jobs, keys, models, plans, sweeps
 from service.api.paging import Cursor
-from service.api.schemas import Job, NewKey, Page, Phase, Plan, Role
-from service.api.sessions import Db, ReadDb
+from service.api.schemas import HubModel, Job, NewKey, Page, Phase, Plan, Role
+from service.api.sessions import Db, ReadDb, Who
 from service.db.tables import HELD, STATUSES, TERMINAL, DatasetRow, ModelRow, now
 from service.estimates import estimate
 from service.problems import ApiError
@@ -51,7 +52,8 @@ EVENTS, LINES = 2000, 200
 CONFIG = 20_000
 """Characters of a model's config that are shown."""
 LOGIN_BYTES = 4096
-UPLOAD = {"name": "", "column": "text", "bad_rows": "stop"}
+MODEL = {"name": "", "hub": "", "revision": "main"}
+DATASET = {"name": "", "column": "text", "bad_rows": "stop"}
 KEY = {"name": "", "role": "write", "days": ""}
 """What forms hold at first."""
 
@@ -341,8 +343,31 @@ def upload_model(
         made = models.upload_model(request, session, files, [], name)
     except (ApiError, NarrowError) as error:
         session.rollback()
-        return _models_page(request, session, None, name, str(error), getattr(error, "status", 422))
+        return _models_page(request, session, None, {**MODEL, "name": name}, str(error), getattr(error, "status", 422))
     return _see(_path("/ui/new", base=made.id, target=target) if to_new else f"/ui/models/{made.id}")
+
+
+@router.post("/fetches")
+async def fetch_model(
+    request: Request,
+    session: Db,
+    who: Who,
+    hub: Annotated[str, Form()] = "",
+    revision: Annotated[str, Form()] = "",
+    token: Annotated[str, Form()] = "",
+) -> Response:
+    """Answers when the model is there, as the API does; the fetch goes on without the browser."""
+    try:
+        wanted = HubModel.model_validate(
+            {"hub": hub.strip(), "revision": revision.strip() or "main", "token": token.strip() or None}
+        )
+        made = await fetches.fetch_model(wanted, request, Response(), session, who)
+    except (ValidationError, ApiError, NarrowError) as error:
+        refusal = _refusal(error) if isinstance(error, ValidationError) else str(error)
+        typed = {**MODEL, "hub": hub, "revision": revision}
+        await run_in_threadpool(session.rollback)
+        return await run_in_threadpool(_models_page, request, session, None, typed, refusal, getattr(error, "status", 422))
+    return _see(f"/ui/models/{made.id}")
 
 
 @dataset_router.post("/datasets")
@@ -366,10 +391,16 @@ def upload_dataset(
 
 
 def _models_page(
-    request: Request, session: Session, cursor: str | None, name: str = "", refusal: str = "", status: int = 200
+    request: Request,
+    session: Session,
+    cursor: str | None,
+    typed: dict[str, str] | None = None,
+    refusal: str = "",
+    status: int = 200,
 ) -> Response:
     found = models.list_models(session, cursor, SHOWN)
-    given = {"models": found.data, "name": name, "refusal": refusal, **_pages("/ui/models", cursor, found)}
+    given = {"models": found.data, "typed": typed or MODEL, "refusal": refusal, **_pages("/ui/models", cursor, found)}
+    given["hub"] = request.app.state.settings.hub
     return page(request, "models.html", api=_path("/models", cursor=cursor), status=status, **given)
 
 
@@ -382,7 +413,7 @@ def _datasets_page(
     status: int = 200,
 ) -> Response:
     found = datasets.list_datasets(session, cursor, SHOWN)
-    given = {"datasets": found.data, "typed": typed or UPLOAD, "refusal": refusal, **_pages("/ui/datasets", cursor, found)}
+    given = {"datasets": found.data, "typed": typed or DATASET, "refusal": refusal, **_pages("/ui/datasets", cursor, found)}
     return page(request, "datasets.html", api=_path("/datasets", cursor=cursor), status=status, **given)
 
 
@@ -445,8 +476,7 @@ def create_key(
     try:
         made = keys.create_key(NewKey(name=name, role=role, expires_in_days=float(days) if days.strip() else None), session)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        return _keys_page(request, session, None, typed, refusal=sentence(str(first["loc"][0]), wording(first)), status=422)
+        return _keys_page(request, session, None, typed, refusal=_refusal(error), status=422)
     except ValueError:
         return _keys_page(request, session, None, typed, refusal=f"{days!r} is no number of days.", status=422)
     return _keys_page(request, session, None, secret=made.key, status=201)
@@ -558,6 +588,11 @@ def _pages(path: str, cursor: str | None, found: Page[Any]) -> dict[str, Any]:
 def _path(path: str, **query: str | None) -> str:
     asked = {name: value for name, value in query.items() if value}
     return f"{path}?{urlencode(asked)}" if asked else path
+
+
+def _refusal(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    return sentence(str(first["loc"][0]), wording(first))
 
 
 def _see(path: str) -> Response:

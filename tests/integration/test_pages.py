@@ -6,6 +6,7 @@ import time
 from html import unescape
 from typing import get_args
 
+import fakehub
 import pytest
 from fastapi.testclient import TestClient
 from live import settings_of
@@ -356,6 +357,30 @@ def test_uploads_by_a_form_alone(house):
     refused = browser.post("/ui/models", files={"files": ("model.bin", b"x")}, data={"name": "mine"})
     assert (refused.status_code, "model.bin" in refused.text, 'value="mine"' in refused.text) == (422, True, True)
     assert browser.post(f"{shown.url.path}/delete").headers["location"] == "/ui/datasets"
+
+
+def test_a_model_is_fetched_from_the_hub_where_there_is_one(house, tiny_folder, caplog):
+    browser = house.browser("ours write")
+    assert "Fetch a model" not in browser.get("/ui/models").text
+    assert "has set no NARROW_HUB" in browser.post("/ui/fetches", data={"hub": "owner/tiny"}).text
+    with fakehub.serving() as hub:
+        files = {path.name: path.read_bytes() for path in sorted(tiny_folder.iterdir())}
+        hub.repos["owner/tiny"] = fakehub.Repo(files, token="hf_secret")
+        house.settings.hub = hub.url
+        assert f"Fetch a model from {hub.url}" in browser.get("/ui/models").text
+        for wrong, sentence in (
+            ({"hub": "tiny"}, "hub is not the name of a model on a hub"),
+            ({"hub": "owner/tiny", "token": "no\nsecret"}, "token"),
+            ({"hub": "owner/tiny"}, "owner/tiny"),
+        ):
+            refused = browser.post("/ui/fetches", data=wrong)
+            assert (refused.status_code // 100, sentence in unescape(refused.text)) == (4, True), wrong
+            assert f'name="hub" required maxlength="200" value="{wrong["hub"]}"' in refused.text
+        made = browser.post("/ui/fetches", data={"hub": "owner/tiny", "revision": "", "token": "hf_secret"})
+        house.settings.hub = ""
+    assert made.status_code == 303, made.text
+    assert "owner/tiny at" in browser.get(made.headers["location"]).text
+    assert "hf_secret" not in caplog.text + made.text
 
 
 def test_a_key_is_shown_once_and_the_audit_has_the_words_of_the_api(house):
