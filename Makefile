@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-postgres test-all check fuzz audit bench openapi wheels lock clean
+.PHONY: setup demo test test-postgres test-all check browser fuzz audit bench openapi wheels lock clean
 
 setup: .venv/ready
 
@@ -38,6 +38,11 @@ test-all: check        ## all tests, with the extras that they need
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e client -e '.[eval,ray]'
 	$(BIN)/python -m pytest
 	$(MAKE) test-postgres
+
+browser: setup         ## a Chromium for the tests of the pages, if there is none; without one they are skipped
+	@if which chromium || which chromium-browser || which google-chrome; then :; \
+	elif [ "$$(id -u)" = 0 ] && which apt-get > /dev/null; then apt-get update -qq && apt-get install -y -qq chromium > /dev/null; \
+	else $(BIN)/playwright install chromium; fi || echo "There is no Chromium: the tests of the pages are skipped."
 
 fuzz: setup            ## ten minutes of each parser
 	for parser in $$($(BIN)/python tests/fuzz.py --list); do \

@@ -33,6 +33,7 @@ from service.requests import Requests
 from service.settings import Settings
 from service.storage import open_storage
 from service.streams import Hub
+from service.web import pages
 
 
 def create_app(settings: Settings, keys_needed: bool = False, host: str | None = None) -> FastAPI:
@@ -73,12 +74,15 @@ def create_app(settings: Settings, keys_needed: bool = False, host: str | None =
         metrics.router,
         webhooks.router,
         fetches.router,
+        pages.router,
     ):
         app.include_router(router, dependencies=known, max_body_size=settings.max_body_bytes)
-    for router in (models.router, uploads.router):
+    for router in (models.router, uploads.router, pages.model_router):
         app.include_router(router, dependencies=known, max_body_size=settings.max_model_bytes)
-    app.include_router(datasets.router, dependencies=known, max_body_size=settings.max_dataset_bytes)
-    app.include_router(health.router, max_body_size=settings.max_body_bytes)
+    for router in (datasets.router, pages.dataset_router):
+        app.include_router(router, dependencies=known, max_body_size=settings.max_dataset_bytes)
+    for router in (health.router, pages.open_router):
+        app.include_router(router, max_body_size=settings.max_body_bytes)
     describe(app)
     return app
 

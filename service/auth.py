@@ -1,8 +1,10 @@
 """Who is asking: API keys, the tenant that each belongs to, and what its role may do.
 
 A key is `nrw_` and 256 random bits. The database has its SHA-256 alone: what is random needs no slow hash, and what is not
-there cannot leak. Every request comes through `caller`; what it may do follows from method and path, so no route can forget
-to ask. Whose rows it sees follows from its session (`db.session`), so no query can forget either.
+there cannot leak. It comes in a header or, from the pages of this service, in a cookie, which browsers send by themselves: with
+that, what changes anything has to come from such a page. Every request comes through `caller`; what it may do follows from
+method and path, so no route can forget to ask. Whose rows it sees follows from its session (`db.session`), so no query can
+forget either.
 """
 
 import hashlib
@@ -36,6 +38,12 @@ REMEMBERED = 1.0
 counts so long with the others: to ask with each request took a quarter of its time."""
 MOST_KNOWN = 10_000
 
+COOKIE = "narrow_key"
+"""With the key of somebody who has logged in to the pages. Of a host: services on other ports of it share the name."""
+OPEN = ("/ui/login", "/ui/logout")
+"""Pages for those who have no key yet, or want to be rid of it."""
+SAFE = ("GET", "HEAD", "OPTIONS")
+
 _bearer = HTTPBearer(auto_error=False, description="An API key. Not needed where the service says so at its start: on loopback.")
 
 
@@ -52,15 +60,19 @@ async def caller(request: Request, credentials: Annotated[HTTPAuthorizationCrede
     if "caller" in request.scope["state"]:  # by `know`
         found: Caller = request.state.caller
     elif credentials is not None:
-        digest = _digest(credentials.credentials)
-        found = await _holder(request, digest)
-        _take(request, digest)
+        found = await holder(request, credentials.credentials)
     elif request.app.state.keys_needed:
-        raise _unknown("key_needed", "This service needs an API key: send it as `Authorization: Bearer nrw_...`.")
+        secret = request.cookies.get(COOKIE)
+        if secret is None:
+            raise _unknown("key_needed", "This service needs an API key: send it as `Authorization: Bearer nrw_...`.")
+        require_own_page(request)
+        found = await holder(request, secret)
     else:
         _from_here(request)
         found = Caller(DEFAULT_TENANT, "admin")
     request.state.caller = found
+    if request.scope["path"].startswith("/ui/"):
+        require_own_page(request)
     needed = needs(request.method, request.scope["path"])
     if ROLES.index(found.role) < ROLES.index(needed):
         detail = f"The key's role is {found.role!r}, and this takes {needed!r}: use another key, or ask for one."
@@ -70,14 +82,25 @@ async def caller(request: Request, credentials: Annotated[HTTPAuthorizationCrede
 
 async def know(request: Request) -> None:
     """As `caller`, before FastAPI asks: it reads the whole body first."""
-    await caller(request, await _bearer(request))
+    if request.scope["path"] not in OPEN:
+        await caller(request, await _bearer(request))
+
+
+async def holder(request: Request, secret: str) -> Caller:
+    """Whose key it is, of whom the request is counted. Raises ApiError: 401 if it is one that does not count, 429."""
+    digest = _digest(secret)
+    found = await _holder(request, digest)
+    _take(request, digest)
+    return found
 
 
 def needs(method: str, path: str) -> Role:
-    """The role that a request takes: to look, read; to make or end something, write; for keys, webhooks and the audit, admin."""
+    """The role that a request takes: to look, read; to make or end something, write; for keys, webhooks and the audit, admin.
+    A page takes what it shows or does."""
+    path = path.removeprefix("/ui")
     if path in ("/keys", "/audit", "/webhooks") or path.startswith(("/keys/", "/webhooks/")):
         return "admin"
-    return "read" if method in ("GET", "HEAD", "OPTIONS") or path == "/plans" else "write"
+    return "read" if method in SAFE or path == "/plans" else "write"
 
 
 def expiry(wanted: NewKey) -> datetime | None:
@@ -176,6 +199,19 @@ def _from_here(request: Request) -> None:
     site = "none" if request.method in ("GET", "HEAD") else request.headers.get("sec-fetch-site", "none")
     if (origin is not None and (not host or origin.partition("://")[2] != host)) or site not in ("none", "same-origin"):
         detail = "The request comes from a page of another site, and this service has no keys to know it by."
+        raise ApiError(403, "cross_origin", detail)
+
+
+def require_own_page(request: Request) -> None:
+    """Refuses what would change something and does not come from a page of this service: browsers send cookies by themselves, and
+    forms of any site to anywhere. What a browser says of the site that it is from no page can change; over plain HTTP to
+    another machine it does not say it, and then the page's origin has to be the host that was asked."""
+    if request.method in SAFE:
+        return
+    site, origin, host = (request.headers.get(name, "") for name in ("sec-fetch-site", "origin", "host"))
+    own = site == "same-origin" if site else bool(host) and origin.partition("://")[2] == host
+    if not own:
+        detail = "The request does not come from a page of this service: open the page again, or send the key in a header."
         raise ApiError(403, "cross_origin", detail)
 
 

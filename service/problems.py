@@ -21,6 +21,7 @@ from narrow_engine.errors import NarrowError
 from narrow_engine.spec import clear, sentence, wording
 from service.api.schemas import FieldError, Problem
 from service.storage import StorageAway
+from service.web.render import problem_page
 
 MEDIA_TYPE = "application/problem+json"
 METHODS = ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
@@ -216,7 +217,7 @@ def replacement(scope: Scope, status: int, headers: Mapping[str, str]) -> Respon
     return None
 
 
-def _answer(request: Request, status: int, code: str, detail: str, errors: list[FieldError] | None = None) -> JSONResponse:
+def _answer(request: Request, status: int, code: str, detail: str, errors: list[FieldError] | None = None) -> Response:
     identifier = getattr(request.state, "id", "")
     problem = Problem(
         type=f"urn:narrow:problem:{code}",
@@ -230,4 +231,8 @@ def _answer(request: Request, status: int, code: str, detail: str, errors: list[
     )
     # Every answer has these (`requests`); one that nobody foresaw is made outside of there.
     headers = {"X-Request-Id": identifier, "X-Content-Type-Options": "nosniff"}
+    shown = problem_page(request, problem)
+    if shown:
+        shown.headers.update(headers)
+        return shown
     return JSONResponse(problem.model_dump(mode="json"), status, media_type=MEDIA_TYPE, headers=headers)

@@ -14,14 +14,16 @@ from dataclasses import dataclass, field
 
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import format_sse_event
-from sqlalchemy import Engine
+from sqlalchemy import Engine, or_
 from sqlmodel import Session, col, select
 
-from service.api.schemas import Event
+from service.api.schemas import Event, Phase
 from service.db.session import AWAY, read_session
 from service.db.tables import TERMINAL, EventRow, JobRow
 
 BATCH = 500
+TRAINED: tuple[Phase, ...] = ("sparsify", "recover")
+"""Phases whose progress is the curve of the result: of these there are some hundred events, however long they take."""
 
 log = logging.getLogger("narrow.streams")
 
@@ -134,6 +136,13 @@ def read(session: Session, job_id: str, known: int, limit: int) -> list[Event]:
         select(EventRow).where(EventRow.job_id == job_id, col(EventRow.seq) > known).order_by(col(EventRow.seq)).limit(limit)
     )
     return [Event.model_validate(row.model_dump(exclude={"job_id"})) for row in session.exec(statement)]
+
+
+def story(session: Session, job_id: str, limit: int) -> list[Event]:
+    """The last events that say what has become of a job: all but the progress of phases that have no curve."""
+    telling = or_(col(EventRow.kind) != "progress", col(EventRow.phase).in_(TRAINED))
+    statement = select(EventRow).where(EventRow.job_id == job_id, telling).order_by(col(EventRow.seq).desc()).limit(limit)
+    return [Event.model_validate(row.model_dump(exclude={"job_id"})) for row in session.exec(statement)][::-1]
 
 
 def sent(event: Event) -> tuple[int, bytes]:

@@ -75,14 +75,7 @@ def template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "count": lambda number: f"{number:,}",
-        "short": _short,
-        "percent": _percent,
-        "duration": _duration,
-        "words": lambda name: name.replace("_", " "),
-        "clip": lambda name: name if len(name) <= NAME_CHARACTERS else name[: NAME_CHARACTERS - 1] + "…",
-    }
+    environment.filters |= FILTERS
     return environment.get_template(name)
 
 
@@ -183,6 +176,17 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+FILTERS: dict[str, Callable[[Any], str]] = {
+    "count": lambda number: f"{number:,}",
+    "short": _short,
+    "percent": _percent,
+    "duration": _duration,
+    "words": lambda name: name.replace("_", " "),
+    "clip": lambda name: name if len(name) <= NAME_CHARACTERS else name[: NAME_CHARACTERS - 1] + "…",
+}
+"""What pages say for numbers and names."""
 
 
 def svg(draw: Callable[[Any], None]) -> Markup:
