@@ -27,14 +27,14 @@ check: setup           ## lint, format, strict types, contract
 	$(BIN)/python -m narrow_engine.report.schema | diff - docs/report.schema.json
 	$(BIN)/python -m service.settings | diff - docs/reference/settings.md
 
-test: check            ## the fast tests
+test: check browser    ## the fast tests
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-postgres: setup   ## what needs a database, on Postgres instead of SQLite
 	NARROW_TEST_DATABASE=postgres $(BIN)/python -m pytest -n 2 --dist worksteal tests/contract tests/integration tests/e2e \
 	    --ignore tests/integration/test_engine.py --ignore tests/integration/test_experiments.py
 
-test-all: check        ## all tests, with the extras that they need
+test-all: check browser ## all tests, with the extras that they need
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e client -e '.[eval,ray]'
 	$(BIN)/python -m pytest
 	$(MAKE) test-postgres
