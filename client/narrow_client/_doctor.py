@@ -1,0 +1,103 @@
+"""`narrow doctor`: what this machine and the service can do, and what a job would need.
+
+What it says of the machine and of a job comes from the full installation, by the entry points of the group `narrow.doctor`.
+"""
+
+import platform
+import time
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from narrow_client import _calls
+from narrow_client._errors import InvalidArgument, NarrowClientError
+from narrow_client._render import plain
+from narrow_client._sync import Narrow
+
+SECONDS = 5.0
+"""That the service has for an answer."""
+SKEW = 30.0
+"""Seconds between two clocks that are worth a word: webhooks and keys that expire count on them."""
+Facts = dict[str, Any]
+ONLY_CLIENT = "only the client is installed here (pip install narrow)"
+
+
+def examine(base: Path | None, budget: dict[str, float] | None, recover_tokens: int | None) -> tuple[Facts, int]:
+    """All that is found, by section, and the exit status. Raises InvalidArgument."""
+    parts = {entry.name: entry for entry in entry_points(group="narrow.doctor")}
+    if base is not None:
+        if "job" not in parts:
+            raise InvalidArgument(f"--base takes the full installation, and {ONLY_CLIENT}.")
+        job: Facts = parts["job"].load()(base, budget, recover_tokens)
+        return {"job": job}, 0 if job["fits"] else 1
+    with Narrow(timeout=SECONDS, max_retries=0) as client:
+        service = _service(client)
+    found = {"client": {"narrow-client": version("narrow-client"), "python": platform.python_version()}, "service": service}
+    machine: Facts = parts["machine"].load()() if "machine" in parts else {"machine": {"note": ONLY_CLIENT}}
+    return found | machine, 0 if service["status"] == "ok" else 3
+
+
+def _service(client: Narrow) -> Facts:
+    """What a service says of itself, and of the key that asks."""
+    facts: Facts = {"url": client.url}
+    try:
+        asked = time.monotonic()
+        answer = client._transport.answer(_calls.ready())
+        milliseconds = (time.monotonic() - asked) * 1000
+        health = _calls.ready().read(answer)
+    except NarrowClientError as error:
+        return facts | {"status": "not reached", "why": str(error)}
+    facts |= {"status": health.status, "version": health.version, "milliseconds": round(milliseconds, 1)}
+    facts["checks"] = health.checks or {}
+    skew = _skew(answer)
+    if skew is not None:
+        facts["clock_skew_seconds"] = round(skew)
+    try:
+        facts["role"] = client.usage().role
+        facts["jobs"] = {status: len(next(client.jobs.list(status).pages()).data) for status in ("queued", "running")}
+    except NarrowClientError as error:
+        facts["role"] = f"none: {error}"
+    notes = []
+    if health.version != version("narrow-client"):
+        notes.append(f"the service is of version {health.version}, the client of {version('narrow-client')}")
+    if skew is not None and abs(skew) > SKEW:
+        notes.append(f"the clocks of the service and of this machine are {abs(skew):,.0f} s apart")
+    return facts | ({"notes": notes} if notes else {})
+
+
+def _skew(answer: httpx.Response) -> float | None:
+    """How far the service's clock is ahead of ours, to a second."""
+    date = answer.headers.get("date")
+    return (parsedate_to_datetime(date) - datetime.now(UTC)).total_seconds() if date else None
+
+
+def view(found: Facts) -> RenderableType:
+    """The sections as tables."""
+    parts: list[RenderableType] = []
+    for title, facts in found.items():
+        table = Table.grid(padding=(0, 2))
+        table.add_column(min_width=18)
+        table.add_column(overflow="fold")
+        for name, value in facts.items():
+            table.add_row(Text(name.replace("_", " "), style="dim"), Text(plain(_words(value), keep_lines=True)))
+        parts += [Text(title, style="bold"), table, Text()]
+    return Group(*parts[:-1])
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return "\n".join(_words(item) for item in value) or "none"
+    if value is None:
+        return "none"
+    return f"{value:,}" if isinstance(value, int | float) else str(value)
