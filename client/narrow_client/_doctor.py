@@ -25,6 +25,13 @@ SECONDS = 5.0
 """That the service has for an answer."""
 SKEW = 30.0
 """Seconds between two clocks that are worth a word: webhooks and keys that expire count on them."""
+UNITS = {
+    "_bytes": (1e-9, "GB"),
+    "_gflop_per_second": (1, "GFLOP/s"),
+    "_gb_per_second": (1, "GB/s"),
+    "_milliseconds": (1, "ms"),
+    "_seconds": (1, "s"),
+}
 Facts = dict[str, Any]
 ONLY_CLIENT = "only the client is installed here (pip install narrow)"
 
@@ -54,7 +61,7 @@ def _service(client: Narrow) -> Facts:
         health = _calls.ready().read(answer)
     except NarrowClientError as error:
         return facts | {"status": "not reached", "why": str(error)}
-    facts |= {"status": health.status, "version": health.version, "milliseconds": round(milliseconds, 1)}
+    facts |= {"status": health.status, "version": health.version, "answer_milliseconds": round(milliseconds, 1)}
     facts["checks"] = health.checks or {}
     skew = _skew(answer)
     if skew is not None:
@@ -86,9 +93,20 @@ def view(found: Facts) -> RenderableType:
         table.add_column(min_width=18)
         table.add_column(overflow="fold")
         for name, value in facts.items():
-            table.add_row(Text(name.replace("_", " "), style="dim"), Text(plain(_words(value), keep_lines=True)))
+            label, told = _row(name, value)
+            table.add_row(Text(label.replace("_", " "), style="dim"), Text(plain(told, keep_lines=True)))
         parts += [Text(title, style="bold"), table, Text()]
     return Group(*parts[:-1])
+
+
+def _row(name: str, value: Any) -> tuple[str, str]:
+    """A fact for a person: what it is, and with its unit, which is the end of its name."""
+    for end, (factor, unit) in UNITS.items():
+        if name.endswith(end) and isinstance(value, int | float):
+            return name.removesuffix(
+                end
+            ), f"{value * factor:,.3g} {unit}" if value * factor < 1000 else f"{value * factor:,.0f} {unit}"
+    return name, _words(value)
 
 
 def _words(value: Any) -> str:
