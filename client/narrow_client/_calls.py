@@ -53,14 +53,10 @@ FETCH_SECONDS = 4000.0
 PAGE = 100
 """Items that lists ask for at a time; the service gives no more."""
 
-MODEL_FILES: tuple[str, ...] = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
 )
-MODEL_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -70,12 +66,12 @@ class Call(Generic[Result]):
     method: str
     path: str
     read: Callable[[httpx.Response], Result]
-    params: Mapping[str, Any] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict[str, Any])
     json: Any = None
     content: bytes | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
     files: tuple[tuple[str, Path], ...] = ()
-    form: Mapping[str, Any] = field(default_factory=dict)
+    form: Mapping[str, Any] = field(default_factory=dict[str, Any])
     safe: bool = True
     patience: float = ANSWER_SECONDS
     answers: tuple[int, ...] = ()

@@ -19,7 +19,7 @@ from narrow_client._errors import (
     ServerError,
 )
 from narrow_client._files import check_out, folder_of
-from narrow_client._notebook import display_here
+from narrow_client._notebook import display_here, html_of
 from narrow_client._render import Display
 from narrow_client._sync import Narrow
 from narrow_client.models import Event, Job, Report
@@ -46,7 +46,7 @@ class Result:
     report_path: Path
 
     def _repr_html_(self) -> str:
-        return self.report._repr_html_() or ""
+        return html_of(self.report) or ""
 
 
 @dataclass(frozen=True)
@@ -205,9 +205,7 @@ def compress(
             _add(error, f"The job {job.id} has succeeded: {_fetch(job, out)}.")
             raise
         except OSError as error:
-            raise NarrowClientError(
-                f"{out} cannot be written: {error}. The job {job.id} has succeeded: {_fetch(job, out)}."
-            ) from error
+            raise _unwritten(error, job, out) from error
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"the job {job.id} has succeeded: {_fetch(job, out)}") from None
         return _result(job, report, spec, out)
@@ -288,9 +286,7 @@ async def compress_async(
             _add(error, f"The job {job.id} has succeeded: {_fetch(job, out)}.")
             raise
         except OSError as error:
-            raise NarrowClientError(
-                f"{out} cannot be written: {error}. The job {job.id} has succeeded: {_fetch(job, out)}."
-            ) from error
+            raise _unwritten(error, job, out) from error
         return _result(job, report, spec, out)
     finally:
         if own:

@@ -19,7 +19,7 @@ from rich.text import Text
 from narrow_client import _calls
 from narrow_client._errors import InvalidArgument, NarrowClientError
 from narrow_client._render import plain
-from narrow_client._sync import Narrow
+from narrow_client._transport import Transport
 
 SECONDS = 5.0
 """That the service has for an answer."""
@@ -44,19 +44,18 @@ def examine(base: Path | None, budget: dict[str, float] | None, recover_tokens: 
             raise InvalidArgument(f"--base takes the full installation, and {ONLY_CLIENT}.")
         job: Facts = parts["job"].load()(base, budget, recover_tokens)
         return {"job": job}, 0 if job["fits"] else 1
-    with Narrow(timeout=SECONDS, max_retries=0) as client:
-        service = _service(client)
+    service = _service(Transport(None, None, SECONDS, retries=0))
     found = {"client": {"narrow-client": version("narrow-client"), "python": platform.python_version()}, "service": service}
     machine: Facts = parts["machine"].load()() if "machine" in parts else {"machine": {"note": ONLY_CLIENT}}
     return found | machine, 0 if service["status"] == "ok" else 3
 
 
-def _service(client: Narrow) -> Facts:
+def _service(transport: Transport) -> Facts:
     """What a service says of itself, and of the key that asks."""
-    facts: Facts = {"url": client.url}
+    facts: Facts = {"url": str(transport.http.base_url).rstrip("/")}
     try:
         asked = time.monotonic()
-        answer = client._transport.answer(_calls.ready())
+        answer = transport.answer(_calls.ready())
         milliseconds = (time.monotonic() - asked) * 1000
         health = _calls.ready().read(answer)
     except NarrowClientError as error:
@@ -67,11 +66,12 @@ def _service(client: Narrow) -> Facts:
     if skew is not None:
         facts["clock_skew_seconds"] = round(skew)
     try:
-        facts["role"] = client.usage().role
-        facts["jobs"] = {status: len(next(client.jobs.list(status).pages()).data) for status in ("queued", "running")}
+        facts["role"] = transport.send(_calls.get_usage()).role
+        pages = {status: transport.send(_calls.list_jobs(None, _calls.PAGE, status, None)) for status in ("queued", "running")}
+        facts["jobs"] = {status: f"{len(page.data)}{' or more' if page.next_cursor else ''}" for status, page in pages.items()}
     except NarrowClientError as error:
         facts["role"] = f"none: {error}"
-    notes = []
+    notes: list[str] = []
     if health.version != version("narrow-client"):
         notes.append(f"the service is of version {health.version}, the client of {version('narrow-client')}")
     if skew is not None and abs(skew) > SKEW:
@@ -113,9 +113,11 @@ def _words(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_words(item)}" for name, item in value.items())
+        facts: Facts = value
+        return ", ".join(f"{name} {_words(item)}" for name, item in facts.items())
     if isinstance(value, list):
-        return "\n".join(_words(item) for item in value) or "none"
+        items: list[Any] = value
+        return "\n".join(map(_words, items)) or "none"
     if value is None:
         return "none"
     return f"{value:,}" if isinstance(value, int | float) else str(value)

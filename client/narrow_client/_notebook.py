@@ -110,7 +110,7 @@ class NotebookDisplay:
             self.handle.update(content, raw=True)
 
     def _html(self) -> str:
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for name, phase in self.phases.items():
             ended = phase.seconds is not None
             share = (1, 1) if ended else (phase.done, phase.total)
@@ -161,7 +161,7 @@ def _report(report: Report) -> str:
     kept = report.skills[report.target].retention
     size = report.after.parameters / report.before.parameters
     head = f"{size:.0%} of the size, {kept.value:.1%} of {report.target} kept ({kept.low:.1%} to {kept.high:.1%})"
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, skill in report.skills.items():
         losses = (f"{figures.loss:.3f}" for figures in (skill.base, skill.cut, skill.recovered))
         found = skill.retention

@@ -32,16 +32,15 @@ def read_sweep(path: Path) -> dict[str, Any]:
     `POST /sweeps` takes.
     """
     try:
-        spec = json.loads(path.read_bytes())
+        spec = _object(json.loads(path.read_bytes()))
     except ValueError as error:
         raise InvalidArgument(f"{path.name} is not JSON: {error}.") from error
-    if not isinstance(spec, dict):
+    if spec is None:
         raise InvalidArgument(f"{path.name} is not a JSON object.")
-    skills = spec.get("skills", [])
-    inputs = [(kind, spec.get(name)) for name, kind in INPUTS.items()]
-    inputs += [("dataset", skill) for skill in skills] if isinstance(skills, list) else []
+    inputs = [(kind, _object(spec.get(name))) for name, kind in INPUTS.items()]
+    inputs += [("dataset", _object(skill)) for skill in _items(spec.get("skills"))]
     for kind, item in inputs:
-        if isinstance(item, dict) and "path" in item:
+        if item and "path" in item:
             found = path.resolve().parent / str(item["path"])
             if not (found.is_dir() if kind == "model" else found.is_file()):
                 raise InvalidArgument(f"{path.name}: there is no {'folder' if kind == 'model' else 'file'} at {found}.")
@@ -90,19 +89,30 @@ def create_sweep(client: Narrow, spec: dict[str, Any], cancel: OnInterrupt) -> S
 
 def _with_ids(spec: dict[str, Any], identify: Callable[[str, dict[str, Any]], str]) -> dict[str, Any]:
     def replace(kind: str, item: Any) -> Any:
-        named = LOCAL if isinstance(item, dict) and "path" in item else HUB
-        if not (isinstance(item, dict) and (named is LOCAL or (kind == "model" and "hub" in item))):
-            return item
-        rest = {name: value for name, value in item.items() if name not in named}
-        return {**rest, kind: identify(kind, item)}
+        told = _object(item) or {}
+        named = LOCAL if "path" in told else HUB if kind == "model" and "hub" in told else ()
+        rest = {name: value for name, value in told.items() if name not in named}
+        return {**rest, kind: identify(kind, told)} if named else item
 
     made = {**spec}
     for name, kind in INPUTS.items():
         if name in made:
             made[name] = replace(kind, made[name])
     if isinstance(made.get("skills"), list):
-        made["skills"] = [replace("dataset", skill) for skill in made["skills"]]
+        made["skills"] = [replace("dataset", skill) for skill in _items(made["skills"])]
     return made
+
+
+def _object(value: Any) -> dict[str, Any] | None:
+    """What may be anything, if it is a JSON object."""
+    found: dict[str, Any] | None = value if isinstance(value, dict) else None
+    return found
+
+
+def _items(value: Any) -> list[Any]:
+    """The items of what may be anything, if it is a list."""
+    items: list[Any] = value if isinstance(value, list) else []
+    return items
 
 
 def follow(client: Narrow, sweep: SweepPoints, show: bool, cancel: OnInterrupt) -> SweepPoints:

@@ -77,16 +77,16 @@ class Group(click.Group):
         own = [name for group in GROUPS.values() for name in group if name not in FULL]
         return [*own, *sorted(entry.name for entry in entry_points(group="narrow.commands") if entry.name not in own)]
 
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in FULL and any(name in group for group in GROUPS.values()):
-            own: click.Command = getattr(import_module("narrow_client._commands"), name)
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in FULL and any(cmd_name in group for group in GROUPS.values()):
+            own: click.Command = getattr(import_module("narrow_client._commands"), cmd_name)
             return own
         for entry in entry_points(group="narrow.commands"):
-            if entry.name == name:
+            if entry.name == cmd_name:
                 command: click.Command = entry.load()
                 return command
-        if name in FULL and not ctx.resilient_parsing:
-            ctx.fail(f"'narrow {name}' comes with the full installation, and only the client is here: pip install narrow.")
+        if cmd_name in FULL and not ctx.resilient_parsing:
+            ctx.fail(f"'narrow {cmd_name}' comes with the full installation, and only the client is here: pip install narrow.")
         return None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
