@@ -161,10 +161,10 @@ class AsyncJobs:
             NotAllowed: The key may not, or a quota is used up.
 
         Example:
-            >>> job = await client.jobs.create(spec, idempotency_key="nightly-2026-01-01")
+            >>> job = await client.jobs.create(spec, idempotency_key="nightly-2026-01-02")
             >>> job.status
             'queued'
-            >>> (await client.jobs.create(spec, idempotency_key="nightly-2026-01-01")).id == job.id
+            >>> (await client.jobs.create(spec, idempotency_key="nightly-2026-01-02")).id == job.id
             True
         """
         return await self._transport.send(_calls.create_job(spec, idempotency_key))

@@ -81,8 +81,11 @@ def _service(transport: Transport) -> Facts:
 
 def _skew(answer: httpx.Response) -> float | None:
     """How far the service's clock is ahead of ours, to a second."""
-    date = answer.headers.get("date")
-    return (parsedate_to_datetime(date) - datetime.now(UTC)).total_seconds() if date else None
+    try:
+        date = parsedate_to_datetime(answer.headers.get("date", ""))
+    except ValueError:
+        return None
+    return (date - datetime.now(UTC)).total_seconds() if date.tzinfo else None
 
 
 def view(found: Facts) -> RenderableType:

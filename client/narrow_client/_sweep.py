@@ -105,13 +105,17 @@ def _with_ids(spec: dict[str, Any], identify: Callable[[str, dict[str, Any]], st
 
 def _object(value: Any) -> dict[str, Any] | None:
     """What may be anything, if it is a JSON object."""
-    found: dict[str, Any] | None = value if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        return None
+    found: dict[str, Any] = value
     return found
 
 
 def _items(value: Any) -> list[Any]:
     """The items of what may be anything, if it is a list."""
-    items: list[Any] = value if isinstance(value, list) else []
+    if not isinstance(value, list):
+        return []
+    items: list[Any] = value
     return items
 
 

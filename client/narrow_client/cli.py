@@ -19,6 +19,7 @@ This module loads nothing but click: a command's own module is loaded when it is
 
 import errno
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points, version
 from typing import Any
@@ -85,8 +86,13 @@ class Group(click.Group):
             if entry.name == cmd_name:
                 command: click.Command = entry.load()
                 return command
-        if cmd_name in FULL and not ctx.resilient_parsing:
-            ctx.fail(f"'narrow {cmd_name}' comes with the full installation, and only the client is here: pip install narrow.")
+        if not ctx.resilient_parsing and not cmd_name.startswith("-"):
+            if cmd_name in FULL:
+                ctx.fail(
+                    f"'narrow {cmd_name}' comes with the full installation, and only the client is here: pip install narrow."
+                )
+            near = get_close_matches(cmd_name, self.list_commands(ctx), 1)
+            ctx.fail(f"There is no command {cmd_name!r}." + (f" Did you mean '{near[0]}'?" if near else ""))
         return None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
