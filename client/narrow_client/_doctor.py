@@ -65,13 +65,14 @@ def _service(transport: Transport) -> Facts:
     skew = _skew(answer)
     if skew is not None:
         facts["clock_skew_seconds"] = round(skew)
+    notes: list[str] = []
     try:
         facts["role"] = transport.send(_calls.get_usage()).role
         pages = {status: transport.send(_calls.list_jobs(None, _calls.PAGE, status, None)) for status in ("queued", "running")}
-        facts["jobs"] = {status: f"{len(page.data)}{' or more' if page.next_cursor else ''}" for status, page in pages.items()}
+        facts["jobs"] = {status: len(page.data) for status, page in pages.items()}
+        notes += [f"there are more than {_calls.PAGE} {status} jobs" for status, page in pages.items() if page.next_cursor]
     except NarrowClientError as error:
         facts["role"] = f"none: {error}"
-    notes: list[str] = []
     if health.version != version("narrow-client"):
         notes.append(f"the service is of version {health.version}, the client of {version('narrow-client')}")
     if skew is not None and abs(skew) > SKEW:

@@ -418,10 +418,10 @@ def models_table(models: list[Model]) -> Table:
 def datasets_table(datasets: list[Dataset]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("dataset", min_width=max(len(data.id) for data in datasets))
-    for column in ("name", "column", "documents", "bytes", "created"):
+    for column in ("name", "documents", "bytes", "created"):
         table.add_column(column, overflow="fold", justify="right" if column in ("documents", "bytes") else "left")
     for data in datasets:
-        row = (data.id, data.name, data.column, f"{data.documents:,}", f"{data.bytes:,}", _when(data.created_at))
+        row = (data.id, data.name, f"{data.documents:,}", f"{data.bytes:,}", _when(data.created_at))
         table.add_row(*(Text(plain(cell)) for cell in row))
     return table
 

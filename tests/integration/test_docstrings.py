@@ -14,7 +14,7 @@ from live import running
 from narrow_client import _async, _sync
 
 QUICK = {"calibration_tokens": 512, "recover": {"tokens": 512, "batch_tokens": 256}}
-SMALL = {"block_tokens": 64, "skill_tokens": 1024}
+SMALL = {"block_tokens": 64, "skill_tokens": 1024, "export": ["safetensors"], "controls": []}
 CLASSES = ["", "Jobs", "Sweeps", "Models", "Datasets", "Keys"]
 
 

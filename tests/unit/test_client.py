@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import re
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 
@@ -519,3 +520,81 @@ def test_the_table_of_jobs_tells_budget_and_error(server):
     for said in (" 0.5 ", "bytes=8,000,000", "neuron=0.25", "out_of_memory"):
         assert said in text
     assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cancelled"), [(True, True), (False, False), (lambda job: job.id == JOB["id"], True), (lambda job: False, False)]
+)
+def test_a_cancelled_task_and_an_interrupted_call_do_with_the_job_what_was_asked(
+    uploads, local, tmp_path, monkeypatch, wanted, cancelled
+):
+    _, base, _, target = local
+    uploads.script |= {EVENTS: [sse(1)], f"/jobs/{JOB['id']}/cancel": [answer({**JOB, "status": "cancelling"})]}
+
+    def asked():
+        found = ("POST", f"/jobs/{JOB['id']}/cancel") in [(method, path) for method, path, _ in uploads.asked]
+        uploads.asked.clear()
+        return found
+
+    said = "was cancelled" if cancelled else "goes on"
+    with pytest.raises(KeyboardInterrupt, match=said):
+        narrow_client.compress(base, target, out=tmp_path / "o", progress=interrupt, cancel_on_interrupt=wanted)
+    assert asked() == cancelled
+
+    async def run():
+        started = asyncio.Event()
+        task = asyncio.create_task(
+            narrow_client.compress_async(
+                base, target, out=tmp_path / "o", progress=lambda event: started.set(), cancel_on_interrupt=wanted
+            )
+        )
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as raised:
+            await task
+        return raised.value.__notes__
+
+    assert said in asyncio.run(run())[0]
+    assert asked() == cancelled
+
+
+def test_a_task_that_is_cancelled_before_the_id_came_leaves_nothing_running(uploads, local, tmp_path):
+    _, base, _, target = local
+    arrived = threading.Event()
+
+    def slow(handler):
+        arrived.set()
+        time.sleep(0.3)
+        answer(JOB, 201)(handler)
+
+    uploads.script |= {"/jobs": [slow, answer(JOB, 201)], f"/jobs/{JOB['id']}/cancel": [answer({**JOB, "status": "cancelling"})]}
+
+    async def run():
+        task = asyncio.create_task(narrow_client.compress_async(base, target, out=tmp_path / "o", progress=False))
+        await asyncio.to_thread(arrived.wait, 60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as raised:
+            await task
+        return raised.value.__notes__
+
+    assert "was cancelled" in asyncio.run(run())[0]
+    assert len({headers["Idempotency-Key"] for _, path, headers in uploads.asked if path == "/jobs"}) == 1
+    assert uploads.asked[-1][1].endswith("/cancel")
+
+
+def test_compress_async_brings_what_came_out(uploads, local, tmp_path):
+    _, base, _, target = local
+    seen = []
+    failed = {**JOB, "status": "failed", "error": {"code": "x", "message": "The sentence."}}
+    uploads.script |= {EVENTS: [sse(1, 2, end=True)], f"/jobs/{JOB['id']}": [answer(failed)]}
+    with pytest.raises(narrow_client.JobFailed, match="The sentence"):
+        asyncio.run(narrow_client.compress_async(base, target, out=tmp_path / "o", progress=seen.append))
+    assert [event.seq for event in seen] == [1, 2]
+
+
+def test_every_public_name_is_there():
+    for name in narrow_client.__all__:
+        assert getattr(narrow_client, name).__name__ == name
+    assert {*narrow_client.__all__} <= {*dir(narrow_client)}
+    with pytest.raises(AttributeError):
+        narrow_client.nothing  # noqa: B018

@@ -188,7 +188,7 @@ def test_doctor_says_what_the_service_is(server, monkeypatch):
     result = run_cli("doctor", "--json")
     found = json.loads(result.stdout)
     service = found["service"]
-    assert (result.exit_code, service["status"], service["role"], service["jobs"]["queued"]) == (0, "ok", "write", "1")
+    assert (result.exit_code, service["status"], service["role"], service["jobs"]["queued"]) == (0, "ok", "write", 1)
     assert service["clock_skew_seconds"] < -1e6
     assert [note.split(" of ")[0] for note in service["notes"]] == ["the service is", "the clocks"]
     assert "pip install narrow" in found["machine"]["note"]
@@ -365,3 +365,12 @@ def test_no_color_is_no_colour(server, monkeypatch):
 
 def test_the_commands_of_the_full_installation_are_named_here_and_there():
     assert {entry.name for entry in entry_points(group="narrow.commands")} == FULL
+
+
+def test_roles_and_the_tenant_are_those_of_the_service():
+    from service import auth
+    from service.db.tables import DEFAULT_TENANT
+
+    options = {parameter.name: parameter for parameter in command_of("keys").commands["create"].params}
+    assert tuple(options["role"].type.choices) == auth.ROLES
+    assert options["tenant"].default == DEFAULT_TENANT
