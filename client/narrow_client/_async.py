@@ -10,7 +10,7 @@ from narrow_client import _calls
 from narrow_client._errors import ConnectionFailed, JobTimeout, ServerError, not_ready
 from narrow_client._files import is_terminal, no_files, targets
 from narrow_client._pages import AsyncPages
-from narrow_client._transport import RETRIES, AsyncTransport, Patience
+from narrow_client._transport import RETRIES, AsyncTransport, OnTransfer, Patience
 from narrow_client.models import (
     Artifact,
     Dataset,
@@ -42,6 +42,7 @@ class AsyncNarrow:
         timeout: Seconds of silence after which a call counts as lost. By default a minute, and more where the service works
             before it answers. Uploads and downloads take as long as they take, as long as bytes go through.
         max_retries: How often a call is sent again.
+        on_transfer: Called with the name of a file that goes up in pieces or comes down, the bytes that are through, and all.
 
     Raises:
         InvalidArgument: `url` is none, or `api_key` cannot be sent.
@@ -53,14 +54,23 @@ class AsyncNarrow:
     """
 
     def __init__(
-        self, url: str | None = None, api_key: str | None = None, *, timeout: float | None = None, max_retries: int = RETRIES
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float | None = None,
+        max_retries: int = RETRIES,
+        on_transfer: OnTransfer | None = None,
     ) -> None:
-        self._transport = AsyncTransport(url, api_key, timeout, max_retries)
+        self._transport = AsyncTransport(url, api_key, timeout, max_retries, on_transfer)
         self.jobs = AsyncJobs(self._transport)
         self.sweeps = AsyncSweeps(self._transport)
         self.models = AsyncModels(self._transport)
         self.datasets = AsyncDatasets(self._transport)
         self.keys = AsyncKeys(self._transport)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"
 
     @property
     def url(self) -> str:
@@ -188,7 +198,12 @@ class AsyncJobs:
         return await self._transport.send(_calls.get_job(job_id))
 
     def list(
-        self, status: str | None = None, sweep: str | None = None, *, cursor: str | None = None, limit: int = _calls.PAGE
+        self,
+        status: _calls.Status | None = None,
+        sweep: str | None = None,
+        *,
+        cursor: str | None = None,
+        limit: int = _calls.PAGE,
     ) -> AsyncPages[Job]:
         """Jobs, newest first.
 
@@ -762,7 +777,7 @@ class AsyncKeys:
     def __init__(self, transport: AsyncTransport) -> None:
         self._transport = transport
 
-    async def create(self, name: str, role: str = "write", expires_in_days: float | None = None) -> SecretKey:
+    async def create(self, name: str, role: _calls.Role = "write", expires_in_days: float | None = None) -> SecretKey:
         """A new key.
 
         Args:

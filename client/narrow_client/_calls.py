@@ -40,6 +40,8 @@ from narrow_client.models import (
 T = TypeVar("T")
 Result = TypeVar("Result", covariant=True)
 BadRows = Literal["stop", "skip"]
+Status = Literal["queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"]
+Role = Literal["read", "write", "admin"]
 
 PREFIXES = {"job": "job_", "sweep": "swp_", "model": "mdl_", "dataset": "ds_", "upload": "upl_", "key": "key_"}
 LARGE = 64 * 2**20
@@ -97,7 +99,7 @@ def create_job(spec: Mapping[str, Any], idempotency_key: str | None = None) -> C
     return Call("POST", "/jobs", _as(Job), json=dict(spec), headers=headers, patience=WORK_SECONDS)
 
 
-def list_jobs(cursor: str | None, limit: int, status: str | None, sweep: str | None) -> Call[PageJob]:
+def list_jobs(cursor: str | None, limit: int, status: Status | None, sweep: str | None) -> Call[PageJob]:
     return Call("GET", "/jobs", _as(PageJob), params=_given(cursor=cursor, status=status, sweep=sweep, limit=limit))
 
 
@@ -150,7 +152,7 @@ def delete_sweep(sweep_id: str) -> Call[None]:
     return Call("DELETE", path_of("sweep", sweep_id), _nothing)
 
 
-def create_key(name: str, role: str, expires_in_days: float | None) -> Call[SecretKey]:
+def create_key(name: str, role: Role, expires_in_days: float | None) -> Call[SecretKey]:
     body = _given(name=name, role=role, expires_in_days=expires_in_days)
     return Call("POST", "/keys", _as(SecretKey), json=body, safe=False)
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from narrow_client import _doctor
-from narrow_client._calls import BadRows, hub_model, is_id
+from narrow_client._calls import BadRows, Status, hub_model, is_id
 from narrow_client._completion import SHELLS, complete_ids, script
 from narrow_client._compress import Wanted, upload_spec
 from narrow_client._compress import compress as run_compress
@@ -36,6 +36,7 @@ from narrow_client._options import (
 )
 from narrow_client._render import (
     ProgressDisplay,
+    TransferDisplay,
     datasets_table,
     frontier_view,
     job_view,
@@ -166,7 +167,7 @@ def compress(
         "options": {"dtype": dtype} if dtype else {},
         "bad_rows": bad_rows,
     }
-    with Narrow() as client:
+    with TransferDisplay(not quiet) as shown, Narrow(on_transfer=shown) as client:
         if dry_run:
             plan = client.plan(upload_spec(client, Wanted(**wanted)))
             _say(plan, as_json, plan_view)
@@ -206,7 +207,7 @@ def sweep(spec: str, out: Path, detach: bool, quiet: bool, as_json: bool) -> Non
             raise click.UsageError(f"There is no file at {spec!r}, and it is not the id of a sweep (swp_...) either.")
         wanted = read_sweep(path)
     check_out(out)
-    with Narrow() as client:
+    with TransferDisplay(not quiet) as shown, Narrow(on_transfer=shown) as client:
         cancel = _ask("sweep") if wanted else False
         found = create_sweep(client, upload_sweep(client, wanted), cancel) if wanted else client.sweeps.get(spec)
         if detach:
@@ -232,13 +233,14 @@ def sweep(spec: str, out: Path, detach: bool, quiet: bool, as_json: bool) -> Non
 @COLUMN
 @BAD_ROWS
 @click.option("--name", help="What reports call it; by default the name of the file or folder.")
+@QUIET
 @JSON
-def upload(path: Path, column: str, bad_rows: BadRows, name: str | None, as_json: bool) -> None:
+def upload(path: Path, column: str, bad_rows: BadRows, name: str | None, quiet: bool, as_json: bool) -> None:
     """Upload a model folder or a file of text, for any number of jobs.
 
     Prints its id. A large file comes in pieces: after a break the same command goes on where it was.
     """
-    with Narrow() as client:
+    with TransferDisplay(not quiet) as shown, Narrow(on_transfer=shown) as client:
         made = client.models.upload(path, name) if path.is_dir() else client.datasets.upload(path, name, column, bad_rows)
     if isinstance(made, Dataset) and made.skipped:
         click.echo(f"{made.skipped:,} bad rows were left out. The first: {plain(made.skipped_reason or '')}", err=True)
@@ -267,7 +269,7 @@ def fetch(model: str, name: str | None, as_json: bool) -> None:
 @click.option("--sweep", "of", metavar="SWEEP", shell_complete=complete_ids("sweep"), help="Only the points of this sweep.")
 @LIMIT
 @JSON
-def jobs(status: str | None, of: str | None, limit: int, as_json: bool) -> None:
+def jobs(status: Status | None, of: str | None, limit: int, as_json: bool) -> None:
     """List jobs, newest first."""
     with Narrow() as client:
         _say_all(client.jobs.list(status, of, limit=min(limit, 100)), limit, as_json, jobs_table)
@@ -425,8 +427,9 @@ def report(job: str, as_json: bool) -> None:
     "--format", "form", type=click.Choice(words(JobSpec, "export")), help="Only this format; by default all, and the report."
 )
 @click.option("--only", default="", metavar="PREFIX", help="Only files whose path begins so: report.html, onnx/model.onnx.")
+@QUIET
 @JSON
-def download(job: str, out: Path, form: str | None, only: str, as_json: bool) -> None:
+def download(job: str, out: Path, form: str | None, only: str, quiet: bool, as_json: bool) -> None:
     """Download what a job made.
 
     Prints where the files are. A broken download goes on where it broke, and what arrived is checked by its digest.
@@ -434,7 +437,7 @@ def download(job: str, out: Path, form: str | None, only: str, as_json: bool) ->
     if form and only:
         raise click.UsageError("--format and --only both say which files: give one of them.")
     check_out(out)
-    with Narrow() as client:
+    with TransferDisplay(not quiet) as shown, Narrow(on_transfer=shown) as client:
         paths = client.jobs.download(job, out, f"{folder_of(form)}/" if form else only)
     if as_json:
         click.echo(json.dumps({"files": list(map(str, paths))}, indent=2))

@@ -32,6 +32,8 @@ UNITS = {
     "_milliseconds": (1, "ms"),
     "_seconds": (1, "s"),
 }
+STATES: tuple[_calls.Status, ...] = ("queued", "running")
+"""Of jobs, which are counted."""
 Facts = dict[str, Any]
 ONLY_CLIENT = "only the client is installed here (pip install narrow)"
 
@@ -68,7 +70,7 @@ def _service(transport: Transport) -> Facts:
     notes: list[str] = []
     try:
         facts["role"] = transport.send(_calls.get_usage()).role
-        pages = {status: transport.send(_calls.list_jobs(None, _calls.PAGE, status, None)) for status in ("queued", "running")}
+        pages = {status: transport.send(_calls.list_jobs(None, _calls.PAGE, status, None)) for status in STATES}
         facts["jobs"] = {status: len(page.data) for status, page in pages.items()}
         notes += [f"there are more than {_calls.PAGE} {status} jobs" for status, page in pages.items() if page.next_cursor]
     except NarrowClientError as error:

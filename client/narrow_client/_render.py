@@ -7,10 +7,22 @@ from typing import Any, Protocol, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TaskProgressColumn, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
+from narrow_client._calls import LARGE
 from narrow_client._files import TERMINAL
 from narrow_client.models import (
     Answers,
@@ -170,6 +182,48 @@ def figures_of(event: Event) -> str:
     if "sparsity" in data:
         parts.append(f"{data['sparsity']:.0%} zero")
     return "  ".join(parts) or plain(event.message)[:40]
+
+
+class TransferDisplay:
+    """Shows how far large files are that go up or come down: a bar in a terminal, a line for each in a log."""
+
+    def __init__(self, show: bool, console: Console | None = None) -> None:
+        self.console, self.show = console or Console(stderr=True), show
+        self.live = is_live(self.console)
+        self.bar: Progress | None = None
+        self.name = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if not self.show or total < LARGE:
+            return
+        if name != self.name:
+            self._stop()
+            self.name = name
+            if self.live:
+                columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=28, complete_style="blue"))
+                self.bar = Progress(
+                    *columns, DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=self.console
+                )
+                self.bar.add_task(plain(name), total=total, completed=done)
+                self.bar.start()
+            else:
+                self.console.print(Text(f"{plain(name)}: {total / 1e9:.2f} GB"), soft_wrap=True)
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], completed=done)
+        if done >= total:
+            self._stop()
+
+    def _stop(self) -> None:
+        """Leaves what is shown, so that something else can be."""
+        if self.bar:
+            self.bar.stop()
+        self.bar = None
 
 
 class SweepDisplay:

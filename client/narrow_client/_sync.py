@@ -9,7 +9,7 @@ from narrow_client import _calls
 from narrow_client._errors import ConnectionFailed, JobTimeout, ServerError, not_ready
 from narrow_client._files import is_terminal, no_files, targets
 from narrow_client._pages import Pages
-from narrow_client._transport import RETRIES, Patience, Transport
+from narrow_client._transport import RETRIES, OnTransfer, Patience, Transport
 from narrow_client.models import (
     Artifact,
     Dataset,
@@ -41,6 +41,7 @@ class Narrow:
         timeout: Seconds of silence after which a call counts as lost. By default a minute, and more where the service works
             before it answers. Uploads and downloads take as long as they take, as long as bytes go through.
         max_retries: How often a call is sent again.
+        on_transfer: Called with the name of a file that goes up in pieces or comes down, the bytes that are through, and all.
 
     Raises:
         InvalidArgument: `url` is none, or `api_key` cannot be sent.
@@ -52,14 +53,23 @@ class Narrow:
     """
 
     def __init__(
-        self, url: str | None = None, api_key: str | None = None, *, timeout: float | None = None, max_retries: int = RETRIES
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float | None = None,
+        max_retries: int = RETRIES,
+        on_transfer: OnTransfer | None = None,
     ) -> None:
-        self._transport = Transport(url, api_key, timeout, max_retries)
+        self._transport = Transport(url, api_key, timeout, max_retries, on_transfer)
         self.jobs = Jobs(self._transport)
         self.sweeps = Sweeps(self._transport)
         self.models = Models(self._transport)
         self.datasets = Datasets(self._transport)
         self.keys = Keys(self._transport)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"
 
     @property
     def url(self) -> str:
@@ -187,7 +197,12 @@ class Jobs:
         return self._transport.send(_calls.get_job(job_id))
 
     def list(
-        self, status: str | None = None, sweep: str | None = None, *, cursor: str | None = None, limit: int = _calls.PAGE
+        self,
+        status: _calls.Status | None = None,
+        sweep: str | None = None,
+        *,
+        cursor: str | None = None,
+        limit: int = _calls.PAGE,
     ) -> Pages[Job]:
         """Jobs, newest first.
 
@@ -761,7 +776,7 @@ class Keys:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    def create(self, name: str, role: str = "write", expires_in_days: float | None = None) -> SecretKey:
+    def create(self, name: str, role: _calls.Role = "write", expires_in_days: float | None = None) -> SecretKey:
         """A new key.
 
         Args:

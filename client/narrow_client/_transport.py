@@ -33,6 +33,8 @@ from narrow_client._pages import AsyncPages, Page, Pages
 from narrow_client.models import Artifact, Event
 
 T = TypeVar("T")
+OnTransfer = Callable[[str, int, int], None]
+"""Is told of a large file that goes up, and of every file that comes down: its name, the bytes that are through, and all."""
 
 RETRIES = 4
 RETRIED = (408, 429, 500, 502, 503, 504)
@@ -239,6 +241,10 @@ def worth_resending(error: ConnectionFailed | ApiError) -> bool:
     return not isinstance(error, ApiError) or error.status in (*RETRIED, 409, 460)
 
 
+def _tell_nobody(name: str, done: int, total: int) -> None:
+    pass
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -247,9 +253,11 @@ def _sha256(path: Path) -> str:
 class Transport:
     """Sends calls with httpx.Client."""
 
-    def __init__(self, url: str | None, api_key: str | None, timeout: float | None, retries: int) -> None:
+    def __init__(
+        self, url: str | None, api_key: str | None, timeout: float | None, retries: int, on_transfer: OnTransfer | None = None
+    ) -> None:
         self.http = httpx.Client(**configure(url, api_key))
-        self.timeout, self.retries = timeout, retries
+        self.timeout, self.retries, self.on_transfer = timeout, retries, on_transfer or _tell_nobody
 
     def send(self, call: Call[T]) -> T:
         return call.read(self.answer(call))
@@ -302,6 +310,7 @@ class Transport:
         found = next(known, None) or self.send(_calls.create_upload(*file_of))
         failures = 0
         with path.open("rb") as file:
+            self.on_transfer(path.name, found.offset, found.bytes)
             while found.offset < found.bytes:
                 file.seek(found.offset)
                 try:
@@ -313,6 +322,7 @@ class Transport:
                         raise
                     time.sleep(pause(failures, asked_by(error)))
                 found = self.send(_calls.get_upload(found.id))
+                self.on_transfer(path.name, found.offset, found.bytes)
         return found.id
 
     def download(self, job_id: str, artifact: Artifact, target: Path) -> None:
@@ -331,6 +341,7 @@ class Transport:
                         with part.path.open(part.mode(response)) as file:
                             for chunk in response.iter_bytes():
                                 file.write(chunk)
+                                self.on_transfer(artifact.path, file.tell(), artifact.bytes)
                 if part.finish():
                     return
                 wrong += 1
@@ -348,9 +359,11 @@ class Transport:
 class AsyncTransport:
     """Sends calls with httpx.AsyncClient. The twin of `Transport`."""
 
-    def __init__(self, url: str | None, api_key: str | None, timeout: float | None, retries: int) -> None:
+    def __init__(
+        self, url: str | None, api_key: str | None, timeout: float | None, retries: int, on_transfer: OnTransfer | None = None
+    ) -> None:
         self.http = httpx.AsyncClient(**configure(url, api_key))
-        self.timeout, self.retries = timeout, retries
+        self.timeout, self.retries, self.on_transfer = timeout, retries, on_transfer or _tell_nobody
 
     async def send(self, call: Call[T]) -> T:
         return call.read(await self.answer(call))
@@ -403,6 +416,7 @@ class AsyncTransport:
         found = known[0] if known else await self.send(_calls.create_upload(*file_of))
         failures = 0
         with path.open("rb") as file:
+            self.on_transfer(path.name, found.offset, found.bytes)
             while found.offset < found.bytes:
                 file.seek(found.offset)
                 try:
@@ -414,6 +428,7 @@ class AsyncTransport:
                         raise
                     await asyncio.sleep(pause(failures, asked_by(error)))
                 found = await self.send(_calls.get_upload(found.id))
+                self.on_transfer(path.name, found.offset, found.bytes)
         return found.id
 
     async def download(self, job_id: str, artifact: Artifact, target: Path) -> None:
@@ -432,6 +447,7 @@ class AsyncTransport:
                         with part.path.open(part.mode(response)) as file:
                             async for chunk in response.aiter_bytes():
                                 file.write(chunk)
+                                self.on_transfer(artifact.path, file.tell(), artifact.bytes)
                 if await asyncio.to_thread(part.finish):
                     return
                 wrong += 1

@@ -98,7 +98,8 @@ class Group(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         there = self.list_commands(ctx)
         width = max(map(len, there))
-        for title, group in GROUPS.items():
+        others = {name: "" for name in there if not any(name in group for group in GROUPS.values())}
+        for title, group in {**GROUPS, "From other packages": others}.items():
             rows = [(name.ljust(width), line) for name, line in group.items() if name in there]
             if rows:
                 with formatter.section(title):

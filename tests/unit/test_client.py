@@ -8,11 +8,13 @@ import re
 import threading
 import time
 from datetime import UTC, datetime, timedelta
+from typing import get_args
 
 import narrow_client
 import pytest
 from misbehaving import BODY, DATASET, EVENTS, FILES, JOB, PLAN, answer, artifacts, event, file, hang_up, problem, run_cli, sse
-from narrow_client import _compress, _sweep, _transport, models
+from narrow_client import _calls, _compress, _sweep, _transport, models
+from narrow_client._options import words
 from narrow_client._render import ProgressDisplay
 from narrow_client._transport import EventReader
 from rich.console import Console
@@ -590,6 +592,12 @@ def test_compress_async_brings_what_came_out(uploads, local, tmp_path):
     with pytest.raises(narrow_client.JobFailed, match="The sentence"):
         asyncio.run(narrow_client.compress_async(base, target, out=tmp_path / "o", progress=seen.append))
     assert [event.seq for event in seen] == [1, 2]
+
+
+def test_the_words_that_methods_take_are_those_of_the_contract():
+    assert get_args(_calls.Status) == words(models.Job, "status")
+    assert get_args(_calls.Role) == words(models.NewKey, "role")
+    assert get_args(_calls.BadRows) == words(models.Dataset, "bad_rows")
 
 
 def test_every_public_name_is_there():

@@ -1,5 +1,6 @@
 """The command line as shells and scripts see it: help, exit statuses, JSON, logs, completion, Ctrl-C in a terminal."""
 
+import io
 import json
 import os
 import pty
@@ -16,7 +17,23 @@ from importlib.metadata import entry_points
 import click
 import narrow_client
 import pytest
-from misbehaving import DATASET, EVENTS, FILES, JOB, MODEL, PLAN, answer, artifacts, event, file, hang_up, problem, run_cli, sse
+from misbehaving import (
+    BODY,
+    DATASET,
+    EVENTS,
+    FILES,
+    JOB,
+    MODEL,
+    PLAN,
+    answer,
+    artifacts,
+    event,
+    file,
+    hang_up,
+    problem,
+    run_cli,
+    sse,
+)
 from narrow_client import _render, models
 from narrow_client.cli import FULL, GROUPS, main
 from rich.console import Console
@@ -227,6 +244,26 @@ def test_quiet_is_quiet(uploads, local, tmp_path):
     assert "follows it from anywhere" in run_cli("compress", *local, "--out", tmp_path / "o").stderr
     assert "follows it from anywhere" in run_cli("compress", *local, "--json", "--out", tmp_path / "o").stderr
     assert run_cli("watch", JOB["id"], "--quiet").stderr == "narrow: the job is failed\n"
+
+
+def test_large_files_are_told_and_small_ones_are_not(server, tmp_path, monkeypatch):
+    server.script |= {FILES: [artifacts()], FILES + "/model/w.bin": [lambda handler: file(handler, 30_000), file]}
+    seen = []
+    with narrow_client.Narrow(on_transfer=lambda *told: seen.append(told)) as client:
+        client.jobs.download(JOB["id"], tmp_path / "a")
+    assert {(name, total) for name, _, total in seen} == {("model/w.bin", len(BODY))}
+    counts = [done for _, done, _ in seen]
+    assert counts == sorted(counts)
+    assert counts[-1] == len(BODY)
+    assert run_cli("download", JOB["id"], "--out", tmp_path / "b").stderr == ""
+    monkeypatch.setattr(_render, "LARGE", 1000)
+    assert run_cli("download", JOB["id"], "--out", tmp_path / "c").stderr == "model/w.bin: 0.00 GB\n"
+    assert run_cli("download", JOB["id"], "--out", tmp_path / "d", "--quiet").stderr == ""
+    console = Console(force_terminal=True, width=120, file=io.StringIO())
+    with _render.TransferDisplay(True, console) as display:
+        for done in (0, 1500, 3000):
+            display("w", done, 3000)
+    assert "3.0/3.0 kB" in console.file.getvalue()
 
 
 def complete(words, shell="bash", **environment):
