@@ -47,7 +47,7 @@ class AsyncNarrow:
     Raises:
         InvalidArgument: `url` is none, or `api_key` cannot be sent.
 
-    Example:
+    Examples:
         >>> async with narrow_client.AsyncNarrow("http://127.0.0.1:8000", timeout=10) as client:
         ...     client.url
         'http://127.0.0.1:8000'
@@ -76,7 +76,7 @@ class AsyncNarrow:
     def url(self) -> str:
         """Where the service is.
 
-        Example:
+        Examples:
             >>> client.url.startswith("http")
             True
         """
@@ -95,7 +95,7 @@ class AsyncNarrow:
             InvalidRequest: The spec is wrong, or its budget cannot be met.
             NotFound: There is no such model or dataset.
 
-        Example:
+        Examples:
             >>> plan = await client.plan(spec)
             >>> plan.after.parameters < plan.before.parameters
             True
@@ -108,7 +108,7 @@ class AsyncNarrow:
         Returns:
             Jobs, bytes and hours, with their limits.
 
-        Example:
+        Examples:
             >>> (await client.usage()).bytes > 0
             True
         """
@@ -123,7 +123,7 @@ class AsyncNarrow:
         Raises:
             ServerError: It cannot (503); the sentence says why.
 
-        Example:
+        Examples:
             >>> (await client.ready()).status
             'ok'
         """
@@ -135,7 +135,7 @@ class AsyncNarrow:
     async def close(self) -> None:
         """Closes the connections. `async with AsyncNarrow() as client` does so at its end.
 
-        Example:
+        Examples:
             >>> client = narrow_client.AsyncNarrow()
             >>> await client.close()
         """
@@ -170,7 +170,7 @@ class AsyncJobs:
             NotFound: There is no such model or dataset.
             NotAllowed: The key may not, or a quota is used up.
 
-        Example:
+        Examples:
             >>> job = await client.jobs.create(spec, idempotency_key="nightly-2026-01-02")
             >>> job.status
             'queued'
@@ -191,7 +191,7 @@ class AsyncJobs:
         Raises:
             NotFound: There is no such job.
 
-        Example:
+        Examples:
             >>> (await client.jobs.get(job.id)).status
             'succeeded'
         """
@@ -216,7 +216,7 @@ class AsyncJobs:
         Returns:
             All of them, to iterate over: pages are fetched as they are needed. `.pages()` gives the pages.
 
-        Example:
+        Examples:
             >>> async for job in client.jobs.list(status="succeeded"):
             ...     print(job.status, job.phase)
             succeeded report
@@ -236,7 +236,7 @@ class AsyncJobs:
             Conflict: It has ended.
             NotFound: There is no such job.
 
-        Example:
+        Examples:
             >>> job = await client.jobs.create(spec)
             >>> (await client.jobs.cancel(job.id)).status
             'cancelled'
@@ -256,7 +256,7 @@ class AsyncJobs:
             Conflict: It has ended, or is about to.
             NotFound: There is no such job.
 
-        Example:
+        Examples:
             >>> job = await client.jobs.create(spec)
             >>> (await client.jobs.pause(job.id)).status
             'paused'
@@ -276,7 +276,7 @@ class AsyncJobs:
             Conflict: It is not paused.
             NotFound: There is no such job.
 
-        Example:
+        Examples:
             >>> job = await client.jobs.pause((await client.jobs.create(spec)).id)
             >>> (await client.jobs.resume(job.id)).status
             'queued'
@@ -293,7 +293,7 @@ class AsyncJobs:
             Conflict: It has not ended: cancel it first.
             NotFound: There is no such job.
 
-        Example:
+        Examples:
             >>> job = await client.jobs.cancel((await client.jobs.create(spec)).id)
             >>> await client.jobs.delete(job.id)
         """
@@ -313,7 +313,7 @@ class AsyncJobs:
             NotFound: There is no such job.
             ConnectionFailed: The service was away for more than a minute.
 
-        Example:
+        Examples:
             >>> [event.message async for event in client.jobs.events(job.id)][-1]
             'succeeded'
         """
@@ -334,7 +334,7 @@ class AsyncJobs:
             NotFound: There is no such job.
             ConnectionFailed: The service was away for more than a minute.
 
-        Example:
+        Examples:
             >>> (await client.jobs.wait(job.id, timeout=60)).status
             'succeeded'
         """
@@ -364,7 +364,7 @@ class AsyncJobs:
             NotFound: There is no such job.
             Conflict: It has not succeeded (yet).
 
-        Example:
+        Examples:
             >>> report = await client.jobs.report(job.id)
             >>> 0 < report.skills["python"].retention.value < 2
             True
@@ -383,7 +383,7 @@ class AsyncJobs:
         Raises:
             NotFound: There is no such job.
 
-        Example:
+        Examples:
             >>> [file.path for file in await client.jobs.artifacts(job.id) if file.path.endswith("model.safetensors")]
             ['model/model.safetensors']
         """
@@ -405,7 +405,7 @@ class AsyncJobs:
             NarrowClientError: The job has no files, or none that begins so.
             DigestMismatch: What arrived is not what the service announced, twice.
 
-        Example:
+        Examples:
             >>> [path.name for path in await client.jobs.download(job.id, out, "report.html")]
             ['report.html']
         """
@@ -439,7 +439,7 @@ class AsyncSweeps:
             NotFound: There is no such model or dataset.
             NotAllowed: The key may not, or a quota is used up.
 
-        Example:
+        Examples:
             >>> budgets = [{"parameters": 0.9}, {"parameters": 0.85}]
             >>> sweep = await client.sweeps.create({"base": spec["base"], "target": spec["target"], "budgets": budgets})
             >>> sweep.counts
@@ -459,7 +459,7 @@ class AsyncSweeps:
         Raises:
             NotFound: There is no such sweep.
 
-        Example:
+        Examples:
             >>> (await client.sweeps.get(sweep.id)).finished
             False
         """
@@ -475,7 +475,7 @@ class AsyncSweeps:
         Returns:
             All of them, to iterate over: pages are fetched as they are needed. `.pages()` gives the pages.
 
-        Example:
+        Examples:
             >>> sweep.id in [found.id async for found in client.sweeps.list()]
             True
         """
@@ -494,7 +494,7 @@ class AsyncSweeps:
             Conflict: All of it has ended.
             NotFound: There is no such sweep.
 
-        Example:
+        Examples:
             >>> (await client.sweeps.cancel(sweep.id)).counts
             {'cancelled': 1}
         """
@@ -510,7 +510,7 @@ class AsyncSweeps:
             Conflict: It has not ended: cancel it first.
             NotFound: There is no such sweep.
 
-        Example:
+        Examples:
             >>> sweep = await client.sweeps.cancel(sweep.id)
             >>> await client.sweeps.delete(sweep.id)
         """
@@ -531,7 +531,7 @@ class AsyncSweeps:
             NotFound: There is no such sweep.
             ConnectionFailed: The service was away for more than a minute.
 
-        Example:
+        Examples:
             >>> sweep = await client.sweeps.cancel(sweep.id)
             >>> (await client.sweeps.wait(sweep.id, timeout=60)).finished
             True
@@ -561,7 +561,7 @@ class AsyncSweeps:
         Raises:
             NotFound: There is no such sweep.
 
-        Example:
+        Examples:
             >>> (await client.sweeps.frontier(sweep.id)).finished
             0
         """
@@ -579,7 +579,7 @@ class AsyncSweeps:
         Raises:
             NotFound: There is no such sweep.
 
-        Example:
+        Examples:
             >>> (await client.sweeps.frontier_page(sweep.id))[:15]
             '<!doctype html>'
         """
@@ -608,7 +608,7 @@ class AsyncModels:
             InvalidRequest: It is no model that the service takes; the sentence says why.
             NotAllowed: The key may not, or a quota is used up.
 
-        Example:
+        Examples:
             >>> (await client.models.upload(folder, "my base")).name
             'my base'
         """
@@ -631,7 +631,7 @@ class AsyncModels:
         Raises:
             InvalidRequest: The service has no hub, or does not take what is there; the sentence says why.
 
-        Example:
+        Examples:
             >>> try:
             ...     await client.models.fetch("HuggingFaceTB/SmolLM2-135M")
             ... except narrow_client.ApiError as error:
@@ -652,7 +652,7 @@ class AsyncModels:
         Raises:
             NotFound: There is no such model.
 
-        Example:
+        Examples:
             >>> (await client.models.get(model.id)).family
             'llama'
         """
@@ -668,7 +668,7 @@ class AsyncModels:
         Returns:
             All of them, to iterate over: pages are fetched as they are needed. `.pages()` gives the pages.
 
-        Example:
+        Examples:
             >>> model.id in [found.id async for found in client.models.list()]
             True
         """
@@ -684,7 +684,7 @@ class AsyncModels:
             Conflict: A job that has not ended needs it.
             NotFound: There is no such model.
 
-        Example:
+        Examples:
             >>> await client.models.delete((await client.models.upload(folder)).id)
         """
         await self._transport.send(_calls.delete_model(model_id))
@@ -714,7 +714,7 @@ class AsyncDatasets:
             InvalidRequest: A row is bad; the sentence says which, and what is wrong with it.
             NotAllowed: The key may not, or a quota is used up.
 
-        Example:
+        Examples:
             >>> (await client.datasets.upload(file)).documents
             60
         """
@@ -733,7 +733,7 @@ class AsyncDatasets:
         Raises:
             NotFound: There is no such dataset.
 
-        Example:
+        Examples:
             >>> (await client.datasets.get(dataset.id)).column
             'text'
         """
@@ -749,7 +749,7 @@ class AsyncDatasets:
         Returns:
             All of them, to iterate over: pages are fetched as they are needed. `.pages()` gives the pages.
 
-        Example:
+        Examples:
             >>> dataset.id in [found.id async for found in client.datasets.list()]
             True
         """
@@ -765,7 +765,7 @@ class AsyncDatasets:
             Conflict: A job that has not ended needs it.
             NotFound: There is no such dataset.
 
-        Example:
+        Examples:
             >>> await client.datasets.delete((await client.datasets.upload(file)).id)
         """
         await self._transport.send(_calls.delete_dataset(dataset_id))
@@ -791,7 +791,7 @@ class AsyncKeys:
         Raises:
             NotAllowed: The caller is not an admin.
 
-        Example:
+        Examples:
             >>> (await client.keys.create("nightly", role="read")).key[:4]
             'nrw_'
         """
@@ -810,7 +810,7 @@ class AsyncKeys:
         Raises:
             NotAllowed: The caller is not an admin.
 
-        Example:
+        Examples:
             >>> key.id in [found.id async for found in client.keys.list()]
             True
         """
@@ -831,7 +831,7 @@ class AsyncKeys:
             NotFound: There is no such key.
             Conflict: The old one was revoked.
 
-        Example:
+        Examples:
             >>> (await client.keys.renew(key.id, overlap_hours=1)).name == key.name
             True
         """
@@ -847,7 +847,7 @@ class AsyncKeys:
             NotAllowed: The caller is not an admin.
             NotFound: There is no such key.
 
-        Example:
+        Examples:
             >>> await client.keys.revoke(key.id)
         """
         await self._transport.send(_calls.revoke_key(key_id))

@@ -165,7 +165,7 @@ def compress(
         ConnectionFailed: The service was away for more than a minute; the job goes on.
         KeyboardInterrupt: Its text says what becomes of the job.
 
-    Example:
+    Examples:
         >>> result = narrow_client.compress(base, target, budget=0.85, out=out, method=quick, options=small)
         >>> result.report.skills["python"].retention.value > 0
         True
@@ -249,7 +249,7 @@ async def compress_async(
         CancelledError: The task was cancelled; a note of the error says what becomes of the job.
         NarrowClientError: As `compress`.
 
-    Example:
+    Examples:
         >>> result = await narrow_client.compress_async(base, target, budget=0.85, out=out, method=quick, options=small)
         >>> result.job.status
         'succeeded'

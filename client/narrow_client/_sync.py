@@ -46,7 +46,7 @@ class Narrow:
     Raises:
         InvalidArgument: `url` is none, or `api_key` cannot be sent.
 
-    Example:
+    Examples:
         >>> with narrow_client.Narrow("http://127.0.0.1:8000", timeout=10) as client:
         ...     client.url
         'http://127.0.0.1:8000'
@@ -75,7 +75,7 @@ class Narrow:
     def url(self) -> str:
         """Where the service is.
 
-        Example:
+        Examples:
             >>> client.url.startswith("http")
             True
         """
@@ -94,7 +94,7 @@ class Narrow:
             InvalidRequest: The spec is wrong, or its budget cannot be met.
             NotFound: There is no such model or dataset.
 
-        Example:
+        Examples:
             >>> plan = client.plan(spec)
             >>> plan.after.parameters < plan.before.parameters
             True
@@ -107,7 +107,7 @@ class Narrow:
         Returns:
             Jobs, bytes and hours, with their limits.
 
-        Example:
+        Examples:
             >>> client.usage().bytes > 0
             True
         """
@@ -122,7 +122,7 @@ class Narrow:
         Raises:
             ServerError: It cannot (503); the sentence says why.
 
-        Example:
+        Examples:
             >>> client.ready().status
             'ok'
         """
@@ -134,7 +134,7 @@ class Narrow:
     def close(self) -> None:
         """Closes the connections. `with Narrow() as client` does so at its end.
 
-        Example:
+        Examples:
             >>> client = narrow_client.Narrow()
             >>> client.close()
         """
@@ -169,7 +169,7 @@ class Jobs:
             NotFound: There is no such model or dataset.
             NotAllowed: The key may not, or a quota is used up.
 
-        Example:
+        Examples:
             >>> job = client.jobs.create(spec, idempotency_key="nightly-2026-01-01")
             >>> job.status
             'queued'
@@ -190,7 +190,7 @@ class Jobs:
         Raises:
             NotFound: There is no such job.
 
-        Example:
+        Examples:
             >>> client.jobs.get(job.id).status
             'succeeded'
         """
@@ -215,7 +215,7 @@ class Jobs:
         Returns:
             All of them, to iterate over: pages are fetched as they are needed. `.pages()` gives the pages.
 
-        Example:
+        Examples:
             >>> for job in client.jobs.list(status="succeeded"):
             ...     print(job.status, job.phase)
             succeeded report
@@ -235,7 +235,7 @@ class Jobs:
             Conflict: It has ended.
             NotFound: There is no such job.
 
-        Example:
+        Examples:
             >>> job = client.jobs.create(spec)
             >>> client.jobs.cancel(job.id).status
             'cancelled'
@@ -255,7 +255,7 @@ class Jobs:
             Conflict: It has ended, or is about to.
             NotFound: There is no such job.
 
-        Example:
+        Examples:
             >>> job = client.jobs.create(spec)
             >>> client.jobs.pause(job.id).status
             'paused'
@@ -275,7 +275,7 @@ class Jobs:
             Conflict: It is not paused.
             NotFound: There is no such job.
 
-        Example:
+        Examples:
             >>> job = client.jobs.pause(client.jobs.create(spec).id)
             >>> client.jobs.resume(job.id).status
             'queued'
@@ -292,7 +292,7 @@ class Jobs:
             Conflict: It has not ended: cancel it first.
             NotFound: There is no such job.
 
-        Example:
+        Examples:
             >>> job = client.jobs.cancel(client.jobs.create(spec).id)
             >>> client.jobs.delete(job.id)
         """
@@ -312,7 +312,7 @@ class Jobs:
             NotFound: There is no such job.
             ConnectionFailed: The service was away for more than a minute.
 
-        Example:
+        Examples:
             >>> [event.message for event in client.jobs.events(job.id)][-1]
             'succeeded'
         """
@@ -333,7 +333,7 @@ class Jobs:
             NotFound: There is no such job.
             ConnectionFailed: The service was away for more than a minute.
 
-        Example:
+        Examples:
             >>> client.jobs.wait(job.id, timeout=60).status
             'succeeded'
         """
@@ -363,7 +363,7 @@ class Jobs:
             NotFound: There is no such job.
             Conflict: It has not succeeded (yet).
 
-        Example:
+        Examples:
             >>> report = client.jobs.report(job.id)
             >>> 0 < report.skills["python"].retention.value < 2
             True
@@ -382,7 +382,7 @@ class Jobs:
         Raises:
             NotFound: There is no such job.
 
-        Example:
+        Examples:
             >>> [file.path for file in client.jobs.artifacts(job.id) if file.path.endswith("model.safetensors")]
             ['model/model.safetensors']
         """
@@ -404,7 +404,7 @@ class Jobs:
             NarrowClientError: The job has no files, or none that begins so.
             DigestMismatch: What arrived is not what the service announced, twice.
 
-        Example:
+        Examples:
             >>> [path.name for path in client.jobs.download(job.id, out, "report.html")]
             ['report.html']
         """
@@ -438,7 +438,7 @@ class Sweeps:
             NotFound: There is no such model or dataset.
             NotAllowed: The key may not, or a quota is used up.
 
-        Example:
+        Examples:
             >>> budgets = [{"parameters": 0.9}, {"parameters": 0.85}]
             >>> sweep = client.sweeps.create({"base": spec["base"], "target": spec["target"], "budgets": budgets})
             >>> sweep.counts
@@ -458,7 +458,7 @@ class Sweeps:
         Raises:
             NotFound: There is no such sweep.
 
-        Example:
+        Examples:
             >>> client.sweeps.get(sweep.id).finished
             False
         """
@@ -474,7 +474,7 @@ class Sweeps:
         Returns:
             All of them, to iterate over: pages are fetched as they are needed. `.pages()` gives the pages.
 
-        Example:
+        Examples:
             >>> sweep.id in [found.id for found in client.sweeps.list()]
             True
         """
@@ -493,7 +493,7 @@ class Sweeps:
             Conflict: All of it has ended.
             NotFound: There is no such sweep.
 
-        Example:
+        Examples:
             >>> client.sweeps.cancel(sweep.id).counts
             {'cancelled': 1}
         """
@@ -509,7 +509,7 @@ class Sweeps:
             Conflict: It has not ended: cancel it first.
             NotFound: There is no such sweep.
 
-        Example:
+        Examples:
             >>> sweep = client.sweeps.cancel(sweep.id)
             >>> client.sweeps.delete(sweep.id)
         """
@@ -530,7 +530,7 @@ class Sweeps:
             NotFound: There is no such sweep.
             ConnectionFailed: The service was away for more than a minute.
 
-        Example:
+        Examples:
             >>> sweep = client.sweeps.cancel(sweep.id)
             >>> client.sweeps.wait(sweep.id, timeout=60).finished
             True
@@ -560,7 +560,7 @@ class Sweeps:
         Raises:
             NotFound: There is no such sweep.
 
-        Example:
+        Examples:
             >>> client.sweeps.frontier(sweep.id).finished
             0
         """
@@ -578,7 +578,7 @@ class Sweeps:
         Raises:
             NotFound: There is no such sweep.
 
-        Example:
+        Examples:
             >>> client.sweeps.frontier_page(sweep.id)[:15]
             '<!doctype html>'
         """
@@ -607,7 +607,7 @@ class Models:
             InvalidRequest: It is no model that the service takes; the sentence says why.
             NotAllowed: The key may not, or a quota is used up.
 
-        Example:
+        Examples:
             >>> client.models.upload(folder, "my base").name
             'my base'
         """
@@ -630,7 +630,7 @@ class Models:
         Raises:
             InvalidRequest: The service has no hub, or does not take what is there; the sentence says why.
 
-        Example:
+        Examples:
             >>> try:
             ...     client.models.fetch("HuggingFaceTB/SmolLM2-135M")
             ... except narrow_client.ApiError as error:
@@ -651,7 +651,7 @@ class Models:
         Raises:
             NotFound: There is no such model.
 
-        Example:
+        Examples:
             >>> client.models.get(model.id).family
             'llama'
         """
@@ -667,7 +667,7 @@ class Models:
         Returns:
             All of them, to iterate over: pages are fetched as they are needed. `.pages()` gives the pages.
 
-        Example:
+        Examples:
             >>> model.id in [found.id for found in client.models.list()]
             True
         """
@@ -683,7 +683,7 @@ class Models:
             Conflict: A job that has not ended needs it.
             NotFound: There is no such model.
 
-        Example:
+        Examples:
             >>> client.models.delete(client.models.upload(folder).id)
         """
         self._transport.send(_calls.delete_model(model_id))
@@ -713,7 +713,7 @@ class Datasets:
             InvalidRequest: A row is bad; the sentence says which, and what is wrong with it.
             NotAllowed: The key may not, or a quota is used up.
 
-        Example:
+        Examples:
             >>> client.datasets.upload(file).documents
             60
         """
@@ -732,7 +732,7 @@ class Datasets:
         Raises:
             NotFound: There is no such dataset.
 
-        Example:
+        Examples:
             >>> client.datasets.get(dataset.id).column
             'text'
         """
@@ -748,7 +748,7 @@ class Datasets:
         Returns:
             All of them, to iterate over: pages are fetched as they are needed. `.pages()` gives the pages.
 
-        Example:
+        Examples:
             >>> dataset.id in [found.id for found in client.datasets.list()]
             True
         """
@@ -764,7 +764,7 @@ class Datasets:
             Conflict: A job that has not ended needs it.
             NotFound: There is no such dataset.
 
-        Example:
+        Examples:
             >>> client.datasets.delete(client.datasets.upload(file).id)
         """
         self._transport.send(_calls.delete_dataset(dataset_id))
@@ -790,7 +790,7 @@ class Keys:
         Raises:
             NotAllowed: The caller is not an admin.
 
-        Example:
+        Examples:
             >>> client.keys.create("nightly", role="read").key[:4]
             'nrw_'
         """
@@ -809,7 +809,7 @@ class Keys:
         Raises:
             NotAllowed: The caller is not an admin.
 
-        Example:
+        Examples:
             >>> key.id in [found.id for found in client.keys.list()]
             True
         """
@@ -830,7 +830,7 @@ class Keys:
             NotFound: There is no such key.
             Conflict: The old one was revoked.
 
-        Example:
+        Examples:
             >>> client.keys.renew(key.id, overlap_hours=1).name == key.name
             True
         """
@@ -846,7 +846,7 @@ class Keys:
             NotAllowed: The caller is not an admin.
             NotFound: There is no such key.
 
-        Example:
+        Examples:
             >>> client.keys.revoke(key.id)
         """
         self._transport.send(_calls.revoke_key(key_id))

@@ -104,7 +104,7 @@ def test_the_example_of_compress_async_does_what_it_says(world, tmp_path):
 def test_every_public_method_says_what_it_takes_returns_and_raises():
     for name, function in {**DOCUMENTED, **COMPRESS}.items():
         text = inspect.getdoc(function)
-        assert "\nExample:\n" in text, name
+        assert "\nExamples:\n" in text, name
         signature = inspect.signature(function)
         taken = [p for p in signature.parameters if p != "self"]
         if taken and not name.startswith("compress_"):
