@@ -30,7 +30,10 @@ def script(shell: str) -> str:
 
     kind = get_completion_class(shell)
     assert kind is not None
-    return f"# To install: {INSTALL[shell]}\n{kind(main, {}, 'narrow', '_NARROW_COMPLETE').source()}"
+    lines = kind(main, {}, "narrow", "_NARROW_COMPLETE").source().strip().split("\n")
+    # zsh looks at the first line of a file to see what it completes.
+    lines.insert(1 if shell == "zsh" else 0, f"# To install: {INSTALL[shell]}")
+    return "\n".join(lines)
 
 
 def complete_ids(*kinds: str, running: bool = False) -> Completer:

@@ -100,7 +100,7 @@ def test_the_command_watches_shows_downloads_and_cancels(service, api_spec, tmp_
     assert "recover: done in" in err
     for arguments, words in ((("report", job), "retention"), (("jobs",), job), (("show", job), "succeeded"), (("doctor",), "ok")):
         command = narrow(*arguments, url=service.url)
-        out, err = command.communicate(timeout=30)
+        out, err = command.communicate(timeout=120)
         assert (command.returncode, words in out) == (0, True), (arguments, out, err)
     fetch = narrow("download", job, "--out", tmp_path / "d", "--only", "model/", url=service.url)
     out, err = fetch.communicate(timeout=60)
