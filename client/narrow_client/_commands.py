@@ -468,12 +468,14 @@ def doctor(base: Path | None, budget: dict[str, float] | None, recover_tokens: i
     """
     if base is None and (budget or recover_tokens is not None):
         raise click.UsageError("--budget and --recover-tokens describe a job: give its --base too.")
-    found, status = _doctor.examine(base, budget, recover_tokens)
+    found: dict[str, Any] = {}
+    for title, facts in _doctor.examine(base, budget, recover_tokens):
+        found[title] = facts
+        if not as_json:
+            _print(_doctor.view(title, facts))
     if as_json:
         click.echo(json.dumps(found, indent=2))
-    else:
-        _print(_doctor.view(found))
-    sys.exit(status)
+    sys.exit(_doctor.exit_status(found))
 
 
 @click.command(

@@ -5,6 +5,7 @@ What it says of the machine and of a job comes from the full installation, by th
 
 import platform
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from importlib.metadata import entry_points, version
@@ -38,18 +39,24 @@ Facts = dict[str, Any]
 ONLY_CLIENT = "only the client is installed here (pip install narrow)"
 
 
-def examine(base: Path | None, budget: dict[str, float] | None, recover_tokens: int | None) -> tuple[Facts, int]:
-    """All that is found, by section, and the exit status. Raises InvalidArgument."""
+def examine(base: Path | None, budget: dict[str, float] | None, recover_tokens: int | None) -> Iterator[tuple[str, Facts]]:
+    """What is found, by section: what takes long comes last. Raises InvalidArgument."""
     parts = {entry.name: entry for entry in entry_points(group="narrow.doctor")}
     if base is not None:
         if "job" not in parts:
             raise InvalidArgument(f"--base takes the full installation, and {ONLY_CLIENT}.")
-        job: Facts = parts["job"].load()(base, budget, recover_tokens)
-        return {"job": job}, 0 if job["fits"] else 1
-    service = _service(Transport(None, None, SECONDS, retries=0))
-    found = {"client": {"narrow-client": version("narrow-client"), "python": platform.python_version()}, "service": service}
-    machine: Facts = parts["machine"].load()() if "machine" in parts else {"machine": {"note": ONLY_CLIENT}}
-    return found | machine, 0 if service["status"] == "ok" else 3
+        yield "job", parts["job"].load()(base, budget, recover_tokens)
+        return
+    yield "client", {"narrow-client": version("narrow-client"), "python": platform.python_version()}
+    yield "service", _service(Transport(None, None, SECONDS, retries=0))
+    machine: dict[str, Facts] = parts["machine"].load()() if "machine" in parts else {"machine": {"note": ONLY_CLIENT}}
+    yield from machine.items()
+
+
+def exit_status(found: Facts) -> int:
+    if "job" in found:
+        return 0 if found["job"]["fits"] else 1
+    return 0 if found["service"]["status"] == "ok" else 3
 
 
 def _service(transport: Transport) -> Facts:
@@ -91,18 +98,15 @@ def _skew(answer: httpx.Response) -> float | None:
     return (date - datetime.now(UTC)).total_seconds() if date.tzinfo else None
 
 
-def view(found: Facts) -> RenderableType:
-    """The sections as tables."""
-    parts: list[RenderableType] = []
-    for title, facts in found.items():
-        table = Table.grid(padding=(0, 2))
-        table.add_column(min_width=18)
-        table.add_column(overflow="fold")
-        for name, value in facts.items():
-            label, told = _row(name, value)
-            table.add_row(Text(label.replace("_", " "), style="dim"), Text(plain(told, keep_lines=True)))
-        parts += [Text(title, style="bold"), table, Text()]
-    return Group(*parts[:-1])
+def view(title: str, facts: Facts) -> RenderableType:
+    """A section as a table."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(min_width=18)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        label, told = _row(name, value)
+        table.add_row(Text(label.replace("_", " "), style="dim"), Text(plain(told, keep_lines=True)))
+    return Group(Text(title, style="bold"), table, Text())
 
 
 def _row(name: str, value: Any) -> tuple[str, str]:
