@@ -124,7 +124,7 @@ class Group(click.Group):
                 raise
             click.echo(f"narrow: {_plain(str(error))}", err=True)
             sys.exit(1)
-        except click.ClickException:
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
             status = _told(error)
