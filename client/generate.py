@@ -9,6 +9,8 @@ OPTIONS = """
     --input-file-type openapi --openapi-scopes schemas --output-model-type pydantic_v2.BaseModel --target-python-version 3.11
     --use-standard-collections --use-union-operator --use-annotated --collapse-root-models --use-schema-description
     --field-constraints --enum-field-as-literal all --use-double-quotes --disable-timestamp --formatters builtin
+    --disable-future-imports
+    --base-class narrow_client._base.Resource
 """
 
 

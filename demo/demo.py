@@ -14,7 +14,7 @@ from pathlib import Path
 import narrow_client
 from rich.console import Console
 
-from service.cli import die_with_parent
+from service.server import die_with_parent
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "out"

@@ -11,6 +11,7 @@ run and has its exit status. That of torchrun itself is 0 or 1.
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import signal
 import sys
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from narrow_engine.events import Kind
 
 LOCK_SECONDS = 30
-LINE_SECONDS = 5.0
-"""Between two lines about progress."""
+LINE_SECONDS, LOG_SECONDS = 5.0, 30.0
+"""Between two lines about progress, in a terminal and in a log."""
 SHORT_SECONDS = 0.1
 """Stages that took less are not told."""
 LOST = "gloo/transport"
@@ -44,14 +45,31 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-@click.command()
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else on stdout.")
+OUT = click.option(
+    "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The run's folder; made if missing."
+)
+
+
+@click.command(
+    epilog="\b\nExamples:\n"
+    """  echo '{"base": {"path": "demo/base"}, "target": {"path": "demo/data/python.jsonl.gz"},\n"""
+    """         "budget": {"parameters": 0.5}, "method": {"recover": {"tokens": 160000}}}' > spec.json\n"""
+    "  narrow run spec.json --out run\n\n"
+    "Read on: docs/reference/spec.md has every option of a spec."
+)
 @click.argument("spec", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The run's folder; made if missing.")
-@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@OUT
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@JSON
 @click.option("--shared", type=click.Path(file_okay=False, path_type=Path), hidden=True)  # where the service's jobs share stages
 @click.option("--events-after", default=0, hidden=True)  # what the service knows of a run that went on elsewhere
-def run(spec: Path, out: Path, quiet: bool, shared: Path | None, events_after: int) -> None:
-    """Run a compression from a spec file, without a server."""
+def run(spec: Path, out: Path, quiet: bool, as_json: bool, shared: Path | None, events_after: int) -> None:
+    """Run a compression from a spec file.
+
+    Without a service. Paths in the spec count from its own folder. The same command again goes on where it stopped. Ctrl-C stops
+    it at the next step, with exit status 130. Progress goes to stderr; with --json the report goes to stdout.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -70,7 +88,7 @@ def run(spec: Path, out: Path, quiet: bool, shared: Path | None, events_after: i
     try:
         with _lock(out / "lock"):
             failure.unlink(missing_ok=True)
-            _run(wanted, out, quiet, shared, events_after)
+            result = _run(wanted, out, quiet, shared, events_after)
     except Cancelled as error:
         click.echo(str(error), err=True)
         sys.exit(130)
@@ -81,16 +99,22 @@ def run(spec: Path, out: Path, quiet: bool, shared: Path | None, events_after: i
             write_json(failure, {"code": error.code, "message": str(error)})
         click.echo(f"narrow run: {error}", err=True)
         sys.exit(1)
+    if as_json:
+        click.echo((result / "report.json").read_text(encoding="utf-8"))
+    elif not quiet:
+        click.echo("\n".join(_outcome(result)))
 
 
-@click.command()
+@click.command(epilog="\b\nExamples:\n  narrow reproduce narrow-python/report.json demo/base demo/data --out again")
 @click.argument("report", type=click.Path(exists=True, path_type=Path))
 @click.argument("inputs", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="The run's folder; made if missing.")
-def reproduce(report: Path, inputs: tuple[Path, ...], out: Path) -> None:
+@OUT
+@JSON
+def reproduce(report: Path, inputs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     """Run again what a report tells of, and compare.
 
-    INPUTS are where its base and data are: files, model folders, or folders of them. They are known by their bytes.
+    INPUTS are where its base and data are: files, model folders, or folders of them. They are known by their bytes. Exit status 1
+    if what came out is not the same.
     """
     from narrow_engine import reproduce as again
     from narrow_engine.report.compare import read_report
@@ -102,20 +126,26 @@ def reproduce(report: Path, inputs: tuple[Path, ...], out: Path) -> None:
             raise NarrowError("would_overwrite", f"{out} holds the results of a run already: take another folder.")
         out.mkdir(parents=True, exist_ok=True)
         with _lock(out / "lock"):
-            _run(spec, out, False)
+            result = _run(spec, out, False)
         now = read_report(out / "result")
-    found = again.differences(then, now)
-    click.echo("\n".join(found) or again.SAME)
-    sys.exit(0 if again.agrees(then, now) else 1)
+    found, agrees = again.differences(then, now), again.agrees(then, now)
+    if as_json:
+        click.echo(json.dumps({"agrees": agrees, "differences": found}, indent=2))
+    else:
+        click.echo("\n".join([*_outcome(result), *(found or [again.SAME])]))
+    sys.exit(0 if agrees else 1)
 
 
-@click.command()
+@click.command(epilog="\b\nExamples:\n  narrow compare narrow-python narrow-c --html page.html")
 @click.argument("a", type=click.Path(exists=True, path_type=Path))
 @click.argument("b", type=click.Path(exists=True, path_type=Path))
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Write the page here as well.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+@JSON
 def compare(a: Path, b: Path, html: Path | None, as_json: bool) -> None:
-    """Compare two reports: report.json, or the folder that it lies in."""
+    """Compare two reports.
+
+    A and B are each report.json, or the folder that it lies in.
+    """
     from narrow_engine.report import compare as reports
 
     with _told("compare"):
@@ -127,7 +157,10 @@ def compare(a: Path, b: Path, html: Path | None, as_json: bool) -> None:
     click.echo(found.model_dump_json(indent=2) if as_json else "\n".join(reports.lines(found)))
 
 
-@click.command()
+@click.command(
+    epilog="\b\nExamples:\n  narrow evaluate demo/base narrow-python/model --task ./tasks --limit 200\n\n"
+    "It takes lm-evaluation-harness: pip install 'narrow[eval]'."
+)
 @click.argument("base", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("narrow", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
@@ -138,7 +171,7 @@ def compare(a: Path, b: Path, html: Path | None, as_json: bool) -> None:
     help="A YAML file of a task, a folder of them, or the name of one of the harness's own. Repeat for several.",
 )
 @click.option("--limit", type=click.IntRange(1), help="Rows of each task that are asked, at most.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON and nothing else.")
+@JSON
 def evaluate(base: Path, narrow: Path, tasks: tuple[str, ...], limit: int | None, as_json: bool) -> None:
     """Put tasks of lm-evaluation-harness to two model folders.
 
@@ -151,19 +184,29 @@ def evaluate(base: Path, narrow: Path, tasks: tuple[str, ...], limit: int | None
     click.echo(found.model_dump_json(indent=2) if as_json else "\n".join(map(printable, harness.lines(found))))
 
 
-@click.command()
+@click.command(
+    epilog="\b\nExamples:\n  narrow run-model narrow-python/model 'def main():'\n"
+    "  narrow run-model narrow-python/onnx 'def main():' --tokens 40\n\n"
+    "Read on: docs/how-to/run-the-result.md"
+)
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("prompt")
 @click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="To write, at most.")
-@click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True)
-def run_model(folder: Path, prompt: str, tokens: int, threads: int) -> None:
-    """Continue a prompt with a result: the folder of any of its formats.
+@click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True, help="That it computes with.")
+@JSON
+def run_model(folder: Path, prompt: str, tokens: int, threads: int, as_json: bool) -> None:
+    """Continue a prompt with a result, in any of its formats.
 
-    Greedily, so that all formats can be compared: model/ in torch, onnx*/ in ONNX Runtime, gguf*/ in llama.cpp.
+    FOLDER is that of a format: model/ runs in torch, onnx*/ in ONNX Runtime, gguf*/ in llama.cpp. The likeliest token is always
+    taken, so that formats can be compared.
     """
     from narrow_engine.export import runtimes
 
     with _told("run-model"):
+        if as_json:
+            text = "".join(runtimes.write(folder, prompt, tokens, threads))
+            click.echo(json.dumps({"prompt": prompt, "text": text}))
+            return
         for piece in runtimes.write(folder, prompt, tokens, threads):
             click.echo("".join(c for c in piece if c.isprintable() or c in "\n\t"), nl=False)
             sys.stdout.flush()
@@ -220,27 +263,28 @@ def read_spec(path: Path) -> CompressionSpec:
     )
 
 
-def _run(spec: CompressionSpec, out: Path, quiet: bool, shared: Path | None = None, events_after: int = 0) -> None:
+def _run(spec: CompressionSpec, out: Path, quiet: bool, shared: Path | None = None, events_after: int = 0) -> Path:
+    """Runs it, and returns the folder of what came out."""
     # Imported here: it takes seconds, and a mistake in the spec should be told at once.
     from narrow_engine import shard
     from narrow_engine.pipeline import run as run_line
 
     log = EventLog(out / "events.jsonl", events_after)
-    last = 0.0
+    last, often = 0.0, LINE_SECONDS if sys.stderr.isatty() else LOG_SECONDS
 
     def sink(kind: "Kind", phase: str, message: str, data: dict[str, Any]) -> None:
         nonlocal last
         log(kind, phase, message, data)
-        if quiet or kind == "failed" or (kind == "progress" and time.monotonic() - last < LINE_SECONDS):
+        if quiet or kind == "failed" or (kind == "progress" and time.monotonic() - last < often):
             return
         line = _line(kind, phase, message, data)
         if line:
             last = time.monotonic()
-            click.echo(f"{time.strftime('%H:%M:%S')} {line}")
+            click.echo(f"{time.strftime('%H:%M:%S')} {line}", err=True)
 
     try:
         with shard.processes() as mesh:
-            result = run_line(spec, out, sink, _stop_on_signals(), shared, mesh)
+            return run_line(spec, out, sink, _stop_on_signals(), shared, mesh)
     except Cancelled:
         raise
     except NarrowError as error:
@@ -254,12 +298,15 @@ def _run(spec: CompressionSpec, out: Path, quiet: bool, shared: Path | None = No
         with suppress(OSError):
             sink("failed", "", str(told), {"code": told.code})
         raise told from error
-    if not quiet:
-        from narrow_engine.report.model import Report
-        from narrow_engine.report.page import summary, verdict
 
-        report = Report.model_validate_json((result / "report.json").read_bytes())
-        click.echo("\n".join([verdict(report), *summary(report), f"All that came out is in {result}; begin with report.html."]))
+
+def _outcome(result: Path) -> list[str]:
+    """What came out, in lines for a person."""
+    from narrow_engine.report.model import Report
+    from narrow_engine.report.page import summary, verdict
+
+    report = Report.model_validate_json((result / "report.json").read_bytes())
+    return [verdict(report), *summary(report), f"All that came out is in {result}; begin with report.html."]
 
 
 def _follow(spec: CompressionSpec, out: Path) -> None:

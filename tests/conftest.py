@@ -12,6 +12,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 from live import running
+from misbehaving import DATASET, JOB, MODEL, answer, misbehaving
 from tiny import documents, tiny_model, write_jsonl
 
 
@@ -57,3 +58,37 @@ def service(tmp_path_factory):
     """`narrow serve` with one worker, for a module's tests."""
     with running(tmp_path_factory.mktemp("service") / "data") as found:
         yield found
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A service that answers by a script, at NARROW_URL."""
+    with misbehaving() as found:
+        monkeypatch.setenv("NARROW_URL", f"http://127.0.0.1:{found.server_port}")
+        yield found
+
+
+@pytest.fixture
+def uploads(server):
+    """The same, which takes what is uploaded and makes a job of it."""
+    server.script |= {"/models": [answer(MODEL, 201)], "/datasets": [answer(DATASET, 201)], "/jobs": [answer(JOB, 201)]}
+    server.script[f"/jobs/{JOB['id']}"] = [answer(JOB)]
+    return server
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """A client that loses its patience in a second, after many tries."""
+    from narrow_client import _transport
+
+    monkeypatch.setattr(_transport, "PATIENCE", 1.0)
+    monkeypatch.setattr(_transport, "pause", lambda *_: 0.01)
+
+
+@pytest.fixture
+def local(tmp_path):
+    """A model folder and a file, as far as the client looks at them."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "text.txt").write_text("text")
+    return "--base", tmp_path / "base", "--target", tmp_path / "text.txt"

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import ValidationError
 
-from narrow_client._errors import NarrowClientError, not_narrow
+from narrow_client._errors import InvalidArgument, NarrowClientError, from_response, not_narrow
 from narrow_client.models import (
     Dataset,
     Event,
@@ -40,21 +40,25 @@ from narrow_client.models import (
 T = TypeVar("T")
 Result = TypeVar("Result", covariant=True)
 BadRows = Literal["stop", "skip"]
+Status = Literal["queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"]
+Role = Literal["read", "write", "admin"]
 
 PREFIXES = {"job": "job_", "sweep": "swp_", "model": "mdl_", "dataset": "ds_", "upload": "upl_", "key": "key_"}
 LARGE = 64 * 2**20
 """Files of so many bytes are sent in pieces of so many: after a break no more than one is sent again."""
+ANSWER_SECONDS = 60.0
+"""Without a byte of an answer, after which a call counts as lost. It is never a limit of the whole call."""
+WORK_SECONDS = 600.0
+"""The same where the service reads all of a file, or looks at many specs, before it answers."""
 FETCH_SECONDS = 4000.0
-"""Longer than a service, by default, takes to fetch a model."""
+"""The same for a model from the hub: longer than a service, by default, takes to fetch one."""
+PAGE = 100
+"""Items that lists ask for at a time; the service gives no more."""
 
-MODEL_FILES: tuple[str, ...] = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
 )
-MODEL_FILES += ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,16 @@ class Call(Generic[Result]):
     method: str
     path: str
     read: Callable[[httpx.Response], Result]
-    params: Mapping[str, Any] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict[str, Any])
     json: Any = None
     content: bytes | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
     files: tuple[tuple[str, Path], ...] = ()
-    form: Mapping[str, Any] = field(default_factory=dict)
+    form: Mapping[str, Any] = field(default_factory=dict[str, Any])
     safe: bool = True
-    patience: float | None = None
-    """Seconds to wait for an answer, where that takes longer than others."""
+    patience: float = ANSWER_SECONDS
+    answers: tuple[int, ...] = ()
+    """Statuses above 400 that are an answer, and no failure that another try could mend."""
 
 
 def is_id(kind: str, text: str) -> bool:
@@ -84,18 +89,18 @@ def path_of(kind: str, identifier: str, *rest: str) -> str:
     """The path of a thing, or of what is below it. Only an id gets into a URL: `../models` would ask for another thing."""
     if not is_id(kind, identifier):
         example = f"{PREFIXES[kind]}01h455vb4pex5vsknk084sn02q"
-        raise NarrowClientError(f"{identifier!r} is not the id of a {kind}, which looks like {example}.")
+        raise InvalidArgument(f"{identifier!r} is not the id of a {kind}, which looks like {example}.")
     return "/".join(["", f"{kind}s", identifier, *(quote(part) for part in rest)])
 
 
 def create_job(spec: Mapping[str, Any], idempotency_key: str | None = None) -> Call[Job]:
     # The key makes a retry safe: the service answers with the job that the first try made.
     headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(16)}
-    return Call("POST", "/jobs", _as(Job), json=dict(spec), headers=headers)
+    return Call("POST", "/jobs", _as(Job), json=dict(spec), headers=headers, patience=WORK_SECONDS)
 
 
-def list_jobs(cursor: str | None, status: str | None, sweep: str | None = None) -> Call[PageJob]:
-    return Call("GET", "/jobs", _as(PageJob), params=_given(cursor=cursor, status=status, sweep=sweep, limit=100))
+def list_jobs(cursor: str | None, limit: int, status: Status | None, sweep: str | None) -> Call[PageJob]:
+    return Call("GET", "/jobs", _as(PageJob), params=_given(cursor=cursor, status=status, sweep=sweep, limit=limit))
 
 
 def get_job(job_id: str) -> Call[Job]:
@@ -115,7 +120,7 @@ def resume_job(job_id: str) -> Call[Job]:
 
 
 def delete_job(job_id: str) -> Call[None]:
-    return Call("DELETE", path_of("job", job_id), _nothing, safe=False)
+    return Call("DELETE", path_of("job", job_id), _nothing)
 
 
 def get_report(job_id: str) -> Call[Report]:
@@ -128,11 +133,11 @@ def list_artifacts(job_id: str) -> Call[PageArtifact]:
 
 def create_sweep(spec: Mapping[str, Any], idempotency_key: str | None = None) -> Call[SweepPoints]:
     headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(16)}
-    return Call("POST", "/sweeps", _as(SweepPoints), json=dict(spec), headers=headers)
+    return Call("POST", "/sweeps", _as(SweepPoints), json=dict(spec), headers=headers, patience=WORK_SECONDS)
 
 
-def list_sweeps(cursor: str | None) -> Call[PageSweep]:
-    return Call("GET", "/sweeps", _as(PageSweep), params=_given(cursor=cursor, limit=100))
+def list_sweeps(cursor: str | None, limit: int = PAGE) -> Call[PageSweep]:
+    return Call("GET", "/sweeps", _as(PageSweep), params=_given(cursor=cursor, limit=limit))
 
 
 def get_sweep(sweep_id: str) -> Call[SweepPoints]:
@@ -144,16 +149,16 @@ def cancel_sweep(sweep_id: str) -> Call[SweepPoints]:
 
 
 def delete_sweep(sweep_id: str) -> Call[None]:
-    return Call("DELETE", path_of("sweep", sweep_id), _nothing, safe=False)
+    return Call("DELETE", path_of("sweep", sweep_id), _nothing)
 
 
-def create_key(name: str, role: str, expires_in_days: float | None) -> Call[SecretKey]:
+def create_key(name: str, role: Role, expires_in_days: float | None) -> Call[SecretKey]:
     body = _given(name=name, role=role, expires_in_days=expires_in_days)
     return Call("POST", "/keys", _as(SecretKey), json=body, safe=False)
 
 
-def list_keys(cursor: str | None) -> Call[PageKey]:
-    return Call("GET", "/keys", _as(PageKey), params=_given(cursor=cursor, limit=100))
+def list_keys(cursor: str | None, limit: int = PAGE) -> Call[PageKey]:
+    return Call("GET", "/keys", _as(PageKey), params=_given(cursor=cursor, limit=limit))
 
 
 def renew_key(key_id: str, overlap_hours: float) -> Call[SecretKey]:
@@ -173,17 +178,18 @@ def get_frontier_page(sweep_id: str) -> Call[str]:
 
 
 def create_plan(spec: Mapping[str, Any]) -> Call[Plan]:
-    return Call("POST", "/plans", _as(Plan), json=dict(spec))
+    return Call("POST", "/plans", _as(Plan), json=dict(spec), patience=WORK_SECONDS)
 
 
 def create_upload(name: str, size: int, sha256: str) -> Call[Upload]:
     told = ",".join(f"{key} {b64encode(value.encode()).decode()}" for key, value in (("filename", name), ("sha256", sha256)))
     headers = {"Upload-Length": str(size), "Upload-Metadata": told, "Tus-Resumable": "1.0.0"}
-    return Call("POST", "/uploads", _as(Upload), headers=headers, safe=False)
+    # Sent twice it makes a second one, of which nothing comes and which expires.
+    return Call("POST", "/uploads", _as(Upload), headers=headers)
 
 
-def list_uploads(cursor: str | None) -> Call[PageUpload]:
-    return Call("GET", "/uploads", _as(PageUpload), params=_given(cursor=cursor, limit=100))
+def list_uploads(cursor: str | None, limit: int = PAGE) -> Call[PageUpload]:
+    return Call("GET", "/uploads", _as(PageUpload), params=_given(cursor=cursor, limit=limit))
 
 
 def get_upload(upload_id: str) -> Call[Upload]:
@@ -198,7 +204,9 @@ def send_piece(upload_id: str, offset: int, piece: bytes) -> Call[None]:
         "Content-Type": "application/offset+octet-stream",
         "Tus-Resumable": "1.0.0",
     }
-    return Call("PATCH", path_of("upload", upload_id), _nothing, content=piece, headers=headers, safe=False)
+    return Call(
+        "PATCH", path_of("upload", upload_id), _nothing, content=piece, headers=headers, safe=False, patience=WORK_SECONDS
+    )
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -214,7 +222,7 @@ def upload_model(folder: Path, uploads: list[str], name: str | None) -> Call[Mod
     """With the ids of `uploads` in the place of its large files."""
     files = tuple(("files", path) for path in model_files(folder) if not is_large(path))
     form = _given(name=name or folder.resolve().name, uploads=uploads or None)
-    return Call("POST", "/models", _as(Model), files=files, form=form, safe=False)
+    return Call("POST", "/models", _as(Model), files=files, form=form, safe=False, patience=WORK_SECONDS)
 
 
 def hub_model(text: str) -> tuple[str, str] | None:
@@ -229,8 +237,8 @@ def fetch_model(hub: str, revision: str, name: str | None, token: str | None) ->
     return Call("POST", "/fetches", _as(Model), json=body, patience=FETCH_SECONDS)
 
 
-def list_models(cursor: str | None) -> Call[PageModel]:
-    return Call("GET", "/models", _as(PageModel), params=_given(cursor=cursor, limit=100))
+def list_models(cursor: str | None, limit: int = PAGE) -> Call[PageModel]:
+    return Call("GET", "/models", _as(PageModel), params=_given(cursor=cursor, limit=limit))
 
 
 def get_model(model_id: str) -> Call[Model]:
@@ -238,17 +246,17 @@ def get_model(model_id: str) -> Call[Model]:
 
 
 def delete_model(model_id: str) -> Call[None]:
-    return Call("DELETE", path_of("model", model_id), _nothing, safe=False)
+    return Call("DELETE", path_of("model", model_id), _nothing)
 
 
 def upload_dataset(path: Path, upload: str | None, name: str | None, column: str, bad_rows: BadRows) -> Call[Dataset]:
     files = () if upload else (("file", path),)
     form = _given(name=name, column=column, bad_rows=bad_rows, upload=upload)
-    return Call("POST", "/datasets", _as(Dataset), files=files, form=form, safe=False)
+    return Call("POST", "/datasets", _as(Dataset), files=files, form=form, safe=False, patience=WORK_SECONDS)
 
 
-def list_datasets(cursor: str | None) -> Call[PageDataset]:
-    return Call("GET", "/datasets", _as(PageDataset), params=_given(cursor=cursor, limit=100))
+def list_datasets(cursor: str | None, limit: int = PAGE) -> Call[PageDataset]:
+    return Call("GET", "/datasets", _as(PageDataset), params=_given(cursor=cursor, limit=limit))
 
 
 def get_dataset(dataset_id: str) -> Call[Dataset]:
@@ -256,7 +264,7 @@ def get_dataset(dataset_id: str) -> Call[Dataset]:
 
 
 def delete_dataset(dataset_id: str) -> Call[None]:
-    return Call("DELETE", path_of("dataset", dataset_id), _nothing, safe=False)
+    return Call("DELETE", path_of("dataset", dataset_id), _nothing)
 
 
 def get_usage() -> Call[Usage]:
@@ -264,7 +272,7 @@ def get_usage() -> Call[Usage]:
 
 
 def ready() -> Call[Health]:
-    return Call("GET", "/readyz", _as(Health))
+    return Call("GET", "/readyz", _health, answers=(503,))
 
 
 def _as(kind: type[T]) -> Callable[[httpx.Response], T]:
@@ -275,6 +283,14 @@ def _as(kind: type[T]) -> Callable[[httpx.Response], T]:
             raise not_narrow(response.request.url) from error
 
     return read
+
+
+def _health(response: httpx.Response) -> Health:
+    try:
+        return Health.model_validate_json(response.content)
+    except ValidationError as error:
+        # A proxy whose service is away says 503 too.
+        raise (from_response(response) if response.status_code >= 400 else not_narrow(response.request.url)) from error
 
 
 def _page(response: httpx.Response) -> str:

@@ -1,18 +1,45 @@
 """What a person sees in the terminal: a run live, and its report. Text from elsewhere never reaches the terminal raw."""
 
-import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Self
+from time import monotonic
+from typing import Any, Protocol, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TaskProgressColumn, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
+from narrow_client._calls import LARGE
 from narrow_client._files import TERMINAL
-from narrow_client.models import Answers, Budget, Event, Frontier, Job, JobSpec, Plan, Point, Report, Size, Spread, SweepPoints
+from narrow_client.models import (
+    Answers,
+    Budget,
+    Dataset,
+    Event,
+    Frontier,
+    Job,
+    JobSpec,
+    Model,
+    Plan,
+    Point,
+    Report,
+    Size,
+    Spread,
+    SweepPoints,
+)
 
 WORDS = {
     "load": "read model and data",
@@ -36,12 +63,30 @@ WORDS = {
     "report": "report",
 }
 CONTROLS = {"random": "at random", "trained": "base trained"}
-LINE_SECONDS = 5.0
+LINE_SECONDS = 30.0
+"""Between two lines of a log about one phase."""
 
 
 def plain(text: str, keep_lines: bool = False) -> str:
     """Text without control characters, which could move the cursor or recolour the screen."""
     return "".join(c if c.isprintable() or (keep_lines and c == "\n") else " " for c in text)
+
+
+class Display(Protocol):
+    """Shows a job's events. Use as a context manager and call it."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def __call__(self, event: Event) -> None: ...
+
+    def say(self, text: str, time: datetime) -> None: ...
+
+
+def is_live(console: Console) -> bool:
+    """Whether what is shown can be moved and drawn over: in a log it cannot, nor in the dumbest of terminals."""
+    return console.is_terminal and not console.is_dumb_terminal
 
 
 class Elapsed(ProgressColumn):
@@ -59,7 +104,7 @@ class ProgressDisplay:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
-        self.live = self.console.is_terminal
+        self.live = is_live(self.console)
         self.bars = Progress(
             TextColumn("{task.description}", justify="left", markup=False),
             BarColumn(bar_width=28, complete_style="blue", finished_style="green"),
@@ -69,7 +114,7 @@ class ProgressDisplay:
             console=self.console,
         )
         self.tasks: dict[str, TaskID] = {}
-        self.told = 0.0
+        self.told = monotonic()
 
     def __enter__(self) -> Self:
         if self.live:
@@ -106,7 +151,7 @@ class ProgressDisplay:
             self.tasks[event.phase] = self.bars.add_task(word, total=None, figures="", started=event.time, seconds=None)
         task = self.tasks[event.phase]
         if event.kind == "progress":
-            self.bars.update(task, completed=data.get("done", 0), total=data.get("total") or None, figures=_figures(event, data))
+            self.bars.update(task, completed=data.get("done", 0), total=data.get("total") or None, figures=figures_of(event))
         elif event.kind == "finished":
             self.bars.update(task, total=1, completed=1, seconds=data.get("seconds", 0.0))
 
@@ -120,21 +165,65 @@ class ProgressDisplay:
         if event.kind == "finished":
             again = ", already done" if data.get("reused") else ""
             self.say(f"{word}: done in {data.get('seconds', 0):.1f} s{again}", event.time)
-        elif event.kind == "progress" and time.monotonic() - self.told > LINE_SECONDS:
-            self.told = time.monotonic()
-            self.say(f"{word}: {data.get('done', 0)} of {data.get('total', 0)} {_figures(event, data)}".rstrip(), event.time)
+        elif event.kind == "progress" and monotonic() - self.told > LINE_SECONDS:
+            self.say(f"{word}: {data.get('done', 0):,} of {data.get('total', 0):,} {figures_of(event)}".rstrip(), event.time)
 
     def say(self, text: str, time: datetime) -> None:
         """Prints a line, in a log with the time at which it came true."""
+        self.told = monotonic()
         stamp = "" if self.live else time.astimezone().strftime("%H:%M:%S ")
         self.console.print(Text(stamp + plain(text)), soft_wrap=True)
 
 
-def _figures(event: Event, data: dict[str, Any]) -> str:
+def figures_of(event: Event) -> str:
+    """What a progress event measures, or says."""
+    data = event.data or {}
     parts = [f"loss {data['loss']:.3f}"] if "loss" in data else []
     if "sparsity" in data:
         parts.append(f"{data['sparsity']:.0%} zero")
     return "  ".join(parts) or plain(event.message)[:40]
+
+
+class TransferDisplay:
+    """Shows how far large files are that go up or come down: a bar in a terminal, a line for each in a log."""
+
+    def __init__(self, show: bool, console: Console | None = None) -> None:
+        self.console, self.show = console or Console(stderr=True), show
+        self.live = is_live(self.console)
+        self.bar: Progress | None = None
+        self.name = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if not self.show or total < LARGE:
+            return
+        if name != self.name:
+            self._stop()
+            self.name = name
+            if self.live:
+                columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=28, complete_style="blue"))
+                self.bar = Progress(
+                    *columns, DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=self.console
+                )
+                self.bar.add_task(plain(name), total=total, completed=done)
+                self.bar.start()
+            else:
+                self.console.print(Text(f"{plain(name)}: {total / 1e9:.2f} GB"), soft_wrap=True)
+        if self.bar:
+            self.bar.update(self.bar.task_ids[0], completed=done)
+        if done >= total:
+            self._stop()
+
+    def _stop(self) -> None:
+        """Leaves what is shown, so that something else can be."""
+        if self.bar:
+            self.bar.stop()
+        self.bar = None
 
 
 class SweepDisplay:
@@ -143,7 +232,7 @@ class SweepDisplay:
     def __init__(self, sweep: SweepPoints, show: bool, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self.show = show
-        self.live = show and self.console.is_terminal
+        self.live = show and is_live(self.console)
         self.told: set[str] = set()
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -177,7 +266,7 @@ class SweepDisplay:
 
 
 def _point(point: Point) -> str:
-    name = f"{point.method}, {_budget(point.budget)}, seed {point.seed}"
+    name = f"{point.method}, {budget_text(point.budget)}, seed {point.seed}"
     if point.figures:
         return f"{name}: {point.figures.parameters:,} parameters, loss {point.figures.loss:.3f}"
     return f"{name}: {point.status}" + (f". {point.error.message}" if point.error else "")
@@ -197,7 +286,7 @@ def frontier_view(frontier: Frontier, paths: dict[str, Path] | None = None) -> R
         table.add_column(column, justify="right")
     for point in frontier.points:
         figures = (_spread(point.cut_loss), _spread(point.loss), _spread(point.retention), f"{point.tokens.mean:,.0f}")
-        row = ("" if point.dominated else "●", point.method, _budget(point.budget), f"{point.parameters.mean:,.0f}", *figures)
+        row = ("" if point.dominated else "●", point.method, budget_text(point.budget), f"{point.parameters.mean:,.0f}", *figures)
         table.add_row(*(Text(plain(cell)) for cell in row), style="dim" if point.dominated else "")
     if frontier.points:
         table.add_row("", "the base", "", f"{frontier.base_parameters:,}", "", f"{frontier.base_loss:.3f}", "1.000", "")
@@ -284,14 +373,21 @@ def _answers(answers: dict[str, Answers]) -> Table:
     return table
 
 
+def sizes_of(before: Size, after: Size) -> list[tuple[str, int, int]]:
+    """What sizes are compared by."""
+    return [
+        ("parameters", before.parameters, after.parameters),
+        ("bytes of weights", before.bytes, after.bytes),
+        ("FLOPs a token", before.flops_per_token, after.flops_per_token),
+    ]
+
+
 def _size_table(title: str, before: Size, after: Size) -> Table:
     table = _table(title)
     table.add_column("")
     for column in ("base", "narrow", "ratio"):
         table.add_column(column, justify="right")
-    rows = [("parameters", before.parameters, after.parameters), ("bytes of weights", before.bytes, after.bytes)]
-    rows.append(("FLOPs a token", before.flops_per_token, after.flops_per_token))
-    for name, old, new in rows:
+    for name, old, new in sizes_of(before, after):
         table.add_row(name, f"{old:,}", f"{new:,}", f"{new / old:.2f}")
     return table
 
@@ -334,6 +430,60 @@ def plan_view(plan: Plan) -> RenderableType:
     return Group(_size_table("What would come out", plan.before, plan.after), Text(), table, *notices)
 
 
+def job_view(job: Job) -> RenderableType:
+    """A job, but for the options of its spec."""
+    table = Table.grid(padding=(0, 2))
+
+    def row(name: str, value: object) -> None:
+        if value not in (None, ""):
+            table.add_row(Text(name, style="dim"), Text(plain(str(value))))
+
+    row("job", job.id)
+    row("status", job.status)
+    row("phase", WORDS.get(job.phase, job.phase))
+    row("progress", f"{job.progress.done:,} of {job.progress.total:,} {job.progress.message}" if job.progress else None)
+    row("error", f"{job.error.message} ({job.error.code})" if job.error else None)
+    row("base", job.spec.base.model)
+    row("target", job.spec.target.dataset)
+    row("skills", ", ".join(f"{skill.name} ({skill.role})" for skill in job.spec.skills or []))
+    row("budget", wanted_text(job.spec))
+    row("method", job.spec.method.kind if job.spec.method else None)
+    row("result", job.result_model)
+    row("sweep", job.sweep)
+    row("attempt", job.attempt if job.attempt > 1 else None)
+    for name in ("created", "started", "finished"):
+        at = getattr(job, f"{name}_at")
+        row(name, _when(at) if at else None)
+    return table
+
+
+def models_table(models: list[Model]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("model", min_width=max(len(model.id) for model in models))
+    for column in ("name", "family", "parameters", "from", "created"):
+        table.add_column(column, overflow="fold", justify="right" if column == "parameters" else "left")
+    for model in models:
+        origin = model.job or (f"hub:{model.source.hub}" if model.source else "upload")
+        row = (model.id, model.name, model.family, f"{model.parameters:,}", origin, _when(model.created_at))
+        table.add_row(*(Text(plain(cell)) for cell in row))
+    return table
+
+
+def datasets_table(datasets: list[Dataset]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("dataset", min_width=max(len(data.id) for data in datasets))
+    for column in ("name", "documents", "bytes", "created"):
+        table.add_column(column, overflow="fold", justify="right" if column in ("documents", "bytes") else "left")
+    for data in datasets:
+        row = (data.id, data.name, f"{data.documents:,}", f"{data.bytes:,}", _when(data.created_at))
+        table.add_row(*(Text(plain(cell)) for cell in row))
+    return table
+
+
+def _when(at: datetime) -> str:
+    return at.astimezone().strftime("%d %b %H:%M")
+
+
 def jobs_table(jobs: list[Job]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
     # Ids are there to be copied: on a small screen the others are folded.
@@ -341,20 +491,20 @@ def jobs_table(jobs: list[Job]) -> Table:
     for column in ("status", "phase", "budget", "created"):
         table.add_column(column, overflow="fold")
     for job in jobs:
-        created = job.created_at.astimezone().strftime("%d %b %H:%M")
         status = f"{job.status}: {job.error.code}" if job.error else job.status
-        row = (job.id, status, job.phase, _wanted(job.spec), created)
+        row = (job.id, status, job.phase, wanted_text(job.spec), _when(job.created_at))
         table.add_row(*(Text(plain(cell)) for cell in row))
     return table
 
 
-def _wanted(spec: JobSpec) -> str:
+def wanted_text(spec: JobSpec) -> str:
+    """What a job is to make: its budget, or what it only exports."""
     if spec.budget is None or (spec.method and spec.method.kind == "export"):
         return f"exported as {', '.join(spec.export or [])}"
-    return _budget(spec.budget)
+    return budget_text(spec.budget)
 
 
-def _budget(budget: Budget) -> str:
+def budget_text(budget: Budget) -> str:
     """As `--budget` takes it: 0.5, 4,000,000, bytes=8,000,000; and neuron=0.25 for a shape."""
     asked = budget.model_dump(exclude_none=True)
     sizes = {**asked.pop("keep", {}), **asked}.items()

@@ -10,16 +10,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from narrow_client._calls import is_id
-from narrow_client._compress import cancel_unseen
-from narrow_client._errors import Conflict, ConnectionFailed, NarrowClientError, ServerError
+from narrow_client._compress import unseen
+from narrow_client._errors import Conflict, ConnectionFailed, InvalidArgument, NarrowClientError, ServerError
 from narrow_client._render import SweepDisplay
 from narrow_client._sync import Narrow
+from narrow_client._transport import Patience
 from narrow_client.models import Frontier, SweepPoints, SweepSpec
 
 SECONDS = 1.0
 """Between two looks at a sweep."""
-PATIENCE = 60.0
-"""Seconds without the service after which it is given up: a restart takes less."""
 INPUTS = {"base": "model", "teacher": "model", "target": "dataset", "broad": "dataset"}
 LOCAL, HUB = ("path", "column", "bad_rows"), ("hub", "revision")
 """What an input is told by that has no id yet."""
@@ -33,19 +32,18 @@ def read_sweep(path: Path) -> dict[str, Any]:
     `POST /sweeps` takes.
     """
     try:
-        spec = json.loads(path.read_bytes())
+        spec = _object(json.loads(path.read_bytes()))
     except ValueError as error:
-        raise NarrowClientError(f"{path.name} is not JSON: {error}.") from error
-    if not isinstance(spec, dict):
-        raise NarrowClientError(f"{path.name} is not a JSON object.")
-    skills = spec.get("skills", [])
-    inputs = [(kind, spec.get(name)) for name, kind in INPUTS.items()]
-    inputs += [("dataset", skill) for skill in skills] if isinstance(skills, list) else []
+        raise InvalidArgument(f"{path.name} is not JSON: {error}.") from error
+    if spec is None:
+        raise InvalidArgument(f"{path.name} is not a JSON object.")
+    inputs = [(kind, _object(spec.get(name))) for name, kind in INPUTS.items()]
+    inputs += [("dataset", _object(skill)) for skill in _items(spec.get("skills"))]
     for kind, item in inputs:
-        if isinstance(item, dict) and "path" in item:
+        if item and "path" in item:
             found = path.resolve().parent / str(item["path"])
             if not (found.is_dir() if kind == "model" else found.is_file()):
-                raise NarrowClientError(f"{path.name}: there is no {'folder' if kind == 'model' else 'file'} at {found}.")
+                raise InvalidArgument(f"{path.name}: there is no {'folder' if kind == 'model' else 'file'} at {found}.")
             item["path"] = str(found)
     try:
         # What is misspelt is better told before anything is uploaded.
@@ -53,7 +51,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
     except ValidationError as error:
         first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
         where = ".".join(str(part) for part in first["loc"])
-        raise NarrowClientError(f"{path.name}: {where}: {first['msg']}.") from error
+        raise InvalidArgument(f"{path.name}: {where}: {first['msg']}.") from error
     return spec
 
 
@@ -75,59 +73,86 @@ def upload_sweep(client: Narrow, spec: dict[str, Any]) -> dict[str, Any]:
     return _with_ids(spec, upload)
 
 
-def create_sweep(client: Narrow, spec: dict[str, Any]) -> SweepPoints:
-    """Queues the sweep. Ctrl-C while it is being made cancels it."""
+OnInterrupt = bool | Callable[[SweepPoints], bool]
+"""Whether Ctrl-C cancels the sweep, or a function that is asked with it."""
+
+
+def create_sweep(client: Narrow, spec: dict[str, Any], cancel: OnInterrupt) -> SweepPoints:
+    """Queues the sweep."""
     key = secrets.token_hex(16)
     try:
         return client.sweeps.create(spec, key)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(cancel_unseen(lambda: _cancel(client, client.sweeps.create(spec, key)))) from None
+        told = unseen(lambda: _interrupted(client, client.sweeps.create(spec, key), cancel))
+        raise KeyboardInterrupt(told) from None
 
 
 def _with_ids(spec: dict[str, Any], identify: Callable[[str, dict[str, Any]], str]) -> dict[str, Any]:
     def replace(kind: str, item: Any) -> Any:
-        named = LOCAL if isinstance(item, dict) and "path" in item else HUB
-        if not (isinstance(item, dict) and (named is LOCAL or (kind == "model" and "hub" in item))):
-            return item
-        rest = {name: value for name, value in item.items() if name not in named}
-        return {**rest, kind: identify(kind, item)}
+        told = _object(item) or {}
+        named = LOCAL if "path" in told else HUB if kind == "model" and "hub" in told else ()
+        rest = {name: value for name, value in told.items() if name not in named}
+        return {**rest, kind: identify(kind, told)} if named else item
 
     made = {**spec}
     for name, kind in INPUTS.items():
         if name in made:
             made[name] = replace(kind, made[name])
     if isinstance(made.get("skills"), list):
-        made["skills"] = [replace("dataset", skill) for skill in made["skills"]]
+        made["skills"] = [replace("dataset", skill) for skill in _items(made["skills"])]
     return made
 
 
-def follow(client: Narrow, sweep: SweepPoints, show: bool, cancel: bool) -> SweepPoints:
-    """The sweep once it has ended. Ctrl-C cancels it, if `cancel`; a lost connection never does."""
-    again = f"'narrow sweep {sweep.id}' takes it up again"
+def _object(value: Any) -> dict[str, Any] | None:
+    """What may be anything, if it is a JSON object."""
+    if not isinstance(value, dict):
+        return None
+    found: dict[str, Any] = value
+    return found
+
+
+def _items(value: Any) -> list[Any]:
+    """The items of what may be anything, if it is a list."""
+    if not isinstance(value, list):
+        return []
+    items: list[Any] = value
+    return items
+
+
+def follow(client: Narrow, sweep: SweepPoints, show: bool, cancel: OnInterrupt) -> SweepPoints:
+    """The sweep once it has ended. A lost connection never cancels it."""
     try:
         with SweepDisplay(sweep, show) as display:
-            lost: float | None = None
+            patience = Patience()
             while not sweep.finished:
                 time.sleep(SECONDS)
                 try:
-                    sweep, lost = client.sweeps.get(sweep.id), None
+                    sweep = client.sweeps.get(sweep.id)
+                    patience.content()
                     running = next((point.job for point in sweep.points if point.status == "running"), None)
                     display(sweep, client.jobs.get(running) if running and show else None)
-                except (ConnectionFailed, ServerError):
-                    lost = lost or time.monotonic()
-                    if time.monotonic() - lost > PATIENCE:
-                        raise
+                except (ConnectionFailed, ServerError) as error:
+                    patience.bear(error)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_cancel(client, sweep) if cancel else f"the sweep {sweep.id} goes on: {again}") from None
+        raise KeyboardInterrupt(_interrupted(client, sweep, cancel)) from None
     except (ConnectionFailed, ServerError) as error:
-        error.args = (f"{error} The sweep {sweep.id} goes on: {again}.",)
+        error.args = (f"{error} The {_left(sweep).removeprefix('the ')}.",)
         raise
     return sweep
 
 
-def _cancel(client: Narrow, sweep: SweepPoints) -> str:
+def _left(sweep: SweepPoints) -> str:
+    return f"the sweep {sweep.id} goes on: 'narrow sweep {sweep.id}' takes it up again"
+
+
+def _interrupted(client: Narrow, sweep: SweepPoints, cancel: OnInterrupt) -> str:
+    """Cancels the sweep, if that is wanted, and says what becomes of it. Another Ctrl-C leaves it."""
     try:
+        if not (cancel(sweep) if callable(cancel) else cancel):
+            return _left(sweep)
         client.sweeps.cancel(sweep.id)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_left(sweep)) from None
     except Conflict:
         return f"the sweep {sweep.id} had ended already: 'narrow sweep {sweep.id}' shows its frontier"
     except NarrowClientError as error:

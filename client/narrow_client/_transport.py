@@ -9,39 +9,44 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import httpx
 
 from narrow_client import _calls
-from narrow_client._calls import Call
-from narrow_client._errors import ApiError, ConnectionFailed, DigestMismatch, NarrowClientError, from_response, not_narrow
+from narrow_client._calls import ANSWER_SECONDS, Call
+from narrow_client._errors import (
+    ApiError,
+    ConnectionFailed,
+    DigestMismatch,
+    InvalidArgument,
+    ServerError,
+    from_response,
+    not_narrow,
+    retry_after,
+)
+from narrow_client._pages import AsyncPages, Page, Pages
 from narrow_client.models import Artifact, Event
 
 T = TypeVar("T")
-Item = TypeVar("Item", covariant=True)
-
-
-class Page(Protocol[Item]):
-    """A page of a list, as the generated models have them."""
-
-    @property
-    def data(self) -> Sequence[Item]: ...
-
-    @property
-    def next_cursor(self) -> str | None: ...
-
+OnTransfer = Callable[[str, int, int], None]
+"""Is told of a large file that goes up, and of every file that comes down: its name, the bytes that are through, and all."""
 
 RETRIES = 4
 RETRIED = (408, 429, 500, 502, 503, 504)
-TIMEOUT = httpx.Timeout(60, connect=5, read=300, write=300)
+REFUSED = (408, 429)
+"""Answers that say that nothing was done, so that a call may be sent again whatever it is."""
+CONNECT_SECONDS = 5.0
+MOST_WAIT = 60.0
+"""Seconds. A service that asks to be left alone for longer is told to the caller, and not waited for."""
 STREAM_SILENCE = 45.0
 """The service pings every 15 s: a stream that is silent for longer is dead."""
 PATIENCE = 60.0
-"""Seconds without contact after which an event stream gives up: a restart of the service takes less."""
+"""Seconds without the service after which following or waiting for a job gives up: a restart takes less."""
 
 
 def configure(url: str | None, api_key: str | None) -> dict[str, Any]:
@@ -52,31 +57,63 @@ def configure(url: str | None, api_key: str | None) -> dict[str, Any]:
     except httpx.InvalidURL:
         parsed = httpx.URL()
     if parsed.scheme not in ("http", "https") or not parsed.host or (parsed.port or 1) > 65535:
-        raise NarrowClientError(f"{url!r} is not the URL of a service: NARROW_URL must look like http://127.0.0.1:8000.")
+        raise InvalidArgument(f"{url!r} is not the URL of a service: NARROW_URL must look like http://127.0.0.1:8000.")
     key = api_key or os.environ.get("NARROW_API_KEY")
     if key and not (key.isascii() and key.isprintable()):
-        raise NarrowClientError("The API key has characters other than printable ASCII: is NARROW_API_KEY right?")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return {"base_url": url.rstrip("/"), "headers": headers, "timeout": TIMEOUT}
+        raise InvalidArgument("The API key has characters other than printable ASCII: is NARROW_API_KEY right?")
+    headers = {"User-Agent": f"narrow-client/{version('narrow-client')}"}
+    headers |= {"Authorization": f"Bearer {key}"} if key else {}
+    return {"base_url": url.rstrip("/"), "headers": headers, "timeout": timeout_of(None, ANSWER_SECONDS)}
 
 
-def arguments(call: Call[Any], stack: ExitStack) -> dict[str, Any]:
+def timeout_of(asked: float | None, patience: float) -> httpx.Timeout:
+    """Of a call: a connection is there soon or never; what counts after that is silence, never the whole time."""
+    return httpx.Timeout(asked or patience, connect=min(asked or CONNECT_SECONDS, CONNECT_SECONDS))
+
+
+def arguments(call: Call[Any], stack: ExitStack, timeout: float | None) -> dict[str, Any]:
     """Arguments of httpx's `request`; files are opened on `stack`, and streamed."""
     files = [(field, (path.name, stack.enter_context(path.open("rb")))) for field, path in call.files]
     body: dict[str, Any] = {"files": files, "data": dict(call.form)} if files or call.form else {}
     if call.json is not None or call.content is not None:
         body = {"json": call.json} if call.content is None else {"content": call.content}
-    if call.patience:
-        body["timeout"] = httpx.Timeout(60, connect=5, read=call.patience)
-    return {"method": call.method, "url": call.path, "params": dict(call.params), "headers": dict(call.headers), **body}
+    more = {"params": dict(call.params), "headers": dict(call.headers), "timeout": timeout_of(timeout, call.patience)}
+    return {"method": call.method, "url": call.path, **more, **body}
 
 
-def pause(attempt: int, response: httpx.Response | None) -> float:
-    """Seconds before try `attempt` + 1: what Retry-After says, or 0.25 s doubling, with jitter."""
-    asked = response.headers.get("retry-after", "") if response is not None else ""
-    if asked.isdigit():
-        return min(60.0, float(asked))
-    return min(8.0, 0.25 * 2.0**attempt) * random.uniform(0.75, 1.25)  # noqa: S311
+def pause(attempt: int, asked: float | None = None) -> float:
+    """Seconds before try `attempt` + 1: what Retry-After asks, or 0.25 s doubling, with jitter lest many come at once."""
+    return asked if asked is not None else min(8.0, 0.25 * 2.0**attempt) * random.uniform(0.75, 1.25)  # noqa: S311
+
+
+def asked_by(error: Exception) -> float | None:
+    """How long an error asks to wait, as far as that is waited for."""
+    asked = error.retry_after if isinstance(error, ApiError) else None
+    return asked if asked is None else min(asked, MOST_WAIT)
+
+
+def resend(call: Call[Any], attempt: int, retries: int, outcome: httpx.Response | httpx.TransportError) -> float | None:
+    """Seconds after which a call that was not answered well is sent again; None if it is not."""
+    if attempt >= retries:
+        return None
+    if isinstance(outcome, httpx.TransportError):
+        # A connection that was never made has sent nothing.
+        unsent = isinstance(outcome, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
+        return pause(attempt) if call.safe or unsent else None
+    again = outcome.status_code in (RETRIED if call.safe else REFUSED) or _in_progress(outcome)
+    seconds = pause(attempt, retry_after(outcome))
+    return seconds if again and seconds <= MOST_WAIT else None
+
+
+def _in_progress(response: httpx.Response) -> bool:
+    """Whether an earlier try with the same Idempotency-Key is still being answered: what it makes is what we asked for."""
+    return response.status_code == 409 and from_response(response).code == "request_in_progress"
+
+
+def is_answer(call: Call[Any], attempt: int, response: httpx.Response) -> bool:
+    """Whether this is what was asked for. What is not there any more, an earlier try has deleted whose answer was lost."""
+    deleted = attempt > 0 and call.method == "DELETE" and response.status_code == 404
+    return response.status_code < 400 or response.status_code in call.answers or deleted
 
 
 def worth_retrying(error: httpx.TransportError | ApiError) -> bool:
@@ -84,8 +121,24 @@ def worth_retrying(error: httpx.TransportError | ApiError) -> bool:
 
 
 def unreachable(error: httpx.TransportError, url: object) -> ConnectionFailed:
-    reason = str(error) or type(error).__name__
+    reason = str(error) or ("no answer in time" if isinstance(error, httpx.TimeoutException) else type(error).__name__)
     return ConnectionFailed(f"The service at {url} was not reached ({reason}): is it running, and is NARROW_URL right?")
+
+
+class Patience:
+    """Bears that the service is away for a while, as in a restart: `bear` raises an error that has lasted for too long."""
+
+    def __init__(self) -> None:
+        self.since: float | None = None
+
+    def bear(self, error: ConnectionFailed | ServerError) -> None:
+        self.since = self.since or time.monotonic()
+        if time.monotonic() - self.since > PATIENCE:
+            raise error
+
+    def content(self) -> None:
+        """The service has answered."""
+        self.since = None
 
 
 class EventReader:
@@ -99,7 +152,7 @@ class EventReader:
     def request(self, job_id: str) -> dict[str, Any]:
         """Arguments of httpx's `stream`."""
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(self.known)}
-        timeout = httpx.Timeout(STREAM_SILENCE, connect=5)
+        timeout = httpx.Timeout(STREAM_SILENCE, connect=CONNECT_SECONDS)
         return {"method": "GET", "url": _calls.path_of("job", job_id, "events"), "headers": headers, "timeout": timeout}
 
     def begin(self, response: httpx.Response) -> None:
@@ -117,7 +170,7 @@ class EventReader:
             self.lost = time.monotonic()
         if not worth_retrying(error) or time.monotonic() - self.lost >= PATIENCE:
             raise error if isinstance(error, ApiError) else unreachable(error, url) from error
-        return pause(self.failures, None)
+        return pause(self.failures, asked_by(error))
 
     def feed(self, line: str) -> Event | None:
         """Takes a line; returns an event that it completes and that is new."""
@@ -188,6 +241,10 @@ def worth_resending(error: ConnectionFailed | ApiError) -> bool:
     return not isinstance(error, ApiError) or error.status in (*RETRIED, 409, 460)
 
 
+def _tell_nobody(name: str, done: int, total: int) -> None:
+    pass
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -196,37 +253,37 @@ def _sha256(path: Path) -> str:
 class Transport:
     """Sends calls with httpx.Client."""
 
-    def __init__(self, url: str | None, api_key: str | None) -> None:
+    def __init__(
+        self, url: str | None, api_key: str | None, timeout: float | None, retries: int, on_transfer: OnTransfer | None = None
+    ) -> None:
         self.http = httpx.Client(**configure(url, api_key))
+        self.timeout, self.retries, self.on_transfer = timeout, retries, on_transfer or _tell_nobody
 
     def send(self, call: Call[T]) -> T:
-        for attempt in range(RETRIES + 1):
-            last = attempt == RETRIES or not call.safe
+        return call.read(self.answer(call))
+
+    def answer(self, call: Call[Any]) -> httpx.Response:
+        """The answer to a call, of a status below 400."""
+        attempt = 0
+        while True:
             try:
                 with ExitStack() as stack:
-                    response = self.http.request(**arguments(call, stack))
+                    response = self.http.request(**arguments(call, stack, self.timeout))
             except httpx.TransportError as error:
-                # A connection that was never made has sent nothing: that is safe to repeat whatever the call.
-                if attempt == RETRIES or (last and not isinstance(error, httpx.ConnectError)):
+                seconds = resend(call, attempt, self.retries, error)
+                if seconds is None:
                     raise unreachable(error, self.http.base_url) from error
-                time.sleep(pause(attempt, None))
-                continue
-            if response.status_code < 400:
-                return call.read(response)
-            if last or response.status_code not in RETRIED:
-                raise from_response(response)
-            time.sleep(pause(attempt, response))
-        raise AssertionError("the last try returns or raises")
+            else:
+                if is_answer(call, attempt, response):
+                    return response
+                seconds = resend(call, attempt, self.retries, response)
+                if seconds is None:
+                    raise from_response(response)
+            time.sleep(seconds)
+            attempt += 1
 
-    def all(self, call: Callable[[str | None], Call[Page[T]]]) -> Iterator[T]:
-        """All of a list; its pages are fetched as they are needed."""
-        cursor: str | None = None
-        while True:
-            page = self.send(call(cursor))
-            yield from page.data
-            cursor = page.next_cursor
-            if cursor is None:
-                return
+    def all(self, call: Callable[[str | None], Call[Page[T]]], cursor: str | None = None) -> Pages[T]:
+        return Pages(lambda at: self.send(call(at)), cursor)
 
     def events(self, job_id: str, after: int) -> Iterator[Event]:
         reader = EventReader(after)
@@ -253,6 +310,7 @@ class Transport:
         found = next(known, None) or self.send(_calls.create_upload(*file_of))
         failures = 0
         with path.open("rb") as file:
+            self.on_transfer(path.name, found.offset, found.bytes)
             while found.offset < found.bytes:
                 file.seek(found.offset)
                 try:
@@ -260,10 +318,11 @@ class Transport:
                     failures = 0
                 except (ConnectionFailed, ApiError) as error:
                     failures += 1
-                    if failures > RETRIES or not worth_resending(error):
+                    if failures > self.retries or not worth_resending(error):
                         raise
-                    time.sleep(pause(failures, None))
+                    time.sleep(pause(failures, asked_by(error)))
                 found = self.send(_calls.get_upload(found.id))
+                self.on_transfer(path.name, found.offset, found.bytes)
         return found.id
 
     def download(self, job_id: str, artifact: Artifact, target: Path) -> None:
@@ -282,6 +341,7 @@ class Transport:
                         with part.path.open(part.mode(response)) as file:
                             for chunk in response.iter_bytes():
                                 file.write(chunk)
+                                self.on_transfer(artifact.path, file.tell(), artifact.bytes)
                 if part.finish():
                     return
                 wrong += 1
@@ -291,44 +351,44 @@ class Transport:
                 if not worth_retrying(error):
                     raise
                 failures += 1
-                if failures > RETRIES:
+                if failures > self.retries:
                     raise error if isinstance(error, ApiError) else unreachable(error, self.http.base_url) from error
-                time.sleep(pause(failures, None))
+                time.sleep(pause(failures, asked_by(error)))
 
 
 class AsyncTransport:
     """Sends calls with httpx.AsyncClient. The twin of `Transport`."""
 
-    def __init__(self, url: str | None, api_key: str | None) -> None:
+    def __init__(
+        self, url: str | None, api_key: str | None, timeout: float | None, retries: int, on_transfer: OnTransfer | None = None
+    ) -> None:
         self.http = httpx.AsyncClient(**configure(url, api_key))
+        self.timeout, self.retries, self.on_transfer = timeout, retries, on_transfer or _tell_nobody
 
     async def send(self, call: Call[T]) -> T:
-        for attempt in range(RETRIES + 1):
-            last = attempt == RETRIES or not call.safe
+        return call.read(await self.answer(call))
+
+    async def answer(self, call: Call[Any]) -> httpx.Response:
+        attempt = 0
+        while True:
             try:
                 with ExitStack() as stack:
-                    response = await self.http.request(**arguments(call, stack))
+                    response = await self.http.request(**arguments(call, stack, self.timeout))
             except httpx.TransportError as error:
-                if attempt == RETRIES or (last and not isinstance(error, httpx.ConnectError)):
+                seconds = resend(call, attempt, self.retries, error)
+                if seconds is None:
                     raise unreachable(error, self.http.base_url) from error
-                await asyncio.sleep(pause(attempt, None))
-                continue
-            if response.status_code < 400:
-                return call.read(response)
-            if last or response.status_code not in RETRIED:
-                raise from_response(response)
-            await asyncio.sleep(pause(attempt, response))
-        raise AssertionError("the last try returns or raises")
+            else:
+                if is_answer(call, attempt, response):
+                    return response
+                seconds = resend(call, attempt, self.retries, response)
+                if seconds is None:
+                    raise from_response(response)
+            await asyncio.sleep(seconds)
+            attempt += 1
 
-    async def all(self, call: Callable[[str | None], Call[Page[T]]]) -> AsyncIterator[T]:
-        cursor: str | None = None
-        while True:
-            page = await self.send(call(cursor))
-            for item in page.data:
-                yield item
-            cursor = page.next_cursor
-            if cursor is None:
-                return
+    def all(self, call: Callable[[str | None], Call[Page[T]]], cursor: str | None = None) -> AsyncPages[T]:
+        return AsyncPages(lambda at: self.send(call(at)), cursor)
 
     async def events(self, job_id: str, after: int) -> AsyncIterator[Event]:
         reader = EventReader(after)
@@ -349,12 +409,14 @@ class AsyncTransport:
                 await asyncio.sleep(reader.again(error, self.http.base_url))
 
     async def upload(self, path: Path) -> str:
-        file_of = describe(path)
+        # Digests of large files take seconds: not on the loop.
+        file_of = await asyncio.to_thread(describe, path)
         uploads = self.all(_calls.list_uploads)
         known = [upload async for upload in uploads if (upload.name, upload.bytes, upload.sha256) == file_of]
         found = known[0] if known else await self.send(_calls.create_upload(*file_of))
         failures = 0
         with path.open("rb") as file:
+            self.on_transfer(path.name, found.offset, found.bytes)
             while found.offset < found.bytes:
                 file.seek(found.offset)
                 try:
@@ -362,15 +424,16 @@ class AsyncTransport:
                     failures = 0
                 except (ConnectionFailed, ApiError) as error:
                     failures += 1
-                    if failures > RETRIES or not worth_resending(error):
+                    if failures > self.retries or not worth_resending(error):
                         raise
-                    await asyncio.sleep(pause(failures, None))
+                    await asyncio.sleep(pause(failures, asked_by(error)))
                 found = await self.send(_calls.get_upload(found.id))
+                self.on_transfer(path.name, found.offset, found.bytes)
         return found.id
 
     async def download(self, job_id: str, artifact: Artifact, target: Path) -> None:
         part = Part(artifact, target)
-        if part.there():
+        if await asyncio.to_thread(part.there):
             return
         wrong, failures = 0, 0
         while True:
@@ -384,7 +447,8 @@ class AsyncTransport:
                         with part.path.open(part.mode(response)) as file:
                             async for chunk in response.aiter_bytes():
                                 file.write(chunk)
-                if part.finish():
+                                self.on_transfer(artifact.path, file.tell(), artifact.bytes)
+                if await asyncio.to_thread(part.finish):
                     return
                 wrong += 1
                 if wrong > 1:
@@ -393,6 +457,6 @@ class AsyncTransport:
                 if not worth_retrying(error):
                     raise
                 failures += 1
-                if failures > RETRIES:
+                if failures > self.retries:
                     raise error if isinstance(error, ApiError) else unreachable(error, self.http.base_url) from error
-                await asyncio.sleep(pause(failures, None))
+                await asyncio.sleep(pause(failures, asked_by(error)))

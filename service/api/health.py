@@ -15,9 +15,9 @@ router = APIRouter(tags=["health"])
 
 
 @router.get("/healthz")
-def healthz() -> Health:
+def healthz(request: Request) -> Health:
     """The process answers."""
-    return Health(status="ok")
+    return Health(status="ok", version=request.app.version)
 
 
 @router.get("/readyz", responses={503: {"model": Health, "description": "Not ready; the checks say why."}})
@@ -46,4 +46,4 @@ def readyz(request: Request, response: Response) -> Health:
             checks["storage"] = str(error)
     ready = all(value == "ok" for value in checks.values())
     response.status_code = 200 if ready else 503
-    return Health(status="ok" if ready else "unavailable", checks=checks)
+    return Health(status="ok" if ready else "unavailable", version=request.app.version, checks=checks)

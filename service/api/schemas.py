@@ -262,6 +262,7 @@ class Usage(BaseModel):
     bytes: int = Field(description="Of models, datasets, uploads and what jobs made.")
     hours: float = Field(description="Of job processes, in the last thirty days.")
     limits: Limits
+    role: Role | None = Field(None, description="What the key that asks may do; without keys, everything.")
 
 
 class NewKey(BaseModel):
@@ -302,6 +303,7 @@ class SecretKey(Key):
 
 class Health(BaseModel):
     status: Literal["ok", "unavailable"]
+    version: str = Field(description="Of the service.")
     checks: dict[str, str] = {}
 
 

@@ -12,5 +12,5 @@ router = APIRouter(prefix="/usage", tags=["usage"])
 
 @router.get("", responses=responses())
 def get_usage(request: Request, session: ReadDb, who: Who) -> Usage:
-    """Jobs, bytes and hours, with their limits."""
-    return quotas.usage(session, request.app.state.settings, who.tenant)
+    """Jobs, bytes and hours with their limits, and what the caller may do."""
+    return quotas.usage(session, request.app.state.settings, who.tenant).model_copy(update={"role": who.role})

@@ -82,7 +82,7 @@ def test_the_service_imports_only_the_engine_without_torch(file):
             assert ".".join(name.split(".")[:2]) in ENGINE_FOR_THE_SERVICE, name
 
 
-@pytest.mark.parametrize("module", ["service.app", "service.cli", "service.worker", "narrow_client.cli", "narrow_engine.cli"])
+@pytest.mark.parametrize("module", ["service.app", "service.server", "service.worker", "narrow_client.cli", "narrow_engine.cli"])
 def test_starting_imports_no_torch(module):
     code = f"import sys, {module}; sys.exit(bool({{'torch', 'transformers', 'matplotlib', 'onnx'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -292,8 +292,11 @@ def test_a_report_is_made_again_from_the_same_bytes_and_from_no_other(spec, tmp_
     german_file = shutil.copy(german_file, tmp_path / "german with a bad row.jsonl")
     german_file.write_text(german_file.read_text() + "oops\n")
     skills = [{"name": "german", "path": str(german_file), "role": "forget", "bad_rows": "skip"}]
-    assert finish(start(spec(skills=skills), tmp_path / "run"))[0] == 0
+    path = spec(skills=skills)
+    assert finish(start(path, tmp_path / "run"))[0] == 0
     report = tmp_path / "run" / "result" / "report.json"
+    status, told = finish(Run("run", path, "--out", tmp_path / "run", "--quiet", "--json"))
+    assert (status, json.loads(told)) == (0, json.loads(report.read_text()))
     moved = tmp_path / "elsewhere"
     shutil.copytree(tiny_folder, moved / "a model")
     (moved / "no model").mkdir()

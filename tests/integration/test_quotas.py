@@ -1,5 +1,6 @@
 """What a tenant may use: jobs, bytes, hours, requests; and whose job goes first."""
 
+import json
 import subprocess
 import sys
 import time
@@ -205,7 +206,9 @@ def test_limits_are_set_and_shown_on_the_services_machine(house):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    narrow("limit", "ours", "--jobs", "7", "--hours", "1.5")
+    told = json.loads(narrow("limit", "ours", "--jobs", "7", "--hours", "1.5", "--json"))
+    assert (told["limits"]["jobs"], told["limits"]["hours"]) == (7, 1.5)
+    assert json.loads(narrow("list", "--json"))["ours"]["limits"]["jobs"] == 7
     lines = narrow("list").splitlines()
     assert [line.split()[0] for line in lines] == ["ours", "theirs"]
     assert "0 of 7 jobs  150 of any bytes  0 of 1.5 hours" in lines[0]

@@ -187,7 +187,7 @@ def test_both_clients_do_the_same(queueing, spec):
             client.sweeps.get(there.id)
         made = client.sweeps.create({**spec, "seeds": [7]}, "key-7")
         assert client.sweeps.create({**spec, "seeds": [7]}, "key-7") == made
-        assert next(client.sweeps.list()).id == made.id
+        assert next(iter(client.sweeps.list())).id == made.id
         assert [job.sweep for job in client.jobs.list(sweep=made.id)] == [made.id] * 4
         with pytest.raises(narrow_client.JobTimeout, match="it goes on"):
             client.sweeps.wait(made.id, timeout=0)

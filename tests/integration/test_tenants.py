@@ -261,6 +261,7 @@ def test_without_keys_pages_of_other_sites_may_not_send_anything(tmp_path):
 
 def test_a_service_that_others_can_reach_needs_keys_and_says_so(tmp_path, tiny_folder, python_file):
     """From the command that makes the first key to the model that comes out, which is its tenant's."""
+    import json
     import os
     import subprocess
     import sys
@@ -288,10 +289,13 @@ def test_a_service_that_others_can_reach_needs_keys_and_says_so(tmp_path, tiny_f
         for path in (f"/models/{done['result_model']}", f"/jobs/{job_id}/report", f"/jobs/{job_id}/artifacts/report.json"):
             assert service.http.get(path).status_code == 404
         assert "acme" in keys("list")
+        shown = json.loads(keys("create", "machine", "--tenant", "acme", "--json"))
+        assert shown["key"].endswith(shown["hint"])
+        assert json.loads(keys("revoke", shown["id"], "--json"))["revoked_at"]
         with narrow_client.Narrow(service.url, keys("create", "boss", "--tenant", "acme", "--role", "admin")) as client:
             made = client.keys.create("nightly", "read", expires_in_days=1)
             renewed = client.keys.renew(made.id, overlap_hours=0)
-            assert [key.name for key in client.keys.list()] == ["nightly", "nightly", "boss", "me"]
+            assert [key.name for key in client.keys.list()] == ["nightly", "nightly", "boss", "machine", "me"]
             client.keys.revoke(renewed.id)
         with narrow_client.Narrow(service.url, renewed.key) as client, pytest.raises(narrow_client.NotAllowed, match="revoked"):
             client.jobs.get(job_id)

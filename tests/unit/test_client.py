@@ -2,123 +2,22 @@
 
 import asyncio
 import contextlib
-import hashlib
 import io
 import json
 import re
 import threading
 import time
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import get_args
 
 import narrow_client
 import pytest
-from narrow_client import _compress, _sweep, _transport, models
+from misbehaving import BODY, DATASET, EVENTS, FILES, JOB, PLAN, answer, artifacts, event, file, hang_up, problem, run_cli, sse
+from narrow_client import _calls, _compress, _sweep, _transport, models
+from narrow_client._options import words
 from narrow_client._render import ProgressDisplay
 from narrow_client._transport import EventReader
-from narrow_client.cli import main
 from rich.console import Console
-
-BODY = bytes(range(256)) * 400
-JOB = {
-    "id": "job_0000000000000001",
-    "status": "succeeded",
-    "phase": "report",
-    "spec": {
-        "base": {"model": "mdl_0000000000000000"},
-        "target": {"dataset": "ds_0000000000000000"},
-        "budget": {"parameters": 0.5},
-    },
-    "attempt": 1,
-    "created_at": "2026-01-01T00:00:00Z",
-}
-
-
-def event(seq):
-    return {"seq": seq, "time": "2026-01-01T00:00:00Z", "kind": "progress", "phase": "load", "message": "", "data": {"done": seq}}
-
-
-@pytest.fixture
-def impatient(monkeypatch):
-    """A client that loses its patience in a second, after many tries."""
-    monkeypatch.setattr(_transport, "PATIENCE", 1.0)
-    monkeypatch.setattr(_transport, "pause", lambda *_: 0.01)
-
-
-class Misbehaving(BaseHTTPRequestHandler):
-    """Keeps what it was asked, and answers from `server.script` (path → list of functions, the last one repeated)."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def _serve(self):
-        length = int(self.headers.get("content-length") or 0)
-        self.body = self.rfile.read(length)
-        path = self.path.split("?")[0]
-        self.server.asked.append((self.command, path, dict(self.headers.items())))
-        steps = self.server.script[path]
-        step = steps.pop(0) if len(steps) > 1 else steps[0]
-        step(self)
-
-    do_GET = do_POST = do_DELETE = _serve
-
-
-@pytest.fixture
-def server(monkeypatch):
-    found = ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving)
-    found.asked, found.script = [], {}
-    threading.Thread(target=found.serve_forever, args=(0.02,), daemon=True).start()
-    monkeypatch.setenv("NARROW_URL", f"http://127.0.0.1:{found.server_port}")
-    yield found
-    found.shutdown()
-    found.server_close()
-
-
-def answer(body, status=200, **headers):
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-
-    def step(handler):
-        handler.send_response(status)
-        for name, value in {"content-length": str(len(raw)), **headers}.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        handler.wfile.write(raw)
-
-    return step
-
-
-def hang_up(handler):
-    handler.close_connection = True
-    handler.connection.close()
-
-
-def problem(status, code, detail, **headers):
-    body = {"type": "x", "title": "x", "status": status, "detail": detail, "code": code, "request_id": "req_1"}
-    return answer(body, status, content_type="application/problem+json", **headers)
-
-
-def file(handler, broken_after=None):
-    """The artifact with Range; breaks off after some bytes if asked to."""
-    ask = handler.headers.get("range")
-    start = int(ask.removeprefix("bytes=").rstrip("-")) if ask else 0
-    rest = BODY[start:]
-    handler.send_response(206 if ask else 200)
-    handler.send_header("content-length", str(len(rest)))
-    handler.end_headers()
-    if broken_after is None:
-        handler.wfile.write(rest)
-    else:
-        handler.wfile.write(rest[:broken_after])
-        handler.wfile.flush()
-        hang_up(handler)
-
-
-def artifacts(sha256="", path="model/w.bin"):
-    digest = sha256 or hashlib.sha256(BODY).hexdigest()
-    return answer({"data": [{"path": path, "bytes": len(BODY), "sha256": digest, "media_type": "x"}]})
-
 
 FETCHED = {
     **{"id": "mdl_0000000000000000", "name": "m", "family": "llama", "parameters": 1, "bytes": 1, "sha256": "0", "units": []},
@@ -151,9 +50,6 @@ def test_a_model_that_a_proxy_did_not_wait_for_is_asked_for_again(server, impati
     assert sent == [{"hub": "owner/m", **more}] * 2
 
 
-FILES = f"/jobs/{JOB['id']}/artifacts"
-
-
 def test_a_busy_service_is_asked_again_when_it_says_so(server):
     server.script[f"/jobs/{JOB['id']}"] = [problem(503, "unavailable", "busy", retry_after="1"), hang_up, answer(JOB)]
     started = time.monotonic()
@@ -172,9 +68,9 @@ def test_a_new_job_is_retried_with_the_same_key(server):
 
 
 def test_what_is_not_safe_is_not_repeated(server):
-    server.script[f"/jobs/{JOB['id']}"] = [problem(503, "unavailable", "busy")]
+    server.script["/keys"] = [problem(503, "unavailable", "busy")]
     with narrow_client.Narrow() as client, pytest.raises(narrow_client.ServerError):
-        client.jobs.delete(JOB["id"])
+        client.keys.create("mine")
     assert len(server.asked) == 1
 
 
@@ -234,25 +130,6 @@ def test_files_stay_inside_the_folder(server, tmp_path, path):
     server.script[FILES] = [artifacts(path=path)]
     with narrow_client.Narrow() as client, pytest.raises(narrow_client.NarrowClientError, match="inside"):
         client.jobs.download(JOB["id"], tmp_path / "out")
-
-
-def sse(*seqs, end=False):
-    def step(handler):
-        handler.send_response(200)
-        handler.send_header("content-type", "text/event-stream")
-        handler.send_header("connection", "close")
-        handler.end_headers()
-        for seq in seqs:
-            handler.wfile.write(f": ping\nid: {seq}\nevent: progress\ndata: {json.dumps(event(seq))}\n\n".encode())
-        if end:
-            handler.wfile.write(b"event: end\ndata: {}\n\n")
-        handler.wfile.flush()
-        hang_up(handler)
-
-    return step
-
-
-EVENTS = f"/jobs/{JOB['id']}/events"
 
 
 def test_events_survive_broken_streams_without_gap_or_repeat(server):
@@ -399,25 +276,10 @@ def test_event_lines_are_read_however_they_are_cut():
     assert reader.end
 
 
-def run_cli(*arguments):
-    from click.testing import CliRunner
-
-    return CliRunner().invoke(main, list(map(str, arguments)), catch_exceptions=False)
-
-
-@pytest.fixture
-def local(tmp_path):
-    """A model folder and a file, as far as the client looks at them."""
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text("{}")
-    (tmp_path / "text.txt").write_text("text")
-    return "--base", tmp_path / "base", "--target", tmp_path / "text.txt"
-
-
 def test_the_command_line_says_what_is_wrong_and_how_it_ended(server, monkeypatch):
     server.script["/jobs"] = [problem(422, "x", "The sentence.\x1b[31m")]
     result = run_cli("jobs")
-    assert (result.exit_code, "The sentence." in result.stderr, "\x1b" in result.stderr) == (1, True, False)
+    assert (result.exit_code, "The sentence." in result.stderr, "\x1b" in result.stderr) == (2, True, False)
     server.script["/jobs"] = [answer({"data": [JOB], "next_cursor": None})]
     assert json.loads(run_cli("jobs", "--json").stdout)[0]["id"] == JOB["id"]
     with contextlib.suppress(SystemExit):
@@ -459,35 +321,9 @@ def test_wrong_usage_of_lists_is_told_too(server, arguments):
 
 @pytest.mark.parametrize(("text", "number"), [("0.5", 0.5), ("1", 1), ("4_000_000", 4e6), ("4,000,000", 4e6), ("4e6", 4e6)])
 def test_budgets_are_read_however_they_are_written(text, number):
-    from narrow_client.cli import parse_budget
+    from narrow_client._options import parse_budget
 
     assert parse_budget(None, None, f"bytes={text}") == {"bytes": number}
-
-
-MODEL = {"id": "mdl_0000000000000000", "name": "b", "family": "llama", "parameters": 1, "bytes": 1, "sha256": "", "units": []}
-MODEL |= {"config": {}, "created_at": "2026-01-01T00:00:00Z"}
-DATASET = {"id": "ds_0000000000000000", "name": "t", "column": "text", "documents": 1, "bytes": 1, "sha256": "", "preview": []}
-DATASET |= {"created_at": "2026-01-01T00:00:00Z", "bad_rows": "stop", "skipped": 0, "skipped_reason": None}
-SIZE = {
-    "parameters": 1000,
-    "bytes": 4000,
-    "flops_per_token": 2000,
-    "layers": 2,
-    "hidden": 8,
-    "width": 16,
-    "heads": 2,
-    "kv_heads": 1,
-}
-SIZE |= {"vocabulary": 64}
-PLAN = {"family": "llama", "before": SIZE, "after": {**SIZE, "parameters": 500}, "keep": {"neuron": 8, "token": 1200}}
-PLAN |= {"memory_bytes": 2_500_000_000, "seconds": 90.0, "notices": ["Rounded.\x1b[31m"]}
-
-
-@pytest.fixture
-def uploads(server):
-    server.script |= {"/models": [answer(MODEL, 201)], "/datasets": [answer(DATASET, 201)], "/jobs": [answer(JOB, 201)]}
-    server.script[f"/jobs/{JOB['id']}"] = [answer(JOB)]
-    return server
 
 
 def test_compress_looks_for_every_file_before_it_uploads_one(server, local):
@@ -518,15 +354,14 @@ def test_what_bad_rows_do_is_sent_with_every_file_and_what_was_left_out_is_told(
     assert result.stderr == "1,200 bad rows were left out. The first: line 2 has [31m 1 fields.\n"
     assert run_cli("upload", target).exit_code == 0
     with narrow_client.Narrow() as client:
-        _compress.upload_spec(
-            client, base, target, 0.5, {"a": (target, "watch")}, {}, [], "text", None, 0, broad=target, bad_rows="skip"
-        )
+        skills = {"a": (target, "watch")}
+        _compress.upload_spec(client, _compress.Wanted(base, target, skills=skills, broad=target, bad_rows="skip"))
         spec = tmp_path / "sweep.json"
         data = {"path": str(target), "bad_rows": "skip"}
         spec.write_text(json.dumps({"base": {"path": str(base)}, "target": data, "budgets": [{"parameters": 0.5}]}))
         made = _sweep.upload_sweep(client, _sweep.read_sweep(spec))
     assert made["target"] == {"dataset": DATASET["id"]}
-    assert sent == [b"skip", b"stop", b"skip", b"skip", b"skip", b"skip"]
+    assert sent == [b"skip", b"stop", b"skip", b"skip"], "one file is uploaded once"
 
 
 def test_a_dry_run_is_a_table_of_the_whole_spec(uploads, local):
@@ -551,7 +386,7 @@ def test_a_dry_run_is_a_table_of_the_whole_spec(uploads, local):
 def test_a_connection_lost_in_compress_says_how_to_get_back(uploads, local, impatient):
     uploads.script[EVENTS] = [sse(1), hang_up]
     result = run_cli("compress", *local)
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     first, last = result.stderr.splitlines()[0], result.stderr.splitlines()[-1]
     assert f"job {JOB['id']}: 'narrow watch {JOB['id']}' follows it from anywhere" in first
     for said in ("was not reached", "goes on", f"'narrow watch {JOB['id']}'", f"'narrow download {JOB['id']} --out"):
@@ -561,7 +396,7 @@ def test_a_connection_lost_in_compress_says_how_to_get_back(uploads, local, impa
 def test_a_connection_lost_in_the_download_says_how_to_get_the_files(uploads, local, impatient):
     uploads.script |= {EVENTS: [sse(1, end=True)], FILES: [problem(503, "x", "Busy.")]}
     result = run_cli("compress", *local)
-    assert (result.exit_code, f"Busy. The job {JOB['id']} has succeeded: 'narrow download" in result.stderr) == (1, True)
+    assert (result.exit_code, f"Busy. The job {JOB['id']} has succeeded: 'narrow download" in result.stderr) == (3, True)
 
 
 def interrupt(*_):
@@ -687,3 +522,87 @@ def test_the_table_of_jobs_tells_budget_and_error(server):
     for said in (" 0.5 ", "bytes=8,000,000", "neuron=0.25", "out_of_memory"):
         assert said in text
     assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cancelled"), [(True, True), (False, False), (lambda job: job.id == JOB["id"], True), (lambda job: False, False)]
+)
+def test_a_cancelled_task_and_an_interrupted_call_do_with_the_job_what_was_asked(
+    uploads, local, tmp_path, monkeypatch, wanted, cancelled
+):
+    _, base, _, target = local
+    uploads.script |= {EVENTS: [sse(1)], f"/jobs/{JOB['id']}/cancel": [answer({**JOB, "status": "cancelling"})]}
+
+    def asked():
+        found = ("POST", f"/jobs/{JOB['id']}/cancel") in [(method, path) for method, path, _ in uploads.asked]
+        uploads.asked.clear()
+        return found
+
+    said = "was cancelled" if cancelled else "goes on"
+    with pytest.raises(KeyboardInterrupt, match=said):
+        narrow_client.compress(base, target, out=tmp_path / "o", progress=interrupt, cancel_on_interrupt=wanted)
+    assert asked() == cancelled
+
+    async def run():
+        started = asyncio.Event()
+        task = asyncio.create_task(
+            narrow_client.compress_async(
+                base, target, out=tmp_path / "o", progress=lambda event: started.set(), cancel_on_interrupt=wanted
+            )
+        )
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as raised:
+            await task
+        return raised.value.__notes__
+
+    assert said in asyncio.run(run())[0]
+    assert asked() == cancelled
+
+
+def test_a_task_that_is_cancelled_before_the_id_came_leaves_nothing_running(uploads, local, tmp_path):
+    _, base, _, target = local
+    arrived = threading.Event()
+
+    def slow(handler):
+        arrived.set()
+        time.sleep(0.3)
+        answer(JOB, 201)(handler)
+
+    uploads.script |= {"/jobs": [slow, answer(JOB, 201)], f"/jobs/{JOB['id']}/cancel": [answer({**JOB, "status": "cancelling"})]}
+
+    async def run():
+        task = asyncio.create_task(narrow_client.compress_async(base, target, out=tmp_path / "o", progress=False))
+        await asyncio.to_thread(arrived.wait, 60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as raised:
+            await task
+        return raised.value.__notes__
+
+    assert "was cancelled" in asyncio.run(run())[0]
+    assert len({headers["Idempotency-Key"] for _, path, headers in uploads.asked if path == "/jobs"}) == 1
+    assert uploads.asked[-1][1].endswith("/cancel")
+
+
+def test_compress_async_brings_what_came_out(uploads, local, tmp_path):
+    _, base, _, target = local
+    seen = []
+    failed = {**JOB, "status": "failed", "error": {"code": "x", "message": "The sentence."}}
+    uploads.script |= {EVENTS: [sse(1, 2, end=True)], f"/jobs/{JOB['id']}": [answer(failed)]}
+    with pytest.raises(narrow_client.JobFailed, match="The sentence"):
+        asyncio.run(narrow_client.compress_async(base, target, out=tmp_path / "o", progress=seen.append))
+    assert [event.seq for event in seen] == [1, 2]
+
+
+def test_the_words_that_methods_take_are_those_of_the_contract():
+    assert get_args(_calls.Status) == words(models.Job, "status")
+    assert get_args(_calls.Role) == words(models.NewKey, "role")
+    assert get_args(_calls.BadRows) == words(models.Dataset, "bad_rows")
+
+
+def test_every_public_name_is_there():
+    for name in narrow_client.__all__:
+        assert getattr(narrow_client, name).__name__ == name
+    assert {*narrow_client.__all__} <= {*dir(narrow_client)}
+    with pytest.raises(AttributeError):
+        narrow_client.nothing  # noqa: B018

@@ -156,3 +156,12 @@ def test_the_client_reads_what_the_engine_writes(report):
 
     read = ClientReport.model_validate(json.loads(report.model_dump_json()))
     assert read.skills["python"].retention.value == 0.884
+
+
+def test_a_notebook_shows_it_in_short(report):
+    from narrow_client.models import Report as ClientReport
+
+    found = report.model_copy(update={"target": "<b>", "skills": {"<b>": report.skills[report.target]}})
+    page = ClientReport.model_validate_json(found.model_dump_json())._repr_html_()
+    assert ("&lt;b&gt; kept" in page, "<b> kept" in page) == (True, False)
+    assert page.count("<tr>") == 1 + len(found.skills)
