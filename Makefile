@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-postgres test-all check fuzz audit bench openapi lock clean
+.PHONY: setup demo test test-postgres test-all check docs fuzz audit bench openapi lock clean
 
 setup: .venv/ready
 
@@ -38,6 +38,10 @@ test-all: check        ## all tests, with the extras that they need
 	$(BIN)/python -m pytest
 	$(MAKE) test-postgres
 
+docs: setup            ## the site, in docs/_build/html; what docs/reference says is made anew
+	$(BIN)/python docs/generate.py
+	$(BIN)/sphinx-build -W -n --keep-going -q -c docs . docs/_build/html
+
 fuzz: setup            ## ten minutes of each parser
 	for parser in $$($(BIN)/python tests/fuzz.py --list); do \
 	    (cd $$(mktemp -d) && $(CURDIR)/$(BIN)/python $(CURDIR)/tests/fuzz.py $$parser -max_total_time=600) || exit 1; done
@@ -60,4 +64,4 @@ lock: setup            ## write down the versions that are installed
 	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^torch==' > requirements.lock
 
 clean:
-	rm -rf .venv demo/out bench/out experiments/out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo/out bench/out experiments/out build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -202,7 +202,7 @@ def spec_page() -> str:
         [f"`{name}`", ", ".join(f"`{option}` is `{json.dumps(value)}`" for option, value in _flat(changed)) or "as below"]
         for name, changed in spec.DEFAULTS.items()
     ]
-    rules = [[f"`{name}`", told] for name, told in _rules()]
+    rules = [[where, told] for where, told in _rules()]
     return page(
         "Spec",
         "What to compress, into what, and how. The same words are in spec files, in the API, in reports and in the client: "
@@ -228,17 +228,14 @@ def _flat(options: Schema, before: str = "method.") -> Iterator[tuple[str, Any]]
 
 
 def _rules() -> Iterator[tuple[str, str]]:
-    """The sentences with which the validators of spec.py refuse, by model."""
-    source = ast.parse((ROOT / "narrow_engine" / "spec.py").read_text())
-    for node in source.body:
-        if isinstance(node, ast.ClassDef):
-            for inner in ast.walk(node):
-                if (
-                    isinstance(inner, ast.Raise)
-                    and isinstance(inner.exc, ast.Call)
-                    and "ValueError" in ast.unparse(inner.exc.func)
-                ):
-                    yield node.name, _wording(inner.exc.args[0], None)
+    """The sentences with which spec.py refuses, and in which model. What several of them refuse stands in a function."""
+    for node in ast.parse((ROOT / "narrow_engine" / "spec.py").read_text()).body:
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+            continue
+        where = f"`{node.name}`" if node.name in HOMES[0].names else "specs"
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Raise) and isinstance(inner.exc, ast.Call) and "ValueError" in ast.unparse(inner.exc.func):
+                yield where, _wording(inner.exc.args[0], None)
 
 
 def report_page() -> str:
@@ -339,7 +336,10 @@ def events_page() -> str:
         "## Notices",
         "Something was truncated, skipped, rounded or fell back. Each is also in the report. `code` is stable and for programs; "
         "… stands for what a notice says of its own case.",
-        table(["phase", "code", "says"], [[phase and f"`{phase}`", f"`{code}`", told] for phase, code, told in notices]),
+        table(
+            ["phase", "code", "says"],
+            [[phase and f"`{phase}`", f"`{code}`", told.strip("… ") and told] for phase, code, told in notices],
+        ),
     )
 
 
@@ -579,7 +579,7 @@ def _class(name: str, thing: type, made: bool = True) -> str:
     if made and not issubclass(thing, tuple) and "__init__" in vars(thing):
         parts.insert(1, f"```text\n{name}{_signature(thing)}\n```")
     for attribute, member in vars(thing).items():
-        if attribute.startswith("_"):
+        if attribute.startswith("_") or name == "AsyncNarrow":
             continue
         if isinstance(member, property):
             parts.append(f"#### {name}.{attribute}\n\n{_docstring(member.fget.__doc__ if member.fget else '')}".rstrip())

@@ -16,7 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import click
@@ -40,6 +40,9 @@ class Block:
     """Why it is not run."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Why lines that begin so are not run."""
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
 
     @property
     def commands(self) -> str:
@@ -90,15 +93,20 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-def script(page: list[Block], folder: Path, dry: bool) -> str:
-    """A page as a script for bash; writes its files. Dry, Python is only compiled."""
+def lowered(text: str) -> str:
+    """With some thousand tokens to train on where there are more: enough for a model that is small as well."""
+    return re.sub(r'(tokens"?:? )[0-9_]{5,}', r"\g<1>4096", text)
+
+
+def script(page: list[Block], folder: Path, dry: bool, real: bool = False) -> str:
+    """A page as a script for bash; writes its files. Dry, Python is only compiled; real, it has all the tokens that it says."""
     parts = ["set -eo pipefail"]
-    for block in page:
+    for block in page if real else [replace(block, text=lowered(block.text)) for block in page]:
         if block.file:
             (folder / block.file).write_text(block.text)
         if block.file or block.reason or block.language not in RUN:
             continue
-        where = f"{block.page}:{block.line}"
+        where = str(block)
         parts += [f"cd {shlex.quote(str(folder))}", f"echo '@@ {where}' >&2"]
         if block.language == "python":
             path = folder / f"block-{block.line}.py"

@@ -16,8 +16,11 @@ import pytest
 import snippets
 from live import running
 from markdown_it import MarkdownIt
+from narrow_client._sweep import read_sweep
 from snippets import ROOT
 from tiny import documents, tiny_model, write_jsonl
+
+from narrow_engine.cli import read_spec
 
 PAGES = {page.relative_to(ROOT).as_posix(): snippets.blocks(page) for page in snippets.pages()}
 TUTORIAL = "docs/tutorial.md"
@@ -55,11 +58,11 @@ def server(tmp_path_factory, things):
         yield found
 
 
-def run(name, folder, server, *, dry):
+def run(name, folder, server, dry=False, real=False):
     """A page's blocks, in order, in a folder."""
     (folder / "bin").mkdir()
     snippets.shims(folder / "bin", dry)
-    (folder / "page.sh").write_text(snippets.script(PAGES[name], folder, dry))
+    (folder / "page.sh").write_text(snippets.script(PAGES[name], folder, dry, real))
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("NARROW_")},
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
@@ -94,14 +97,14 @@ def test_a_page_dry(name, tmp_path, server, things):
 @pytest.mark.parametrize("name", [name for name in WITH_JOBS if name != TUTORIAL])
 def test_a_page(name, tmp_path, server, things):
     link(tmp_path, things)
-    run(name, tmp_path, server, dry=False)
+    run(name, tmp_path, server)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_tutorial_at_its_real_size(tmp_path, server):
     (tmp_path / "demo").symlink_to(ROOT / "demo")
-    run(TUTORIAL, tmp_path, server, dry=False)
+    run(TUTORIAL, tmp_path, server, real=True)
 
 
 @pytest.mark.slow
@@ -125,6 +128,13 @@ def test_what_is_not_run_has_a_reason():
     assert len(left_out) < len(every) / 2
     lost = [f"{b.page}:{b.line}" for bs in PAGES.values() for b in bs if b.language == "json" and not b.file and not b.reason]
     assert not lost, "JSON that is in no file is in no test"
+
+
+@pytest.mark.parametrize("block", [b for blocks in PAGES.values() for b in blocks if b.language == "json" and b.file], ids=str)
+def test_every_spec_is_one(block, things):
+    path = things / block.file
+    path.write_text(block.text)
+    (read_sweep if "methods" in json.loads(block.text) else read_spec)(path)
 
 
 @pytest.mark.parametrize("name", PAGES)
