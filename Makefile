@@ -2,14 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-postgres test-all check docs fuzz audit bench openapi lock clean
+.PHONY: setup demo test test-postgres test-all check docs fuzz audit bench openapi wheels lock clean
 
 setup: .venv/ready
 
-.venv/ready: pyproject.toml client/pyproject.toml requirements.lock
+.venv/ready: pyproject.toml client/pyproject.toml requirements.lock requirements-dev.lock
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e client -e .
 	touch .venv/ready
 
@@ -60,8 +60,11 @@ openapi: setup         ## export the contract and the report's schema, regenerat
 	$(BIN)/python -m service.settings > docs/reference/settings.md
 	$(BIN)/python client/generate.py
 
+wheels: setup          ## both distributions, into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist ./client .
+
 lock: setup            ## write down the versions that are installed
-	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^torch==' > requirements.lock
+	$(BIN)/python deploy/lock.py
 
 clean:
 	rm -rf .venv demo/out bench/out experiments/out build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

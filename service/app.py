@@ -1,6 +1,7 @@
 """The application: wiring and nothing else. Importing it must stay quick, and never imports torch."""
 
 import asyncio
+from importlib.metadata import version
 
 from fastapi import Depends, FastAPI
 from fastapi.routing import APIRoute
@@ -40,7 +41,7 @@ def create_app(settings: Settings, keys_needed: bool = False, host: str | None =
     settings.prepare()
     app = FastAPI(
         title="Narrow",
-        version="0.1.0",
+        version=version("narrow"),
         description="Turns a general language model into a small one for one domain, and says which skills it kept.",
         generate_unique_id_function=_operation_id,
         # It would send clients to whatever they have called this host.

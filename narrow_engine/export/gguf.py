@@ -32,6 +32,7 @@ from narrow_engine import families
 from narrow_engine.errors import NarrowError
 from narrow_engine.export.gguf_arches import ARCHES, Arch
 from narrow_engine.export.gguf_vocabulary import add_vocabulary
+from narrow_engine.export.parity import GREEDY_TOKENS, PROMPT_TOKENS, parity
 from narrow_engine.export.runtimes import have_llama
 from narrow_engine.families import PARTS, Dimensions, Family, dimensions, family_of, present
 from narrow_engine.model_files import weight_files
@@ -51,7 +52,6 @@ EXACT = ("ffn_gate_inp", "ffn_gate_inp_shexp", "position_embd")
 """Matrices that llama.cpp wants in float32: routers, where a rounding picks another expert, and positions."""
 CHUNK = 2**24
 """Numbers that are converted at a time."""
-PROMPT_TOKENS, GREEDY_TOKENS = 16, 256
 CHECK_SECONDS = 1800
 
 _RUN = Path(__file__).with_name("run_llama.py")
@@ -481,7 +481,7 @@ def round_model(model: PreTrainedModel, kind: Kind) -> None:
         matrix.copy_(torch.from_numpy(blocks).view(matrix.shape))
 
 
-def check_gguf(folder: Path, path: Path, ids: Tensor, texts: Sequence[str] = (), greedy_tokens: int = GREEDY_TOKENS) -> Checked:
+def check_gguf(folder: Path, path: Path, ids: Tensor, texts: Sequence[str] = ()) -> Checked:
     """Runs a file by llama.cpp and compares it with the saved model in `folder`, which torch computes in float32.
 
     Logits on tokens [rows, length]; greedy decoding from the first row's beginning; the tokens of `texts`. All of it as far
@@ -501,7 +501,7 @@ def check_gguf(folder: Path, path: Path, ids: Tensor, texts: Sequence[str] = (),
         context = min(context, rope["original_max_position_embeddings"])
     ids = ids[:, :context]
     prompt = ids[:1, :PROMPT_TOKENS]
-    made = greedy(model, prompt, min(greedy_tokens, context - prompt.shape[1]))
+    made = greedy(model, prompt, min(GREEDY_TOKENS, context - prompt.shape[1]))
     with tempfile.TemporaryDirectory() as scratch:
         request, answer = Path(scratch) / "request.npz", Path(scratch) / "answer.npz"
         np.savez(request, ids=ids.numpy(), prompt=prompt[0].numpy(), made=np.array(made), texts=np.array(json.dumps(list(texts))))
@@ -519,16 +519,8 @@ def check_gguf(folder: Path, path: Path, ids: Tensor, texts: Sequence[str] = (),
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits.float().numpy()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    errors = np.abs(logits - expected)
-    parity = Parity(
-        max_error=float(errors.max()),
-        mean_error=float(errors.mean()),
-        relative_error=float(errors.max() / max(np.abs(expected).max(), 1e-9)),
-        greedy_tokens=len(made),
-        greedy_equal=next((n for n, (a, b) in enumerate(zip(made, by_llama, strict=True)) if a != b), len(made)),
-    )
     return Checked(
-        parity=parity,
+        parity=parity(expected, logits, made, by_llama),
         agreement=float(np.mean(np.equal(follow, made))),
         texts_equal=sum(tokens == tokenizer.encode(text).ids for tokens, text in zip(cut, texts, strict=True)),
     )

@@ -4,6 +4,7 @@ from itertools import islice
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,16 +26,20 @@ def compare(model: PreTrainedModel, runtime: Runtime, ids: Tensor) -> Parity:
     for rows in [tokens] if runtime.batched else np.split(tokens, len(tokens)):
         runtime.reset()
         found.append(np.concatenate([runtime.step(rows[:, :half]), runtime.step(rows[:, half:])], axis=1))
-    errors = np.abs(np.concatenate(found) - expected)
     prompt = min(PROMPT_TOKENS, tokens.shape[1])
     count = min(GREEDY_TOKENS, dimensions(config_dict(model)).context - prompt)
     made = greedy(model, ids[:1, :prompt], count)
-    written = islice(continued(runtime, tokens[0, :prompt]), count)
-    equal = next((at for at, (a, b) in enumerate(zip(made, written, strict=True)) if a != b), count)
+    written = list(islice(continued(runtime, tokens[0, :prompt]), count))
+    return parity(expected, np.concatenate(found), made, written)
+
+
+def parity(expected: NDArray[np.float32], found: NDArray[np.float32], made: list[int], written: list[int]) -> Parity:
+    """Of logits [rows, length, vocabulary] and of greedy tokens: torch's, and those of what runs the files."""
+    errors = np.abs(found - expected)
     return Parity(
         max_error=float(errors.max()),
         mean_error=float(errors.mean()),
         relative_error=float(errors.max()) / max(float(np.abs(expected).max()), 1e-9),
-        greedy_tokens=count,
-        greedy_equal=equal,
+        greedy_tokens=len(made),
+        greedy_equal=next((at for at, (a, b) in enumerate(zip(made, written, strict=True)) if a != b), len(made)),
     )

@@ -87,14 +87,13 @@ def _digest(matrix: NDArray[np.float32]) -> str:
     return hashlib.sha256(np.ascontiguousarray(matrix, np.float32).tobytes()).hexdigest() + str(matrix.shape)
 
 
-def quantize_onnx(source: Path, out: Path, rounded: dict[str, Rounded]) -> list[str]:
-    """Writes the decoder `source` to `out` with the matrices of `rounded` in blocks. Returns the names of matrices that stay."""
+def quantize_onnx(source: Path, out: Path, rounded: dict[str, Rounded]) -> None:
+    """Writes the decoder `source` to `out` with the matrices of `rounded` in blocks."""
     model = onnx.load(source)
     graph = model.graph
     weights = {i.name: i for i in graph.initializer}
     made_by = {output: node for node in graph.node for output in node.output}
     made: dict[str, tuple[str, str, str]] = {}
-    kept: list[str] = []
     nodes: list[onnx.NodeProto] = []
     added: list[onnx.TensorProto] = []
 
@@ -150,8 +149,6 @@ def quantize_onnx(source: Path, out: Path, rounded: dict[str, Rounded]) -> list[
                     block_size=BLOCK,
                     accuracy_level=IN_BYTES,
                 )
-            elif read(node.input[1]) is not None:
-                kept.append(node.input[1])
         elif node.op_type == "Gather" and node.input[0] in weights:
             found = find(node.input[0], False)
             if found and found[1].columns % BLOCK == 0:
@@ -184,7 +181,6 @@ def quantize_onnx(source: Path, out: Path, rounded: dict[str, Rounded]) -> list[
     if "com.microsoft" not in {o.domain for o in model.opset_import}:
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     _save(model, out)
-    return kept
 
 
 def set_compute(source: Path, out: Path, level: int) -> None:
