@@ -17,6 +17,7 @@ include_patterns = [
     "README.md",
     "SECURITY.md",
     "CHANGELOG.md",
+    "CONTRIBUTING.md",
 ]
 exclude_patterns = ["docs/_build", ".venv", "**/out"]
 myst_enable_extensions = ["alert"]  # GitHub's notes: > [!WARNING]
@@ -41,7 +42,7 @@ CHAPTERS = {
     "Explanation": ["how-it-works", "explanation/*"],
     "Experiments": ["../experiments/*/README", "../demo/recipe/README"],
     "Decisions": ["decisions/*"],
-    "Project": ["../README", "../SECURITY", "../CHANGELOG"],
+    "Project": ["../README", "../CONTRIBUTING", "../SECURITY", "../CHANGELOG"],
 }
 
 
