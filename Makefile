@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-postgres test-all check browser fuzz audit bench openapi wheels lock clean
+.PHONY: setup demo test test-postgres test-all check browser docs fuzz audit bench openapi wheels lock clean
 
 setup: .venv/ready
 
@@ -26,6 +26,7 @@ check: setup           ## lint, format, strict types, contract
 	$(BIN)/python -m service.openapi | diff - openapi.yaml
 	$(BIN)/python -m narrow_engine.report.schema | diff - docs/report.schema.json
 	$(BIN)/python -m service.settings | diff - docs/reference/settings.md
+	$(BIN)/python docs/generate.py --check
 
 test: check browser    ## the fast tests
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
@@ -44,6 +45,10 @@ browser: setup         ## a Chromium for the tests of the pages, if there is non
 	elif [ "$$(id -u)" = 0 ] && which apt-get > /dev/null; then apt-get update -qq && apt-get install -y -qq chromium > /dev/null; \
 	else $(BIN)/playwright install chromium; fi || echo "There is no Chromium: the tests of the pages are skipped."
 
+docs: setup            ## the site, in docs/_build/html; what docs/reference says is made anew
+	$(BIN)/python docs/generate.py
+	$(BIN)/sphinx-build -W -n --keep-going -q -c docs . docs/_build/html
+
 fuzz: setup            ## ten minutes of each parser
 	for parser in $$($(BIN)/python tests/fuzz.py --list); do \
 	    (cd $$(mktemp -d) && $(CURDIR)/$(BIN)/python $(CURDIR)/tests/fuzz.py $$parser -max_total_time=600) || exit 1; done
@@ -61,6 +66,7 @@ openapi: setup         ## export the contract and the report's schema, regenerat
 	$(BIN)/python -m narrow_engine.report.schema > docs/report.schema.json
 	$(BIN)/python -m service.settings > docs/reference/settings.md
 	$(BIN)/python client/generate.py
+	$(BIN)/python docs/generate.py
 
 wheels: setup          ## both distributions, into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist ./client .
@@ -69,4 +75,4 @@ lock: setup            ## write down the versions that are installed
 	$(BIN)/python deploy/lock.py
 
 clean:
-	rm -rf .venv demo/out bench/out experiments/out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv demo/out bench/out experiments/out build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

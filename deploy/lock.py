@@ -8,7 +8,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 HERE = Path(__file__).resolve().parents[1]
-RUNS = ("narrow", ("otel", "parquet", "postgres", "s3"))
+RUNS = ("otel", "parquet", "postgres", "s3")
+"""Extras of what the service runs with."""
 LEFT_OUT = {"narrow", "narrow-client", "pip", "setuptools", "torch"}
 
 
@@ -28,12 +29,14 @@ def needed(name: str, extras: tuple[str, ...], found: set[str]) -> None:
 
 def main() -> None:
     runs: set[str] = set()
-    needed(*RUNS, runs)
-    lines = {canonicalize_name(d.name): f"{d.name}=={d.version}" for d in distributions()}
-    names = sorted(set(lines) - LEFT_OUT)
-    (HERE / "requirements.lock").write_text("".join(f"{lines[n]}\n" for n in names if n in runs))
+    every: set[str] = set()
+    needed("narrow", RUNS, runs)
+    needed("narrow", (*RUNS, "dev"), every)
+    lines = {name: f"{d.name}=={d.version}\n" for d in distributions() if (name := canonicalize_name(d.name)) not in LEFT_OUT}
+    tools = every - runs
+    (HERE / "requirements.lock").write_text("".join(lines[name] for name in sorted(lines) if name in runs))
     (HERE / "requirements-dev.lock").write_text(
-        "-r requirements.lock\n" + "".join(f"{lines[n]}\n" for n in names if n not in runs)
+        "-r requirements.lock\n" + "".join(lines[name] for name in sorted(lines) if name in tools)
     )
 
 

@@ -14,6 +14,38 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 Kind = Literal["state", "started", "progress", "finished", "notice", "failed"]
+KINDS: dict[Kind, str] = {
+    "state": "The job has changed its status. Only a service tells it.",
+    "started": "A phase begins.",
+    "progress": "A phase goes on: at most twice a second.",
+    "finished": "A phase has ended, or its work was there already.",
+    "notice": "Something was truncated, skipped, rounded or fell back.",
+    "failed": "The run has ended with an error.",
+}
+"""When each is told."""
+_CODE = {"code": "Which, for programs."}
+DATA: dict[Kind, dict[str, str]] = {
+    "state": {
+        "status": "What it is now.",
+        "attempt": "How often it has been started, when it runs.",
+        "code": "Why it failed, if it did, for programs.",
+        "message": "The same as a sentence.",
+    },
+    "started": {},
+    "progress": {
+        "done": "Steps of the phase that are done.",
+        "total": "All of its steps.",
+        "tokens": "While it trains: tokens so far.",
+        "loss": "The objective, mean since the event before.",
+        "validation": "Next-token loss on held-out text, where it was measured.",
+        "sparsity": "Share of neurons that are zero, under group lasso.",
+        "seconds": "Since the training began.",
+    },
+    "finished": {"seconds": "That the phase took.", "reused": "Whether this run, or another one, had done it before."},
+    "notice": _CODE,
+    "failed": _CODE,
+}
+"""What an event's `data` holds, by kind."""
 
 
 class Event(BaseModel):
@@ -23,8 +55,8 @@ class Event(BaseModel):
     time: datetime
     kind: Kind = Field(description="state: the job changed status; started, progress, finished: of a phase; notice; failed.")
     phase: str = Field(description="The stage of the run that it belongs to; empty outside any.")
-    message: str
-    data: dict[str, Any] = Field(default={}, description="Figures: done, total, loss, tokens, seconds, code, ...")
+    message: str = Field(description="For people; may be empty.")
+    data: dict[str, Any] = Field(default={}, description="Figures, by kind: done, total, loss, tokens, seconds, code, ...")
 
 
 Sink = Callable[[Kind, str, str, dict[str, Any]], None]

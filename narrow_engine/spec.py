@@ -131,9 +131,9 @@ class GroupLasso(Model):
     The penalty moves the target's skill into few neurons and drives the others to exactly zero by proximal steps.
     """
 
-    kind: Literal["group_lasso"] = "group_lasso"
+    kind: Literal["group_lasso"] = Field("group_lasso", description="The one that there is.")
     tokens: int = Field(131_072, ge=1, le=10**12, description="Tokens to train on under the penalty.")
-    learning_rate: float = Field(5e-4, gt=0, le=1)
+    learning_rate: float = Field(5e-4, gt=0, le=1, description="Peak, of AdamW.")
 
 
 class Curriculum(Model):
@@ -149,7 +149,7 @@ class Curriculum(Model):
 class Correction(Model):
     """The teacher is trained on the target's next tokens before it teaches (arXiv 2407.14679, section 2.3; 2408.11796)."""
 
-    tokens: int = Field(ge=1, le=10**12)
+    tokens: int = Field(ge=1, le=10**12, description="Of the target, to train the teacher on.")
     learning_rate: float | None = Field(None, gt=0, le=1, description="Peak; by default that of the recovery's optimizer.")
 
 
@@ -182,11 +182,15 @@ class Recover(Model):
         description="next_token: the data's own next token; distill: divergence from the base; mixed: the mean of both.",
     )
     tokens: int = Field(1_000_000, ge=0, le=10**12, description="Tokens to train on; 0 leaves the cut model as it is.")
-    optimizer: Literal["muon", "adamw"] = "muon"
+    optimizer: Literal["muon", "adamw"] = Field(
+        "muon", description="muon: for the layers' matrices, with AdamW for the rest; adamw: for everything."
+    )
     learning_rate: float | None = Field(
         None, gt=0, le=1, description="Peak; by default the optimizer's measured best, which is another for fresh weights."
     )
-    schedule: Literal["linear", "constant"] = "linear"
+    schedule: Literal["linear", "constant"] = Field(
+        "linear", description="Of the learning rate after a short warm-up: linear to nothing, or constant."
+    )
     batch_tokens: int = Field(2048, ge=1, le=2**22, description="Tokens of one optimizer step.")
     temperature: float = Field(2.0, gt=0, le=100, description="Softens both distributions of the distillation term.")
     divergence: Divergence = Field(
@@ -247,7 +251,7 @@ Init = Literal["cut", "layers", "fresh"]
 class Method(Model):
     """How the small model comes about: one line, of which each kind uses what it needs.
 
-    What is not given follows the kind: see `DEFAULTS`.
+    What is not given follows the kind.
     """
 
     kind: Kind = Field(
@@ -276,9 +280,13 @@ class Method(Model):
         "By default 64 in MLPs of 4,096 neurons and more, 32 where gguf-q8_0 is among the formats, else 8. Neurons of experts "
         "are kept in multiples of 8 in any case.",
     )
-    importance: Criterion = "reconstruction"
+    importance: Criterion = Field(
+        "reconstruction",
+        description="What a unit is worth to the target. reconstruction: how much the output loses when the rest is refitted; "
+        "fisher and attribution: by gradients; activation, magnitude: by size; random: the control.",
+    )
     calibration_tokens: int = Field(65_536, ge=1, le=10**9, description="Tokens of the target that scores and refit see.")
-    regularizer: GroupLasso | None = None
+    regularizer: GroupLasso | None = Field(None, description="Drives neurons to exactly zero before the cut.")
     refit: bool = Field(
         True,
         description="Refit layer by layer towards the base's residual stream: least squares for the projections that read the "
@@ -386,7 +394,7 @@ class Options(Model):
     )
     block_tokens: BlockTokens = 512
     skill_tokens: SkillTokens = 65_536
-    seed: int = Field(0, ge=0, le=MAX_SEED)
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="The same one gives the same result on the same machine.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -421,7 +429,7 @@ class Answer(Model):
     are what is trained and measured on, and of held-out rows it is counted how often a model writes the answer itself.
     """
 
-    column: str = Field("answer", min_length=1, max_length=200)
+    column: str = Field("answer", min_length=1, max_length=200, description="The field of a row that holds its answer.")
     extract: str | None = Field(
         None,
         min_length=1,
@@ -465,14 +473,23 @@ Answered = Annotated[
 
 class DatasetPath(Model):
     path: Path = Field(description="JSON Lines, CSV, TSV or plain text, also .gz or .zst, or Parquet.")
-    column: str = Field("text", min_length=1, max_length=200)
+    column: str = Field("text", min_length=1, max_length=200, description="The field of a row that holds its text.")
     bad_rows: BadRows = Field("stop", description="What a bad row does: stop the run, or be left out and counted.")
     answer: Answered = None
 
 
+SkillName = Annotated[Name, Field(description="Its row in the report.")]
+SkillRole = Annotated[
+    Role,
+    Field(
+        description="keep and forget say what is hoped for, and the report says whether it came true; watch: it is only measured."
+    ),
+]
+
+
 class SkillPath(DatasetPath):
-    name: Name
-    role: Role = "watch"
+    name: SkillName
+    role: SkillRole = "watch"
 
 
 INPUTS = {"base", "teacher", "target", "broad", "skills"}
@@ -481,15 +498,22 @@ PLACING = {"priority", "resources"}
 """The fields that say where a spec's inputs are, in which a `CompressionSpec` and a `JobSpec` differ."""
 
 
+_BASE = "The general model that is made narrow."
+_TEACHER = "A model that teaches in the base's place, with the same tokenizer, such as a larger one of its family."
+_TARGET = "Text of the domain whose skill must survive."
+_BROAD = "The broad text of `method.recover.curriculum`."
+_SKILLS = "What else is measured: the cut follows the target alone."
+
+
 class CompressionSpec(Options):
     """What the engine runs: inputs by path. Relative paths count from the spec file's folder."""
 
-    base: ModelPath
-    teacher: ModelPath | None = None
-    target: DatasetPath
+    base: ModelPath = Field(description=_BASE)
+    teacher: ModelPath | None = Field(None, description=_TEACHER)
+    target: DatasetPath = Field(description=_TARGET)
     target_name: Name = Field("target", description="The target's row in the table of skills.")
-    broad: DatasetPath | None = None
-    skills: list[SkillPath] = Field(default=[], max_length=50)
+    broad: DatasetPath | None = Field(None, description=_BROAD)
+    skills: list[SkillPath] = Field(default=[], max_length=50, description=_SKILLS)
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
@@ -504,21 +528,18 @@ class CompressionSpec(Options):
         return [self.target, *self.skills, *([self.broad] if self.broad else [])]
 
 
-_TEACHER = "A model that teaches in the base's place, with the same tokenizer, such as a larger one of its family."
-
-
 class ModelId(Model):
-    model: str = Field(pattern=r"^mdl_[0-9a-z]{16,40}$", examples=["mdl_01h455vb4pex5vsknk084sn02q"])
+    model: str = Field(description="Its id.", pattern=r"^mdl_[0-9a-z]{16,40}$", examples=["mdl_01h455vb4pex5vsknk084sn02q"])
 
 
 class DatasetId(Model):
-    dataset: str = Field(pattern=r"^ds_[0-9a-z]{16,40}$", examples=["ds_01h455vb4pex5vsknk084sn02q"])
+    dataset: str = Field(description="Its id.", pattern=r"^ds_[0-9a-z]{16,40}$", examples=["ds_01h455vb4pex5vsknk084sn02q"])
     answer: Answered = None
 
 
 class SkillId(DatasetId):
-    name: Name
-    role: Role = "watch"
+    name: SkillName
+    role: SkillRole = "watch"
 
 
 Priority = Annotated[int, Field(ge=-10, le=10, description="Of a tenant's jobs that wait, those with the highest go first.")]
@@ -537,11 +558,11 @@ class Resources(Model):
 class JobSpec(Options):
     """What `POST /jobs` takes: inputs by id. The target's skill is named after its dataset."""
 
-    base: ModelId
+    base: ModelId = Field(description=_BASE)
     teacher: ModelId | None = Field(None, description=_TEACHER)
-    target: DatasetId
-    broad: DatasetId | None = Field(None, description="The broad text of `method.recover.curriculum`.")
-    skills: list[SkillId] = Field(default=[], max_length=50)
+    target: DatasetId = Field(description=_TARGET)
+    broad: DatasetId | None = Field(None, description=_BROAD)
+    skills: list[SkillId] = Field(default=[], max_length=50, description=_SKILLS)
     priority: Priority = 0
     resources: Resources = Field(default_factory=Resources)
 
@@ -568,11 +589,11 @@ class SweepSpec(Model):
     The frontier that comes out is loss against parameters and against tokens.
     """
 
-    base: ModelId
+    base: ModelId = Field(description=_BASE)
     teacher: ModelId | None = Field(None, description=_TEACHER + " Of the methods that are taught.")
-    target: DatasetId
+    target: DatasetId = Field(description=_TARGET)
     broad: DatasetId | None = Field(None, description="The broad text of the methods that have a curriculum.")
-    skills: list[SkillId] = Field(default=[], max_length=50)
+    skills: list[SkillId] = Field(default=[], max_length=50, description=_SKILLS)
     methods: dict[Name, Method] = Field(
         default_factory=lambda: {"prune": Method()},
         min_length=1,

@@ -32,7 +32,13 @@ class Answer(Resource):
         extra="forbid",
     )
     column: Annotated[
-        str | None, Field(max_length=200, min_length=1, title="Column")
+        str | None,
+        Field(
+            description="The field of a row that holds its answer.",
+            max_length=200,
+            min_length=1,
+            title="Column",
+        ),
     ] = "answer"
     extract: Annotated[
         Extract | None,
@@ -323,7 +329,15 @@ class Correction(Resource):
     model_config = ConfigDict(
         extra="forbid",
     )
-    tokens: Annotated[int, Field(ge=1, le=1000000000000, title="Tokens")]
+    tokens: Annotated[
+        int,
+        Field(
+            description="Of the target, to train the teacher on.",
+            ge=1,
+            le=1000000000000,
+            title="Tokens",
+        ),
+    ]
     learning_rate: Annotated[
         LearningRate | None,
         Field(
@@ -366,8 +380,16 @@ class Curriculum(Resource):
 
 
 class CurvePoint(Resource):
-    phase: Annotated[str, Field(title="Phase")]
-    tokens: Annotated[int, Field(title="Tokens")]
+    phase: Annotated[
+        str,
+        Field(
+            description="The training that it is of: sparsify, recover, ...",
+            title="Phase",
+        ),
+    ]
+    tokens: Annotated[
+        int, Field(description="Trained on so far, in this phase.", title="Tokens")
+    ]
     loss: Annotated[
         float | None,
         Field(
@@ -382,8 +404,16 @@ class CurvePoint(Resource):
             title="Validation",
         ),
     ] = None
-    sparsity: Annotated[float | None, Field(title="Sparsity")] = None
-    seconds: Annotated[float, Field(title="Seconds")]
+    sparsity: Annotated[
+        float | None,
+        Field(
+            description="Share of neurons that are zero, under group lasso.",
+            title="Sparsity",
+        ),
+    ] = None
+    seconds: Annotated[
+        float, Field(description="Since the training began.", title="Seconds")
+    ]
 
 
 class Cut(Resource):
@@ -395,8 +425,10 @@ class Cut(Resource):
         Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"],
         Field(title="Unit"),
     ]
-    kept: Annotated[int, Field(title="Kept")]
-    of: Annotated[int, Field(title="Of")]
+    kept: Annotated[
+        int, Field(description="In each layer, or in the model.", title="Kept")
+    ]
+    of: Annotated[int, Field(description="How many the base has.", title="Of")]
     per_layer: Annotated[
         list[int],
         Field(
@@ -408,8 +440,11 @@ class Cut(Resource):
 
 class Dataset(Resource):
     id: Annotated[str, Field(examples=["ds_01h455vb4pex5vsknk084sn02q"], title="Id")]
-    name: Annotated[str, Field(title="Name")]
-    column: Annotated[str, Field(title="Column")]
+    name: Annotated[str, Field(description="What reports call it.", title="Name")]
+    column: Annotated[
+        str,
+        Field(description="The field of a row that holds its text.", title="Column"),
+    ]
     documents: Annotated[int, Field(title="Documents")]
     bytes: Annotated[
         int, Field(description="Of the text, uncompressed.", title="Bytes")
@@ -436,6 +471,7 @@ class DatasetId(Resource):
     dataset: Annotated[
         str,
         Field(
+            description="Its id.",
             examples=["ds_01h455vb4pex5vsknk084sn02q"],
             pattern="^ds_[0-9a-z]{16,40}$",
             title="Dataset",
@@ -472,11 +508,13 @@ class Event(Resource):
             title="Phase",
         ),
     ]
-    message: Annotated[str, Field(title="Message")]
+    message: Annotated[
+        str, Field(description="For people; may be empty.", title="Message")
+    ]
     data: Annotated[
         dict[str, Any] | None,
         Field(
-            description="Figures: done, total, loss, tokens, seconds, code, ...",
+            description="Figures, by kind: done, total, loss, tokens, seconds, code, ...",
             title="Data",
         ),
     ] = {}
@@ -490,7 +528,7 @@ class FieldError(Resource):
             title="Pointer",
         ),
     ]
-    detail: Annotated[str, Field(title="Detail")]
+    detail: Annotated[str, Field(description="What is wrong there.", title="Detail")]
 
 
 class File(Resource):
@@ -532,7 +570,10 @@ class GroupLasso(Resource):
     model_config = ConfigDict(
         extra="forbid",
     )
-    kind: Annotated[Literal["group_lasso"], Field(title="Kind")] = "group_lasso"
+    kind: Annotated[
+        Literal["group_lasso"],
+        Field(description="The one that there is.", title="Kind"),
+    ] = "group_lasso"
     tokens: Annotated[
         int | None,
         Field(
@@ -543,14 +584,18 @@ class GroupLasso(Resource):
         ),
     ] = 131072
     learning_rate: Annotated[
-        float | None, Field(gt=0.0, le=1.0, title="Learning Rate")
+        float | None,
+        Field(description="Peak, of AdamW.", gt=0.0, le=1.0, title="Learning Rate"),
     ] = 0.0005
 
 
 class Health(Resource):
     status: Annotated[Literal["ok", "unavailable"], Field(title="Status")]
     version: Annotated[str, Field(description="Of the service.", title="Version")]
-    checks: Annotated[dict[str, str] | None, Field(title="Checks")] = {}
+    checks: Annotated[
+        dict[str, str] | None,
+        Field(description="What was looked at, and how it is.", title="Checks"),
+    ] = {}
 
 
 class Name2(RootModel[str]):
@@ -683,7 +728,10 @@ class Key(Resource):
     id: Annotated[str, Field(title="Id")]
     name: Annotated[str, Field(title="Name")]
     role: Annotated[Literal["read", "write", "admin"], Field(title="Role")]
-    tenant: Annotated[str, Field(title="Tenant")]
+    tenant: Annotated[
+        str,
+        Field(description="Whose it is, and all that is made with it.", title="Tenant"),
+    ]
     hint: Annotated[str, Field(description="Its last characters.", title="Hint")]
     created_at: Annotated[AwareDatetime, Field(title="Created At")]
     expires_at: Annotated[AwareDatetime | None, Field(title="Expires At")]
@@ -720,9 +768,14 @@ class Limits(Resource):
     None where there is none.
     """
 
-    jobs: Annotated[int | None, Field(title="Jobs")]
-    bytes: Annotated[int | None, Field(title="Bytes")]
-    hours: Annotated[float | None, Field(title="Hours")]
+    jobs: Annotated[
+        int | None,
+        Field(description="That wait, run or are paused at a time.", title="Jobs"),
+    ]
+    bytes: Annotated[int | None, Field(description="That are kept.", title="Bytes")]
+    hours: Annotated[
+        float | None, Field(description="That jobs run in thirty days.", title="Hours")
+    ]
 
 
 class Load(Resource):
@@ -805,7 +858,9 @@ class Message(Resource):
             description="The header `webhook-id`, the same with each try.", title="Id"
         ),
     ]
-    type: Annotated[str, Field(title="Type")]
+    type: Annotated[
+        str, Field(description="job.succeeded, ..., or test.", title="Type")
+    ]
     created_at: Annotated[AwareDatetime, Field(title="Created At")]
     attempts: Annotated[int, Field(title="Attempts")]
     status: Annotated[
@@ -841,6 +896,7 @@ class ModelId(Resource):
     model: Annotated[
         str,
         Field(
+            description="Its id.",
             examples=["mdl_01h455vb4pex5vsknk084sn02q"],
             pattern="^mdl_[0-9a-z]{16,40}$",
             title="Model",
@@ -1039,16 +1095,33 @@ class Problem(Resource):
     RFC 9457. `code` is stable and for programs; `detail` is a sentence for people.
     """
 
-    type: Annotated[str, Field(title="Type")]
-    title: Annotated[str, Field(title="Title")]
-    status: Annotated[int, Field(title="Status")]
-    detail: Annotated[str, Field(title="Detail")]
-    instance: Annotated[str | None, Field(title="Instance")] = None
+    type: Annotated[
+        str, Field(description="`urn:narrow:problem:` and the code.", title="Type")
+    ]
+    title: Annotated[str, Field(description="The status in words.", title="Title")]
+    status: Annotated[int, Field(description="That of the answer.", title="Status")]
+    detail: Annotated[
+        str, Field(description="What was wrong, where, and what to do.", title="Detail")
+    ]
+    instance: Annotated[
+        str | None, Field(description="The path that was asked for.", title="Instance")
+    ] = None
     code: Annotated[str, Field(title="Code")]
     errors: Annotated[
-        list[FieldError] | None, Field(title="Errors", validate_default=True)
+        list[FieldError] | None,
+        Field(
+            description="Each fault of what was sent, where there are several.",
+            title="Errors",
+            validate_default=True,
+        ),
     ] = []
-    request_id: Annotated[str, Field(title="Request Id")]
+    request_id: Annotated[
+        str,
+        Field(
+            description="As in the header `X-Request-Id`, and in the server's log.",
+            title="Request Id",
+        ),
+    ]
 
 
 class Progress(Resource):
@@ -1075,8 +1148,16 @@ class Provenance(Resource):
         str, Field(description="Of the spec without its inputs.", title="Spec Sha256")
     ]
     seed: Annotated[int, Field(title="Seed")]
-    versions: Annotated[dict[str, str], Field(title="Versions")]
-    machine: Annotated[dict[str, Any], Field(title="Machine")]
+    versions: Annotated[
+        dict[str, str],
+        Field(
+            description="Of Narrow and of the libraries that matter.", title="Versions"
+        ),
+    ]
+    machine: Annotated[
+        dict[str, Any],
+        Field(description="System, Python, threads, GPU, processes.", title="Machine"),
+    ]
     seconds: Annotated[
         dict[str, float], Field(description="Wall time of each stage.", title="Seconds")
     ]
@@ -1150,9 +1231,13 @@ class Recover(Resource):
             title="Tokens",
         ),
     ] = 1000000
-    optimizer: Annotated[Literal["muon", "adamw"] | None, Field(title="Optimizer")] = (
-        "muon"
-    )
+    optimizer: Annotated[
+        Literal["muon", "adamw"] | None,
+        Field(
+            description="muon: for the layers' matrices, with AdamW for the rest; adamw: for everything.",
+            title="Optimizer",
+        ),
+    ] = "muon"
     learning_rate: Annotated[
         LearningRate1 | None,
         Field(
@@ -1161,7 +1246,11 @@ class Recover(Resource):
         ),
     ] = None
     schedule: Annotated[
-        Literal["linear", "constant"] | None, Field(title="Schedule")
+        Literal["linear", "constant"] | None,
+        Field(
+            description="Of the learning rate after a short warm-up: linear to nothing, or constant.",
+            title="Schedule",
+        ),
     ] = "linear"
     batch_tokens: Annotated[
         int | None,
@@ -1358,7 +1447,10 @@ class SecretKey(Resource):
     id: Annotated[str, Field(title="Id")]
     name: Annotated[str, Field(title="Name")]
     role: Annotated[Literal["read", "write", "admin"], Field(title="Role")]
-    tenant: Annotated[str, Field(title="Tenant")]
+    tenant: Annotated[
+        str,
+        Field(description="Whose it is, and all that is made with it.", title="Tenant"),
+    ]
     hint: Annotated[str, Field(description="Its last characters.", title="Hint")]
     created_at: Annotated[AwareDatetime, Field(title="Created At")]
     expires_at: Annotated[AwareDatetime | None, Field(title="Expires At")]
@@ -1432,6 +1524,7 @@ class SkillId(Resource):
     dataset: Annotated[
         str,
         Field(
+            description="Its id.",
             examples=["ds_01h455vb4pex5vsknk084sn02q"],
             pattern="^ds_[0-9a-z]{16,40}$",
             title="Dataset",
@@ -1445,11 +1538,21 @@ class SkillId(Resource):
     ] = None
     name: Annotated[
         str,
-        Field(max_length=100, min_length=1, pattern="^[\\w][\\w .+-]*$", title="Name"),
+        Field(
+            description="Its row in the report.",
+            max_length=100,
+            min_length=1,
+            pattern="^[\\w][\\w .+-]*$",
+            title="Name",
+        ),
     ]
-    role: Annotated[Literal["keep", "forget", "watch"] | None, Field(title="Role")] = (
-        "watch"
-    )
+    role: Annotated[
+        Literal["keep", "forget", "watch"] | None,
+        Field(
+            description="keep and forget say what is hoped for, and the report says whether it came true; watch: it is only measured.",
+            title="Role",
+        ),
+    ] = "watch"
 
 
 class Source(Resource):
@@ -1634,7 +1737,7 @@ class Answers(Resource):
     How often models write the answer to a prompt themselves, greedily. Shares with their 95 % interval (Wilson's).
     """
 
-    prompts: Annotated[int, Field(title="Prompts")]
+    prompts: Annotated[int, Field(description="That were asked.", title="Prompts")]
     base: Interval
     cut: Interval
     recovered: Interval
@@ -1735,7 +1838,9 @@ class Locality(Resource):
     How far the skills share units (arXiv 2505.15811, section 4: skills are not localized).
     """
 
-    skills: Annotated[list[str], Field(title="Skills")]
+    skills: Annotated[
+        list[str], Field(description="In the order of the overlaps.", title="Skills")
+    ]
     overlaps: Annotated[list[Overlap], Field(title="Overlaps")]
     curves: Annotated[list[LocalityCurve], Field(title="Curves")]
     summary: Annotated[
@@ -1751,7 +1856,7 @@ class Method(Resource):
     """
     How the small model comes about: one line, of which each kind uses what it needs.
 
-    What is not given follows the kind: see `DEFAULTS`.
+    What is not given follows the kind.
     """
 
     model_config = ConfigDict(
@@ -1789,7 +1894,10 @@ class Method(Resource):
     ] = None
     importance: Annotated[
         Literal["reconstruction", "fisher", "attribution", "activation", "magnitude", "random"] | None,
-        Field(title="Importance"),
+        Field(
+            description="What a unit is worth to the target. reconstruction: how much the output loses when the rest is refitted; fisher and attribution: by gradients; activation, magnitude: by size; random: the control.",
+            title="Importance",
+        ),
     ] = "reconstruction"
     calibration_tokens: Annotated[
         int | None,
@@ -1800,7 +1908,10 @@ class Method(Resource):
             title="Calibration Tokens",
         ),
     ] = 65536
-    regularizer: GroupLasso | None = None
+    regularizer: Annotated[
+        GroupLasso | None,
+        Field(description="Drives neurons to exactly zero before the cut."),
+    ] = None
     refit: Annotated[
         bool | None,
         Field(
@@ -1818,16 +1929,23 @@ class Method(Resource):
 
 class Model(Resource):
     id: Annotated[str, Field(examples=["mdl_01h455vb4pex5vsknk084sn02q"], title="Id")]
-    name: Annotated[str, Field(title="Name")]
-    family: Annotated[str, Field(title="Family")]
+    name: Annotated[str, Field(description="What reports call it.", title="Name")]
+    family: Annotated[
+        str, Field(description="Its type, as its config names it.", title="Family")
+    ]
     parameters: Annotated[int, Field(title="Parameters")]
-    bytes: Annotated[int, Field(title="Bytes")]
-    sha256: Annotated[str, Field(title="Sha256")]
+    bytes: Annotated[int, Field(description="Of the weights.", title="Bytes")]
+    sha256: Annotated[
+        str,
+        Field(description="Over the names and digests of its files.", title="Sha256"),
+    ]
     units: Annotated[
         list[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"]],
         Field(description="Kinds of unit that can be cut from it.", title="Units"),
     ]
-    config: Annotated[dict[str, Any], Field(title="Config")]
+    config: Annotated[
+        dict[str, Any], Field(description="Its config.json.", title="Config")
+    ]
     job: Annotated[
         str | None, Field(description="The job that made it, if one did.", title="Job")
     ] = None
@@ -1857,9 +1975,14 @@ class Plan(Resource):
     A dry run: what a job would make, with nothing queued.
     """
 
-    family: Annotated[str, Field(title="Family")]
-    before: Size
-    after: Size
+    family: Annotated[
+        str,
+        Field(
+            description="The type of the model, as its config names it.", title="Family"
+        ),
+    ]
+    before: Annotated[Size, Field(description="The base.")]
+    after: Annotated[Size, Field(description="The result.")]
     keep: Annotated[
         dict[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"], int],
         Field(
@@ -1877,7 +2000,13 @@ class Plan(Resource):
             title="Seconds",
         ),
     ]
-    notices: Annotated[list[str], Field(title="Notices")]
+    notices: Annotated[
+        list[str],
+        Field(
+            description="What would be rounded, or is not known before the job runs.",
+            title="Notices",
+        ),
+    ]
 
 
 class Point(Resource):
@@ -1907,7 +2036,9 @@ class Skill(Resource):
     """
 
     role: Annotated[Literal["keep", "forget", "watch"], Field(title="Role")]
-    documents: Annotated[int, Field(title="Documents")]
+    documents: Annotated[
+        int, Field(description="That it was measured on.", title="Documents")
+    ]
     tokens: Annotated[
         int, Field(description="As the base cuts the text.", title="Tokens")
     ]
@@ -1915,7 +2046,7 @@ class Skill(Resource):
     cut: Annotated[
         Fit, Field(description="After the cut and the refit, before any training.")
     ]
-    recovered: Fit
+    recovered: Annotated[Fit, Field(description="The result.")]
     random: Annotated[
         Fit | None,
         Field(
@@ -1974,21 +2105,30 @@ class SweepSpec(Resource):
     model_config = ConfigDict(
         extra="forbid",
     )
-    base: ModelId
+    base: Annotated[
+        ModelId, Field(description="The general model that is made narrow.")
+    ]
     teacher: Annotated[
         ModelId | None,
         Field(
             description="A model that teaches in the base's place, with the same tokenizer, such as a larger one of its family. Of the methods that are taught."
         ),
     ] = None
-    target: DatasetId
+    target: Annotated[
+        DatasetId, Field(description="Text of the domain whose skill must survive.")
+    ]
     broad: Annotated[
         DatasetId | None,
         Field(description="The broad text of the methods that have a curriculum."),
     ] = None
     skills: Annotated[
         list[SkillId] | None,
-        Field(max_length=50, title="Skills", validate_default=True),
+        Field(
+            description="What else is measured: the cut follows the target alone.",
+            max_length=50,
+            title="Skills",
+            validate_default=True,
+        ),
     ] = []
     methods: Annotated[
         dict[Annotated[str, StringConstraints(pattern=r"^[\w][\w .+-]*$", min_length=1, max_length=100)], Method] | None,
@@ -2158,22 +2298,39 @@ class JobSpec(Resource):
             title="Skill Tokens",
         ),
     ] = 65536
-    seed: Annotated[int | None, Field(ge=0, le=2147483647, title="Seed")] = 0
-    base: ModelId
+    seed: Annotated[
+        int | None,
+        Field(
+            description="The same one gives the same result on the same machine.",
+            ge=0,
+            le=2147483647,
+            title="Seed",
+        ),
+    ] = 0
+    base: Annotated[
+        ModelId, Field(description="The general model that is made narrow.")
+    ]
     teacher: Annotated[
         ModelId | None,
         Field(
             description="A model that teaches in the base's place, with the same tokenizer, such as a larger one of its family."
         ),
     ] = None
-    target: DatasetId
+    target: Annotated[
+        DatasetId, Field(description="Text of the domain whose skill must survive.")
+    ]
     broad: Annotated[
         DatasetId | None,
         Field(description="The broad text of `method.recover.curriculum`."),
     ] = None
     skills: Annotated[
         list[SkillId] | None,
-        Field(max_length=50, title="Skills", validate_default=True),
+        Field(
+            description="What else is measured: the cut follows the target alone.",
+            max_length=50,
+            title="Skills",
+            validate_default=True,
+        ),
     ] = []
     priority: Annotated[
         int | None,
@@ -2192,10 +2349,21 @@ class Report(Resource):
     target: Annotated[
         str, Field(description="The target's name in `skills`.", title="Target")
     ]
-    family: Annotated[str, Field(title="Family")]
-    spec: Annotated[dict[str, Any], Field(title="Spec")]
-    before: Size
-    after: Size
+    family: Annotated[
+        str,
+        Field(
+            description="The type of the model, as its config names it.", title="Family"
+        ),
+    ]
+    spec: Annotated[
+        dict[str, Any],
+        Field(
+            description="What was asked for, without its inputs: those are in `provenance`.",
+            title="Spec",
+        ),
+    ]
+    before: Annotated[Size, Field(description="The base.")]
+    after: Annotated[Size, Field(description="The result.")]
     speed: Annotated[list[Speed], Field(title="Speed")]
     skills: Annotated[dict[str, Skill], Field(title="Skills")]
     allocation: Allocation
@@ -2215,7 +2383,13 @@ class Report(Resource):
             validate_default=True,
         ),
     ] = []
-    curve: Annotated[list[CurvePoint], Field(title="Curve")]
+    curve: Annotated[
+        list[CurvePoint],
+        Field(
+            description="Of group lasso, if there was one, and of recovery.",
+            title="Curve",
+        ),
+    ]
     locality: Locality | None = None
     relearning: Annotated[
         dict[str, Relearning] | None,
@@ -2225,9 +2399,20 @@ class Report(Resource):
             validate_default=True,
         ),
     ] = {}
-    samples: Annotated[list[Sample], Field(title="Samples")]
+    samples: Annotated[
+        list[Sample],
+        Field(
+            description="Held-out beginnings, continued greedily by base and result.",
+            title="Samples",
+        ),
+    ]
     notices: Annotated[list[Notice], Field(title="Notices")]
-    files: Annotated[list[File], Field(title="Files")]
+    files: Annotated[
+        list[File],
+        Field(
+            description="All that came out, but for the report itself.", title="Files"
+        ),
+    ]
     provenance: Provenance
 
 

@@ -42,7 +42,7 @@ class Fit(BaseModel):
 class Answers(BaseModel):
     """How often models write the answer to a prompt themselves, greedily. Shares with their 95 % interval (Wilson's)."""
 
-    prompts: int
+    prompts: int = Field(description="That were asked.")
     base: Interval
     cut: Interval
     recovered: Interval
@@ -55,11 +55,11 @@ class Skill(BaseModel):
     """One row of the table of skills."""
 
     role: Role
-    documents: int
+    documents: int = Field(description="That it was measured on.")
     tokens: int = Field(description="As the base cuts the text.")
     base: Fit
     cut: Fit = Field(description="After the cut and the refit, before any training.")
-    recovered: Fit
+    recovered: Fit = Field(description="The result.")
     random: Fit | None = Field(
         None, description="Control: units drawn at random in the same shape, refitted as the cut was; to be compared with `cut`."
     )
@@ -111,8 +111,8 @@ class Cut(BaseModel):
     """What was kept of one kind of unit."""
 
     unit: Unit
-    kept: int
-    of: int
+    kept: int = Field(description="In each layer, or in the model.")
+    of: int = Field(description="How many the base has.")
     per_layer: list[int] = Field(
         description="Kept units of each layer; for `layer` the kept layers' old indices; empty for units of the whole model."
     )
@@ -148,12 +148,12 @@ class Parity(BaseModel):
 
 
 class CurvePoint(BaseModel):
-    phase: str
-    tokens: int
+    phase: str = Field(description="The training that it is of: sparsify, recover, ...")
+    tokens: int = Field(description="Trained on so far, in this phase.")
     loss: float | None = Field(None, description="Training objective, mean since the point before; none at the start.")
     validation: float | None = Field(None, description="Next-token loss on held-out target documents.")
-    sparsity: float | None = None
-    seconds: float
+    sparsity: float | None = Field(None, description="Share of neurons that are zero, under group lasso.")
+    seconds: float = Field(description="Since the training began.")
 
 
 class Overlap(BaseModel):
@@ -180,7 +180,7 @@ class LocalityCurve(BaseModel):
 class Locality(BaseModel):
     """How far the skills share units (arXiv 2505.15811, section 4: skills are not localized)."""
 
-    skills: list[str]
+    skills: list[str] = Field(description="In the order of the overlaps.")
     overlaps: list[Overlap]
     curves: list[LocalityCurve]
     summary: str = Field("", description="What it comes to at the size of the result, in a few sentences.")
@@ -246,8 +246,8 @@ class Provenance(BaseModel):
     tokenizer_sha256: str
     spec_sha256: str = Field(description="Of the spec without its inputs.")
     seed: int
-    versions: dict[str, str]
-    machine: dict[str, Any]
+    versions: dict[str, str] = Field(description="Of Narrow and of the libraries that matter.")
+    machine: dict[str, Any] = Field(description="System, Python, threads, GPU, processes.")
     seconds: dict[str, float] = Field(description="Wall time of each stage.")
     recovery_tokens: int
     regularizer_tokens: int
@@ -261,10 +261,10 @@ class Provenance(BaseModel):
 class Report(BaseModel):
     schema_version: Literal[1] = 1
     target: str = Field(description="The target's name in `skills`.")
-    family: str
-    spec: dict[str, Any]
-    before: Size
-    after: Size
+    family: str = Field(description="The type of the model, as its config names it.")
+    spec: dict[str, Any] = Field(description="What was asked for, without its inputs: those are in `provenance`.")
+    before: Size = Field(description="The base.")
+    after: Size = Field(description="The result.")
     speed: list[Speed]
     skills: dict[str, Skill]
     allocation: Allocation
@@ -274,10 +274,10 @@ class Report(BaseModel):
         "process; of other formats: what runs them and torch, with the same weights or, for gguf, with those before rounding."
     )
     runtimes: list[Load] = Field([], description="Which programs take which files.")
-    curve: list[CurvePoint]
+    curve: list[CurvePoint] = Field(description="Of group lasso, if there was one, and of recovery.")
     locality: Locality | None = None
     relearning: dict[str, Relearning] = Field({}, description="Of skills to forget.")
-    samples: list[Sample]
+    samples: list[Sample] = Field(description="Held-out beginnings, continued greedily by base and result.")
     notices: list[Notice]
-    files: list[File]
+    files: list[File] = Field(description="All that came out, but for the report itself.")
     provenance: Provenance

@@ -68,7 +68,7 @@ def download_artifact(
     path: str,
     request: Request,
     session: ReadDb,
-    if_none_match: Annotated[str | None, Header(max_length=500)] = None,
+    if_none_match: Annotated[str | None, Header(max_length=500, description="`ETag` of the file that is known.")] = None,
 ) -> Response:
     """One file. `ETag` is its SHA-256, `Repr-Digest` the same for checking a download that was resumed."""
     row = _artifact(session, job_id, path)

@@ -42,6 +42,7 @@ def list_datasets(session: ReadDb, cursor: Cursor = None, limit: Limit = 20) -> 
 
 @router.get("/{dataset_id}", responses=responses(404))
 def get_dataset(dataset_id: str, session: ReadDb) -> Dataset:
+    """One dataset, with its first documents."""
     row = session.get(DatasetRow, dataset_id)
     if row is None:
         raise not_found("dataset", dataset_id)
@@ -50,6 +51,7 @@ def get_dataset(dataset_id: str, session: ReadDb) -> Dataset:
 
 @router.delete("/{dataset_id}", status_code=204, responses=responses(404, 409, 507))
 def delete_dataset(dataset_id: str, request: Request, session: Db) -> None:
+    """Remove a dataset that no unfinished job needs. Reports on it stay."""
     row = session.get(DatasetRow, dataset_id)
     if row is None:
         raise not_found("dataset", dataset_id)

@@ -39,8 +39,8 @@ async def list_events(
     request: Request,
     session: ReadDb,
     after: Annotated[int, Query(ge=0, le=LAST, description="Number of the last event that is known.")] = 0,
-    limit: Annotated[int, Query(ge=1, le=BATCH)] = 100,
-    last_event_id: Annotated[str | None, Header(max_length=20)] = None,
+    limit: Annotated[int, Query(ge=1, le=BATCH, description="How many, at most.")] = 100,
+    last_event_id: Annotated[str | None, Header(max_length=20, description="Of a stream: as `after`.")] = None,
 ) -> object:
     """Events of a job in order. With `Accept: text/event-stream` it is a live stream: each event's `id` is its number, and
     a client that reconnects with `Last-Event-ID` misses nothing and gets nothing twice. The stream ends with an event

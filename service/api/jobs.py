@@ -77,7 +77,7 @@ def list_jobs(
     session: ReadDb,
     cursor: Cursor = None,
     limit: Limit = 20,
-    status: Annotated[Status | None, Query()] = None,
+    status: Annotated[Status | None, Query(description="Only jobs in this state.")] = None,
     sweep: Annotated[str | None, Query(max_length=60, description="Only the points of this sweep.")] = None,
 ) -> Page[Job]:
     """Jobs, newest first."""
@@ -91,6 +91,7 @@ def list_jobs(
 
 @router.get("/{job_id}", responses=responses(404))
 async def get_job(job_id: str, request: Request, who: Who) -> Job:
+    """One job: its status, phase and spec."""
     # What is asked most. It is one visit to a thread, where FastAPI makes three of a plain handler with a session, and asks the
     # table and not the mapper: together that is half of what a request took.
     return await run_in_threadpool(_read, request.app.state.engine, who.tenant, job_id)

@@ -37,6 +37,7 @@ def list_models(session: ReadDb, cursor: Cursor = None, limit: Limit = 20) -> Pa
 
 @router.get("/{model_id}", responses=responses(404))
 def get_model(model_id: str, session: ReadDb) -> Model:
+    """One model, with its config."""
     row = session.get(ModelRow, model_id)
     if row is None:
         raise not_found("model", model_id)
@@ -45,6 +46,7 @@ def get_model(model_id: str, session: ReadDb) -> Model:
 
 @router.delete("/{model_id}", status_code=204, responses=responses(404, 409, 507))
 def delete_model(model_id: str, request: Request, session: Db) -> None:
+    """Remove a model that no unfinished job needs."""
     row = session.get(ModelRow, model_id)
     if row is None:
         raise not_found("model", model_id)

@@ -13,7 +13,7 @@ T = TypeVar("T")
 Cursor = Annotated[
     str | None, Query(max_length=60, pattern=r"^[a-z]+_[0-9a-z]+$", description="`next_cursor` of the page before.")
 ]
-Limit = Annotated[int, Query(ge=1, le=100)]
+Limit = Annotated[int, Query(ge=1, le=100, description="How many, at most.")]
 
 
 def page(session: Session, statement: Any, table: Any, cursor: str | None, limit: int, read: Callable[[Any], T]) -> Page[T]:

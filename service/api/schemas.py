@@ -47,20 +47,20 @@ class Page(BaseModel, Generic[T]):
 
 class FieldError(BaseModel):
     pointer: str = Field(description="JSON pointer into what was sent, or /line/N of a dataset.")
-    detail: str
+    detail: str = Field(description="What is wrong there.")
 
 
 class Problem(BaseModel):
     """RFC 9457. `code` is stable and for programs; `detail` is a sentence for people."""
 
-    type: str
-    title: str
-    status: int
-    detail: str
-    instance: str | None = None
+    type: str = Field(description="`urn:narrow:problem:` and the code.")
+    title: str = Field(description="The status in words.")
+    status: int = Field(description="That of the answer.")
+    detail: str = Field(description="What was wrong, where, and what to do.")
+    instance: str | None = Field(None, description="The path that was asked for.")
     code: str
-    errors: list[FieldError] = []
-    request_id: str
+    errors: list[FieldError] = Field([], description="Each fault of what was sent, where there are several.")
+    request_id: str = Field(description="As in the header `X-Request-Id`, and in the server's log.")
 
 
 class JobError(BaseModel):
@@ -146,13 +146,13 @@ class Source(BaseModel):
 
 class Model(BaseModel):
     id: str = Field(examples=["mdl_01h455vb4pex5vsknk084sn02q"])
-    name: str
-    family: str
+    name: str = Field(description="What reports call it.")
+    family: str = Field(description="Its type, as its config names it.")
     parameters: int
-    bytes: int
-    sha256: str
+    bytes: int = Field(description="Of the weights.")
+    sha256: str = Field(description="Over the names and digests of its files.")
     units: list[Unit] = Field(description="Kinds of unit that can be cut from it.")
-    config: dict[str, Any]
+    config: dict[str, Any] = Field(description="Its config.json.")
     job: str | None = Field(None, description="The job that made it, if one did.")
     source: Source | None = Field(None, description="Where it was fetched from, if it was.")
     created_at: datetime
@@ -173,8 +173,8 @@ class HubModel(BaseModel):
 
 class Dataset(BaseModel):
     id: str = Field(examples=["ds_01h455vb4pex5vsknk084sn02q"])
-    name: str
-    column: str
+    name: str = Field(description="What reports call it.")
+    column: str = Field(description="The field of a row that holds its text.")
     documents: int
     bytes: int = Field(description="Of the text, uncompressed.")
     sha256: str
@@ -188,13 +188,13 @@ class Dataset(BaseModel):
 class Plan(BaseModel):
     """A dry run: what a job would make, with nothing queued."""
 
-    family: str
-    before: Size
-    after: Size
+    family: str = Field(description="The type of the model, as its config names it.")
+    before: Size = Field(description="The base.")
+    after: Size = Field(description="The result.")
     keep: dict[Unit, int] = Field(description="Units kept in each layer; for `layer`, `residual` and `token`, in the model.")
     memory_bytes: int = Field(description="Estimated peak of the job.")
     seconds: float = Field(description="Rough estimate of the job's time on this server's machine.")
-    notices: list[str]
+    notices: list[str] = Field(description="What would be rounded, or is not known before the job runs.")
 
 
 Told = Literal[
@@ -225,7 +225,7 @@ class Message(BaseModel):
     """Something that a webhook is told: once more until it answers with 2xx."""
 
     id: str = Field(description="The header `webhook-id`, the same with each try.")
-    type: str
+    type: str = Field(description="job.succeeded, ..., or test.")
     created_at: datetime
     attempts: int
     status: int | None = Field(description="Of the last answer.")
@@ -250,9 +250,9 @@ class Change(BaseModel):
 class Limits(BaseModel):
     """None where there is none."""
 
-    jobs: int | None
-    bytes: int | None
-    hours: float | None
+    jobs: int | None = Field(description="That wait, run or are paused at a time.")
+    bytes: int | None = Field(description="That are kept.")
+    hours: float | None = Field(description="That jobs run in thirty days.")
 
 
 class Usage(BaseModel):
@@ -287,7 +287,7 @@ class Key(BaseModel):
     id: str
     name: str
     role: Role
-    tenant: str
+    tenant: str = Field(description="Whose it is, and all that is made with it.")
     hint: str = Field(description="Its last characters.")
     created_at: datetime
     expires_at: datetime | None
@@ -304,7 +304,7 @@ class SecretKey(Key):
 class Health(BaseModel):
     status: Literal["ok", "unavailable"]
     version: str = Field(description="Of the service.")
-    checks: dict[str, str] = {}
+    checks: dict[str, str] = Field({}, description="What was looked at, and how it is.")
 
 
 __all__ = [

@@ -54,6 +54,7 @@ def list_sweeps(session: ReadDb, cursor: Cursor = None, limit: Limit = 20) -> Pa
 
 @router.get("/{sweep_id}", responses=responses(404))
 def get_sweep(sweep_id: str, session: ReadDb) -> SweepPoints:
+    """One sweep, with its points and what came of them so far."""
     return _with_points(session, queue.find_sweep(session, sweep_id))
 
 

@@ -35,7 +35,10 @@ VERSION = "1.0.0"
 ALGORITHMS = ("sha256", "sha1", "md5")
 
 
-def speaks(response: Response, tus_resumable: Annotated[str, Header(json_schema_extra={"enum": [VERSION]})] = VERSION) -> None:
+def speaks(
+    response: Response,
+    tus_resumable: Annotated[str, Header(description="The version of tus.", json_schema_extra={"enum": [VERSION]})] = VERSION,
+) -> None:
     if tus_resumable != VERSION:
         detail = f"This server speaks tus {VERSION}, and the request {tus_resumable[:20]}."
         raise ApiError(412, "tus_version", detail, headers={"Tus-Version": VERSION})

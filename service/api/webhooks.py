@@ -36,6 +36,7 @@ def list_webhooks(session: ReadDb, cursor: Cursor = None, limit: Limit = 20) -> 
 
 @router.get("/{webhook_id}", responses=responses(404))
 def get_webhook(webhook_id: str, session: ReadDb) -> Webhook:
+    """One webhook, without its secret."""
     return _shown(_find(session, webhook_id))
 
 
