@@ -4,7 +4,7 @@ Each row of a matrix is cut into blocks of BLOCK inputs, and each block gets a s
 w ≈ (q − zero) · scale, q in 0 … 2^bits − 1. Of four bits, a block is rounded with its whole range and with narrower ones, and
 what has the least squared error stays. The embedding and the head keep 8 bits: every token passes them.
 
-ONNX Runtime multiplies by such blocks (com.microsoft MatMulNBits, GatherBlockQuantized). Norms, biases, routers and
+ONNX Runtime multiplies by such blocks (com.microsoft MatMulNBits). Norms, biases, routers and
 embeddings of positions stay.
 """
 
@@ -151,23 +151,9 @@ def quantize_onnx(source: Path, out: Path, rounded: dict[str, Rounded]) -> None:
                 )
         elif node.op_type == "Gather" and node.input[0] in weights:
             found = find(node.input[0], False)
-            if found and found[1].columns % BLOCK == 0:
-                quants, scale, zero = store(*found)
-                flat = f"{quants}.flat"
-                shape = numpy_helper.from_array(np.array([len(found[1].scale), found[1].columns], np.int64), f"{flat}.shape")
-                added.append(shape)
-                nodes.append(helper.make_node("Reshape", [quants, shape.name], [flat], flat))
-                replaced = helper.make_node(
-                    "GatherBlockQuantized",
-                    [flat, node.input[1], scale, zero],
-                    node.output,
-                    node.name,
-                    domain="com.microsoft",
-                    gather_axis=0,
-                    quantize_axis=1,
-                    block_size=BLOCK,
-                    bits=found[1].bits,
-                )
+            if found and found[1].bits == 8 and found[1].columns % BLOCK == 0:
+                nodes.extend(_rows(node, *store(*found)))
+                continue
         nodes.append(replaced or node)
     needed = {output.name for output in graph.output}
     for node in reversed(nodes):  # what only led to a matrix leads nowhere now
@@ -181,6 +167,27 @@ def quantize_onnx(source: Path, out: Path, rounded: dict[str, Rounded]) -> None:
     if "com.microsoft" not in {o.domain for o in model.opset_import}:
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     _save(model, out)
+
+
+def _rows(gather: onnx.NodeProto, quants: str, scale: str, zero: str) -> list[onnx.NodeProto]:
+    """Rows of a matrix in blocks of 8 bits. GatherBlockQuantized would be one node for it, which runtimes in browsers lack."""
+    ids, out = gather.input[1], gather.output[0]
+    made = (f"{out}.quants", f"{out}.scale", f"{out}.zero")
+
+    def constant(name: str, *numbers: int) -> onnx.NodeProto:
+        return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(numbers, np.int64)))
+
+    return [
+        constant(f"{out}.last", -1),
+        constant(f"{out}.shape", 0, 0, -1),
+        *(helper.make_node("Gather", [matrix, ids], [name]) for matrix, name in zip((quants, scale, zero), made, strict=True)),
+        *(helper.make_node("Cast", [name], [f"{name}.float"], to=onnx.TensorProto.FLOAT) for name in (made[0], made[2])),
+        helper.make_node("Unsqueeze", [f"{made[2]}.float", f"{out}.last"], [f"{out}.zeros"]),
+        helper.make_node("Unsqueeze", [made[1], f"{out}.last"], [f"{out}.scales"]),
+        helper.make_node("Sub", [f"{made[0]}.float", f"{out}.zeros"], [f"{out}.steps"]),
+        helper.make_node("Mul", [f"{out}.steps", f"{out}.scales"], [f"{out}.blocks"]),
+        helper.make_node("Reshape", [f"{out}.blocks", f"{out}.shape"], [out], gather.name),
+    ]
 
 
 def set_compute(source: Path, out: Path, level: int) -> None:
