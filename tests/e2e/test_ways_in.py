@@ -183,6 +183,7 @@ def test_compress_as_a_command_refuses_plans_and_is_interrupted(service, tiny_fo
     assert (skill["answer"]["column"], skill["answer"]["extract"], skill["answer"]["prompts"]) == ("reply", r"#### (\d+)", 200)
 
 
+@pytest.mark.slow
 def test_a_sweep_as_a_command_shows_its_frontier(service, tiny_folder, python_file, tmp_path):
     """From a file with local paths to a table, a page and JSON; taken up again by its id; interrupted, it is cancelled."""
     spec = {

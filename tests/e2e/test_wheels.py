@@ -60,6 +60,7 @@ def test_versions_agree():
     assert heads[0] == "Unreleased"
 
 
+@pytest.mark.slow
 def test_the_client_alone_works_in_a_clean_environment(wheels, tmp_path):
     """No torch, no service: the command says what takes the whole, and the package is typed."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "NARROW"))}

@@ -230,6 +230,7 @@ def test_events_that_come_from_two_sides_are_numbered_without_gaps(settings):
 
 
 @needs_postgres
+@pytest.mark.slow
 def test_a_job_outlives_its_database(tmp_path, tiny_folder, python_file):
     """Postgres is killed while a job runs and comes back later: requests are told to come again, and the job ends as it would."""
     data: Path = tmp_path / "data"

@@ -91,6 +91,7 @@ def test_sigterm_drains_a_stream_ends_and_the_job_goes_on_later(tmp_path, tiny_f
         assert (job["status"], job["attempt"]) == ("queued", 0), "a drain is no failed attempt"
 
 
+@pytest.mark.slow
 def test_a_paused_job_frees_its_worker_and_goes_on_where_it_was(tmp_path, tiny_folder, python_file):
     with running(tmp_path / "data") as service:
         spec = spec_of(service, tiny_folder, python_file, SLOW)

@@ -112,6 +112,7 @@ def test_a_whole_run_with_every_part(spec, tmp_path):
     numbered(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_model_is_exported_as_it_is_in_another_type(spec, tmp_path, tokenizer_file):
     base = tmp_path / "base"
     tiny_model("llama", intermediate_size=2048).save_pretrained(base)  # large enough to be timed
@@ -288,6 +289,7 @@ def test_a_folder_that_cannot_be_made_is_wrong_usage(spec, tmp_path):
     assert (status, "Traceback" in told, "cannot be made" in told) == (2, False, True), told
 
 
+@pytest.mark.slow
 def test_a_report_is_made_again_from_the_same_bytes_and_from_no_other(spec, tmp_path, tiny_folder, python_file, german_file):
     german_file = shutil.copy(german_file, tmp_path / "german with a bad row.jsonl")
     german_file.write_text(german_file.read_text() + "oops\n")
@@ -346,6 +348,7 @@ def test_names_of_skills_may_be_anything(spec, tmp_path, german_file):
     assert len(corpus.load(out / "load", "training").tokens) > 5 * report.skills["training"].tokens
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_another_spec_keeps_no_result(spec, tmp_path):
     out = tmp_path / "run"
     assert finish(start(spec(export=["safetensors"]), out))[0] == 0
@@ -418,6 +421,7 @@ def test_two_processes_never_work_in_one_folder(spec, tmp_path):
     assert len(started) == len(set(started)), "the second found everything done"
 
 
+@pytest.mark.slow
 def test_a_dataset_with_blank_rows_says_how_many(spec, tmp_path, python_file):
     texts = [json.loads(line)["text"] for line in python_file.read_text().splitlines()]
     data = write_jsonl(tmp_path / "blanks.jsonl", [*texts, "", "  "])

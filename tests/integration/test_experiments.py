@@ -28,6 +28,7 @@ def test_hierarchy(tmp_path):
     assert hierarchy.same(broad, setting)
 
 
+@pytest.mark.slow
 def test_nonlocality(monkeypatch, tmp_path):
     """Before a group lasso few neurons can go; after it most can, and the composite that nobody asked for has gone with them."""
     monkeypatch.setattr(nonlocality, "TASK", Parity(bits=8, subtasks=4, each=2))
@@ -80,6 +81,7 @@ def little_text(monkeypatch):
     monkeypatch.setattr(language, "TRAINING", language.HELD_OUT["c"])
 
 
+@pytest.mark.slow
 def test_lasso(monkeypatch, little_text, tmp_path):
     """Proximal steps leave exact zeros, which can go for nothing at all; the penalty's gradient leaves none."""
     monkeypatch.setattr(lasso, "CUTS", (0.0, 0.5))
@@ -103,6 +105,7 @@ def test_penalty_is_the_sum_of_the_groups():
     assert penalty.loss().item() == pytest.approx(2.0 * float(norms.sum()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_unlearning(monkeypatch, little_text, tmp_path):
     """The cut for one domain costs another more, and costs that domain less than a cut at random does."""
     monkeypatch.setattr(language, "HELD_OUT", {name: language.HELD_OUT[name] for name in ("c", "german")})
@@ -118,6 +121,7 @@ def test_unlearning(monkeypatch, little_text, tmp_path):
     assert unlearning.table(rows).count("\n") == 4
 
 
+@pytest.mark.slow
 def test_frontier_points_are_kept_and_told(monkeypatch, tmp_path):
     """A point is run once, and each method of the comparison is a valid job."""
     monkeypatch.setattr(frontier, "RESULTS", tmp_path / "result.json")

@@ -503,6 +503,7 @@ def test_a_hub_is_a_url(url):
         Settings(hub=url)
 
 
+@pytest.mark.slow
 def test_compress_from_a_hub(hub, repo, tmp_path, python_file, monkeypatch):
     """The whole way, with a token and as a sweep's base too; and the report says where the base is from."""
     repo.token = SECRET

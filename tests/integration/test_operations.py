@@ -135,6 +135,7 @@ class Collector(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
+@pytest.mark.slow
 def test_a_job_is_one_trace_from_the_request_to_the_stages_of_its_process(tmp_path, tiny_folder, python_file):
     collector = Collector()
     settings = {

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import time
+from importlib.metadata import version
 
 import httpx
 import pyarrow as pa
@@ -357,7 +358,7 @@ def test_what_is_wrong_with_a_field_is_told_in_words(service, done):
 
 
 def test_health(service):
-    assert service.http.get("/healthz").json() == {"status": "ok", "checks": {}}
+    assert service.http.get("/healthz").json() == {"status": "ok", "version": version("narrow"), "checks": {}}
     checks = service.http.get("/readyz").json()["checks"]
     assert checks == {"accepting": "ok", "database": "ok", "disk": "ok"}
     assert re.fullmatch(r"req_[0-9a-f]{16}", service.http.get("/healthz").headers["x-request-id"])

@@ -279,6 +279,7 @@ def test_processes_end_with_a_torchrun_that_is_killed(spec, tmp_path):
     assert psutil.wait_procs(children, 5)[1] == []
 
 
+@pytest.mark.slow
 def test_what_torchrun_was_asked_to_stop_goes_on_on_one_process(spec, tmp_path):
     path, out = spec(recover={"tokens": 19200}, skills=[]), tmp_path / "run"
     process = torchrun(path, out)

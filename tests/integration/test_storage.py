@@ -105,6 +105,7 @@ def test_a_file_that_two_jobs_share_outlives_one_of_them(settings, storage, tmp_
 
 @objects.needed
 @needs_postgres
+@pytest.mark.slow
 def test_two_machines_share_a_database_and_a_bucket(tmp_path, tiny_folder, python_file):
     """One takes requests and one works; neither sees the other's disk. The bucket goes away and comes back."""
     bucket = objects.server().bucket("two-machines")

@@ -98,7 +98,7 @@ def until(found, seconds):
     raise AssertionError(f"did not happen within {seconds} s")
 
 
-ONNX_FAMILIES = [f if f in ("gemma2", "gpt_neox") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+ONNX_FAMILIES = [f if f == "gemma2" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 
 
 @pytest.mark.parametrize("family", ONNX_FAMILIES)
