@@ -42,7 +42,8 @@ test-all: check browser ## all tests, with the extras that they need
 
 browser: setup         ## a Chromium for the tests of the pages, if there is none; without one they are skipped
 	@if which chromium || which chromium-browser || which google-chrome; then :; \
-	elif [ "$$(id -u)" = 0 ] && which apt-get > /dev/null; then apt-get update -qq && apt-get install -y -qq chromium > /dev/null; \
+	elif [ "$$(id -u)" = 0 ] && which apt-get > /dev/null; then \
+	    timeout 300 sh -c "apt-get update -qq && apt-get install -y -qq chromium > /dev/null"; \
 	else $(BIN)/playwright install chromium; fi || echo "There is no Chromium: the tests of the pages are skipped."
 
 docs: setup            ## the site, in docs/_build/html; what docs/reference says is made anew
