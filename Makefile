@@ -38,7 +38,7 @@ test-postgres: setup   ## what needs a database, on Postgres instead of SQLite
 test-all: check browser ## all tests, with the extras that they need
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e client -e '.[eval,ray]'
 	$(BIN)/python -m pytest
-	$(MAKE) test-postgres
+	$(MAKE) test-postgres docs
 
 browser: setup         ## a Chromium for the tests of the pages, if there is none; without one they are skipped
 	@if which chromium || which chromium-browser || which google-chrome; then :; \
