@@ -88,6 +88,6 @@ def test_starting_imports_no_torch(module):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_readme_names_every_family_and_no_other():
-    section = (ROOT / "README.md").read_text().split("### What it takes")[1].split("###")[0].split("All can")[0]
+def test_the_docs_name_every_family_and_no_other():
+    section = (ROOT / "docs" / "reference" / "what-it-takes.md").read_text().split("## Text")[0].split("All can")[0]
     assert re.findall(r"`(\w+)`", section.split("types:")[1]) == sorted(FAMILIES)
