@@ -13,27 +13,24 @@ RUNS = ("otel", "parquet", "postgres", "s3")
 LEFT_OUT = {"narrow", "narrow-client", "pip", "setuptools", "torch"}
 
 
-def needed(name: str, extras: tuple[str, ...], found: set[str]) -> None:
-    """Adds the installed distributions that one needs, with the extras, and what they need. torch's own come with torch."""
-    if name == "torch":
-        return
-    for line in distribution(name).requires or ():
+def needed(name: str, extras: tuple[str, ...], found: set[tuple[str, tuple[str, ...]]]) -> set[str]:
+    """The installed distributions that one needs, with the extras, and what they need; those with their extras go into `found`.
+    torch's own come with torch."""
+    for line in (name != "torch" and distribution(name).requires) or ():
         requirement = Requirement(line)
-        wanted = canonicalize_name(requirement.name)
         if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
             continue
-        if (key := f"{wanted}{sorted(requirement.extras)}") not in found:
-            found |= {key, wanted}
-            needed(wanted, tuple(requirement.extras), found)
+        wanted = canonicalize_name(requirement.name), tuple(sorted(requirement.extras))
+        if wanted not in found:
+            found.add(wanted)
+            needed(*wanted, found)
+    return {name for name, _ in found}
 
 
 def main() -> None:
-    runs: set[str] = set()
-    every: set[str] = set()
-    needed("narrow", RUNS, runs)
-    needed("narrow", (*RUNS, "dev"), every)
+    runs = needed("narrow", RUNS, set())
+    tools = needed("narrow", (*RUNS, "dev"), set()) - runs
     lines = {name: f"{d.name}=={d.version}\n" for d in distributions() if (name := canonicalize_name(d.name)) not in LEFT_OUT}
-    tools = every - runs
     (HERE / "requirements.lock").write_text("".join(lines[name] for name in sorted(lines) if name in runs))
     (HERE / "requirements-dev.lock").write_text(
         "-r requirements.lock\n" + "".join(lines[name] for name in sorted(lines) if name in tools)

@@ -23,7 +23,7 @@ from narrow_engine.model_files import DTYPES, inspect_model
 from narrow_engine.models import device
 from narrow_engine.muon import training_dtype
 from narrow_engine.sizing import SECONDS_PER_FLOP, plan_sizes
-from narrow_engine.spec import Options, sentence, wording
+from narrow_engine.spec import Options, first_fault
 
 Facts = dict[str, Any]
 PACKAGES = ("narrow", "torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -75,8 +75,7 @@ def job(base: Path, budget: dict[str, float] | None, recover_tokens: int | None)
         info = inspect_model(base)
         sizes = plan_sizes(info.config, options, DTYPES[info.dtype])
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise click.UsageError(sentence(".".join(map(str, first["loc"])), wording(first))) from error
+        raise click.UsageError(first_fault(error)) from error
     except (NarrowError, OSError) as error:
         raise click.UsageError(f"{base}: {error}") from error
     where = device()

@@ -766,6 +766,12 @@ def sentence(where: str, words: str) -> str:
     return whole if whole.endswith(("?", ".")) else f"{whole}."
 
 
+def first_fault(error: ValidationError) -> str:
+    """The first thing that pydantic found wrong, as a sentence that begins with where it is."""
+    first = error.errors(include_url=False)[0]
+    return sentence(".".join(clear(part) for part in first["loc"] if part != "[key]"), wording(first))
+
+
 def clear(key: Any) -> str:
     """A key that somebody sent: not too long, and without halves of surrogate pairs, which no answer could hold."""
     return str(key)[:60].encode(errors="replace").decode()

@@ -128,7 +128,7 @@ def token_seconds(models: list[PreTrainedModel], check: Callable[[], None]) -> l
 
 
 def _in_turn(
-    runners: Sequence[Callable[..., tuple[float, float]]], check: Callable[[], None] = lambda: None, *given: Any
+    runners: Sequence[Callable[..., tuple[float, float]]], check: Callable[[], None], *given: Any
 ) -> list[list[tuple[float, float]]]:
     """Seconds of prefill and of decoding of each runner, in up to ROUNDS rounds after one that warms up."""
     times: list[list[tuple[float, float]]] = [[] for _ in runners]

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from narrow_engine.spec import DEFAULTS, JobSpec, clear, sentence, wording
+from narrow_engine.spec import DEFAULTS, JobSpec, first_fault
 from service.problems import ApiError
 
 BUDGETS = ("parameters", "bytes", "flops", "latency", "retention")
@@ -58,9 +58,7 @@ def spec_of(draft: Draft) -> JobSpec:
     try:
         return JobSpec.model_validate(_merged(given, _more(draft.more)))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(clear(part) for part in first["loc"] if part != "[key]")
-        raise ApiError(422, "invalid_request", sentence(where, wording(first))) from error
+        raise ApiError(422, "invalid_request", first_fault(error)) from error
 
 
 def draft_of(spec: JobSpec) -> Draft:

@@ -21,7 +21,7 @@ from sqlmodel import Session, col, select
 from narrow_engine.errors import NarrowError
 from narrow_engine.events import Event, Kind
 from narrow_engine.sizing import Sizes
-from narrow_engine.spec import BadRows, Format, JobSpec, SweepSpec, sentence, wording
+from narrow_engine.spec import BadRows, Format, JobSpec, SweepSpec, first_fault
 from narrow_engine.spec import Kind as MethodKind
 from narrow_engine.spec import Role as SkillRole
 from service import auth, queue
@@ -363,7 +363,7 @@ async def fetch_model(
         )
         made = await fetches.fetch_model(wanted, request, Response(), session, who)
     except (ValidationError, ApiError, NarrowError) as error:
-        refusal = _refusal(error) if isinstance(error, ValidationError) else str(error)
+        refusal = first_fault(error) if isinstance(error, ValidationError) else str(error)
         typed = {**MODEL, "hub": hub, "revision": revision}
         await run_in_threadpool(session.rollback)
         return await run_in_threadpool(_models_page, request, session, None, typed, refusal, getattr(error, "status", 422))
@@ -476,7 +476,7 @@ def create_key(
     try:
         made = keys.create_key(NewKey(name=name, role=role, expires_in_days=float(days) if days.strip() else None), session)
     except ValidationError as error:
-        return _keys_page(request, session, None, typed, refusal=_refusal(error), status=422)
+        return _keys_page(request, session, None, typed, refusal=first_fault(error), status=422)
     except ValueError:
         return _keys_page(request, session, None, typed, refusal=f"{days!r} is no number of days.", status=422)
     return _keys_page(request, session, None, secret=made.key, status=201)
@@ -588,11 +588,6 @@ def _pages(path: str, cursor: str | None, found: Page[Any]) -> dict[str, Any]:
 def _path(path: str, **query: str | None) -> str:
     asked = {name: value for name, value in query.items() if value}
     return f"{path}?{urlencode(asked)}" if asked else path
-
-
-def _refusal(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    return sentence(str(first["loc"][0]), wording(first))
 
 
 def _see(path: str) -> Response:

@@ -86,19 +86,23 @@ def page(request: Request, template: str, api: str = "", status: int = 200, **gi
         roles = get_args(Role)
         return caller is not None and roles.index(caller.role) >= roles.index(role)
 
-    state = request.app.state
-    path = request.scope["path"]
-    here = f"{path}?{request.url.query}" if request.url.query else path
-    known = {"caller": caller, "may": may, "api": api, "path": path, "here": here, "keys_needed": state.keys_needed}
+    known = {"caller": caller, "may": may, "api": api, "path": request.scope["path"], "here": _here(request)}
+    known["keys_needed"] = request.app.state.keys_needed
     return HTMLResponse(_pages.get_template(template).render(**known, **given), status, HEADERS)
+
+
+def _here(request: Request) -> str:
+    """What was asked for, as a link."""
+    path = request.scope["path"]
+    return f"{path}?{request.url.query}" if request.url.query else path
 
 
 def problem_page(request: Request, problem: Problem) -> Response | None:
     """What a person sees of a problem; None where a program asked. Who has to log in is sent there."""
-    path = request.scope["path"]
-    if not path.startswith("/ui/") or "text/html" not in request.headers.get("accept", ""):
+    if not request.scope["path"].startswith("/ui/") or "text/html" not in request.headers.get("accept", ""):
         return None
     if problem.status == 401:
-        here = f"{path}?{request.url.query}" if request.url.query else path
-        return RedirectResponse(f"/ui/login?next={quote(here if request.method == 'GET' else '/ui/jobs')}", 303, HEADERS)
+        return RedirectResponse(
+            f"/ui/login?next={quote(_here(request) if request.method == 'GET' else '/ui/jobs')}", 303, HEADERS
+        )
     return page(request, "problem.html", status=problem.status, problem=problem)
