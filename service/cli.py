@@ -24,7 +24,8 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, and not
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
 @click.option("--data", type=click.Path(file_okay=False, path_type=Path), help="Folder for everything; by default NARROW_DATA.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(0), help="Worker processes; 0 for the API alone.")
-def serve(host: str, port: int, data: Path | None, workers: int) -> None:
+@JSON
+def serve(host: str, port: int, data: Path | None, workers: int, as_json: bool) -> None:
     """Start the service: the API and its workers.
 
     Prints one line with its URL when it is ready. SIGTERM or Ctrl-C drains: running jobs write a checkpoint and go on after the
@@ -32,7 +33,7 @@ def serve(host: str, port: int, data: Path | None, workers: int) -> None:
     """
     from service import server
 
-    server.serve(host, port, data, workers)
+    server.serve(host, port, data, workers, as_json)
 
 
 @click.group(

@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import errno
 import ipaddress
+import json
 import logging
 import os
 import signal
@@ -41,7 +42,7 @@ REQUEST_SECONDS = 10
 log = logging.getLogger("narrow.serve")
 
 
-def serve(host: str, port: int, data: Path | None, workers: int) -> None:
+def serve(host: str, port: int, data: Path | None, workers: int, as_json: bool) -> None:
     """Serves until a signal comes."""
     if data is not None:
         os.environ["NARROW_DATA"] = str(data)
@@ -62,7 +63,7 @@ def serve(host: str, port: int, data: Path | None, workers: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     keys_needed = settings.keys == "always" or (settings.keys == "auto" and not _on_loopback(listener))
-    server = Server(settings, keys_needed, host if _on_loopback(listener) else None)
+    server = Server(settings, keys_needed, host if _on_loopback(listener) else None, as_json)
     # One is enough to keep a cluster's jobs placed.
     supervisor = Supervisor(min(workers, 1) if settings.runner == "ray" else workers, settings)
     courier = Courier(server.app.state.engine, settings)
@@ -150,8 +151,9 @@ def _listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """Says its URL when it is ready, and ends event streams as soon as it is asked to stop."""
 
-    def __init__(self, settings: Settings, keys_needed: bool, host: str | None) -> None:
+    def __init__(self, settings: Settings, keys_needed: bool, host: str | None, as_json: bool) -> None:
         self.app, self.drain_seconds = create_app(settings, keys_needed, host), settings.drain_seconds
+        self.as_json = as_json
         config = uvicorn.Config(
             self.app,
             http=partial(Connection, settings.silence_seconds, most_connections(settings.max_connections)),  # type: ignore[arg-type]
@@ -169,7 +171,8 @@ class Server(uvicorn.Server):
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
-            click.echo(f"Narrow is ready at http://{shown}:{port}")
+            url = f"http://{shown}:{port}"
+            click.echo(json.dumps({"url": url}) if self.as_json else f"Narrow is ready at {url}")
             sys.stdout.flush()
             self._say_who_may_come()
 

@@ -1,5 +1,6 @@
 """The Dockerfile's steps in a clean virtual environment: what is installed from the files it copies is enough to serve."""
 
+import json
 import os
 import re
 import shutil
@@ -51,14 +52,14 @@ def test_the_installed_service_serves(tmp_path):
     subprocess.run([*pip, "--no-deps", str(tmp_path / "src" / "client"), str(tmp_path / "src")], check=True)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     server = subprocess.Popen(
-        [str(venv / "bin" / "narrow"), "serve", "--port", "0", "--data", str(tmp_path / "data"), "--workers", "1"],
+        [str(venv / "bin" / "narrow"), "serve", "--port", "0", "--data", str(tmp_path / "data"), "--workers", "1", "--json"],
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
     )
     try:
-        url = server.stdout.readline().split()[-1]
+        url = json.loads(server.stdout.readline())["url"]
         environment["NARROW_URL"] = url
         subprocess.run([str(venv / "bin" / "narrow"), "doctor"], env=environment, check=True)
         subprocess.run([str(venv / "bin" / "python"), "-m", "narrow_engine", "--help"], cwd=tmp_path, env=environment, check=True)
