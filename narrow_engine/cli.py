@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from pydantic import ValidationError
 
+from narrow_engine import processors
 from narrow_engine.errors import Cancelled, NarrowError, out_of_memory
 from narrow_engine.events import EventLog
 from narrow_engine.spec import CompressionSpec, clear, printable, sentence, wording
@@ -43,6 +44,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Threads that wait for each other by spinning keep the ones they wait for off a core that is also wanted elsewhere: beside
 # one other busy process on two cores, a training step took more than four times as long. Sleeping costs a tenth when idle.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if (_threads := processors.threads()) is not None:
+    os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
 
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else on stdout.")
@@ -192,7 +195,13 @@ def evaluate(base: Path, narrow: Path, tasks: tuple[str, ...], limit: int | None
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("prompt")
 @click.option("--tokens", type=click.IntRange(1), default=128, show_default=True, help="To write, at most.")
-@click.option("--threads", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True, help="That it computes with.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    default=max(1, int(processors.usable())),
+    show_default=True,
+    help="That it computes with.",
+)
 @JSON
 def run_model(folder: Path, prompt: str, tokens: int, threads: int, as_json: bool) -> None:
     """Continue a prompt with a result, in any of its formats.

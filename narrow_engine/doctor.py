@@ -17,7 +17,7 @@ import click
 import torch
 from pydantic import ValidationError
 
-from narrow_engine import memory, sandbox
+from narrow_engine import memory, processors, sandbox
 from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import DTYPES, inspect_model
 from narrow_engine.models import device
@@ -36,7 +36,6 @@ RUNTIMES = {
     "clusters": "ray",
 }
 """What the engine does with packages that may be missing, or that others can do with its results."""
-QUOTA = Path("/sys/fs/cgroup/cpu.max")
 DRIVER = Path("/proc/driver/nvidia/version")
 SIDES = {"cpu": 512, "cuda": 8192}
 """Of the matrices that are multiplied: large enough for the device to be busy, small enough for a type it is slow in."""
@@ -113,10 +112,7 @@ def _processor() -> str:
 def _processors() -> Facts:
     """How many there are, and how many this process may use: by its affinity, and by the quota of its container."""
     facts: Facts = {"processors": os.cpu_count() or 1}
-    usable: float = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else facts["processors"]
-    quota = QUOTA.read_text().split() if QUOTA.is_file() else ["max"]
-    if quota[0].isdigit():
-        usable = min(usable, int(quota[0]) / int(quota[1]))
+    usable = processors.usable()
     return facts | ({"processors_usable": usable} if usable < facts["processors"] else {})
 
 
@@ -142,7 +138,7 @@ def _speed(where: torch.device) -> Facts:
     """How fast matrices are multiplied in each type of number, and memory is read and written."""
     facts: Facts = {"device": str(where)}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        facts[f"{_name(dtype)}_gflop_per_second"] = _gigaflops(where, dtype)
+        facts[f"{_name(dtype)}_gflop_per_second"] = gigaflops(where, dtype)
     source = torch.ones(COPIED // 4, device=where)
     target = torch.empty_like(source)
     seconds = _best(where, lambda: target.copy_(source))
@@ -153,7 +149,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _gigaflops(where: torch.device, dtype: torch.dtype) -> float | None:
+def gigaflops(where: torch.device, dtype: torch.dtype) -> float | None:
+    """Of a large product of square matrices, the best of some; None where the device cannot do it in this type."""
     side = SIDES[where.type]
     try:
         a = torch.full((side, side), 0.5, device=where, dtype=dtype)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 import narrow_engine
-from narrow_engine import sandbox
+from narrow_engine import processors, sandbox
 from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import Tried
 from service.settings import Settings
@@ -79,7 +79,7 @@ def start(
     environment = {k: v for k, v in os.environ.items() if k in _KEPT or k.startswith(_KEPT_PREFIXES)} | _FIXED
     environment |= {"TMPDIR": str(scratch), "HOME": str(scratch)}
     if processes > 1:  # torchrun gives each a single thread, and the first does much of a run by itself
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        environment.setdefault("OMP_NUM_THREADS", str(processors.threads(processes)))
     shut_in = sandbox.before(
         **_shown(inputs),
         write=[str(folder), str(shared)],

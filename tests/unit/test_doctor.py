@@ -5,7 +5,7 @@ import json
 import pytest
 from misbehaving import run_cli
 
-from narrow_engine import doctor, memory, sandbox
+from narrow_engine import doctor, memory, processors, sandbox
 from narrow_engine.sizing import plan_sizes
 from narrow_engine.spec import Options
 
@@ -28,7 +28,7 @@ def test_a_container_has_less_than_the_machine(monkeypatch, tmp_path):
     quota, most = tmp_path / "cpu.max", tmp_path / "memory.max"
     quota.write_text("50000 100000\n")
     most.write_text(f"{2**20}\n")
-    monkeypatch.setattr(doctor, "QUOTA", quota)
+    monkeypatch.setattr(processors, "QUOTA", quota)
     monkeypatch.setattr(memory, "CONTAINER", most)
     assert doctor._processors()["processors_usable"] == 0.5
     assert doctor._memory()["memory_of_the_container_bytes"] == 2**20
@@ -56,3 +56,24 @@ def test_what_cannot_be_estimated_is_wrong_usage(tiny_folder, tmp_path, budget, 
     base = tiny_folder if budget == "0.001" else tmp_path
     result = run_cli("doctor", "--base", base, "--budget", budget)
     assert (result.exit_code, said in " ".join(result.stderr.split())) == (2, True), result.output
+
+
+@pytest.mark.parametrize(
+    ("files", "usable"),
+    [
+        ({"cpu.max": "150000 100000"}, 1.5),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu.cfs_quota_us": "50000", "cpu.cfs_period_us": "100000"}, 0.5),
+        ({"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}, None),
+        ({}, None),
+    ],
+)
+def test_threads_follow_the_quota_of_a_container(monkeypatch, tmp_path, files, usable):
+    for name, told in files.items():
+        (tmp_path / name).write_text(f"{told}\n")
+    monkeypatch.setattr(processors, "allowed", lambda: 64)
+    monkeypatch.setattr(processors, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(processors, "OLD_QUOTA", (tmp_path / "cpu.cfs_quota_us", tmp_path / "cpu.cfs_period_us"))
+    assert processors.usable() == (64 if usable is None else usable)
+    assert processors.threads() == (None if usable is None else 1)
+    assert processors.threads(4) == (16 if usable is None else 1)
