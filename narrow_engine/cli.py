@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from narrow_engine import processors
 from narrow_engine.errors import Cancelled, NarrowError, out_of_memory
 from narrow_engine.events import EventLog
-from narrow_engine.spec import CompressionSpec, clear, printable, sentence, wording
+from narrow_engine.spec import CompressionSpec, clear, first_fault, printable
 
 if TYPE_CHECKING:
     from narrow_engine.events import Kind
@@ -249,10 +249,7 @@ def read_spec(path: Path) -> CompressionSpec:
     try:
         spec = CompressionSpec.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        # A misspelt option is also a missing one: the spelling is what helps.
-        first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-        where = ".".join(clear(part) for part in first["loc"])
-        raise NarrowError("bad_spec", f"{path.name}: {sentence(where, wording(first))}") from error
+        raise NarrowError("bad_spec", f"{path.name}: {first_fault(error)}") from error
     root = path.resolve().parent
 
     def absolute(item: Any) -> Any:

@@ -15,7 +15,7 @@ from narrow_engine.earlier import dataset_sha256
 from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import inspect_model
 from narrow_engine.report.model import Input, Report
-from narrow_engine.spec import INPUTS, CompressionSpec, clear, sentence, wording
+from narrow_engine.spec import INPUTS, CompressionSpec, first_fault
 
 SAME = "The same model, byte for byte."
 
@@ -47,9 +47,7 @@ def spec_of(report: Report, places: Iterable[Path]) -> CompressionSpec:
     try:
         return CompressionSpec.model_validate(spec)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        told = sentence(".".join(map(clear, first["loc"])), wording(first))
-        raise NarrowError("bad_report", f"The report's spec: {told}") from error
+        raise NarrowError("bad_report", f"The report's spec: {first_fault(error)}") from error
 
 
 def _by_bytes(places: list[Path]) -> tuple[dict[str, Path], dict[str, list[Path]]]:

@@ -767,8 +767,11 @@ def sentence(where: str, words: str) -> str:
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first thing that pydantic found wrong, as a sentence that begins with where it is."""
-    first = error.errors(include_url=False)[0]
+    """The first thing that pydantic found wrong, as a sentence that begins with where it is.
+
+    A misspelt option is also a missing one: the spelling is what helps.
+    """
+    first = min(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
     return sentence(".".join(clear(part) for part in first["loc"] if part != "[key]"), wording(first))
 
 

@@ -29,7 +29,7 @@ from sqlmodel import Session
 
 from narrow_engine.errors import NarrowError
 from narrow_engine.events import Event
-from narrow_engine.spec import INPUTS, PLACING, CompressionSpec, DatasetId, JobSpec, ModelId, sentence, wording
+from narrow_engine.spec import INPUTS, PLACING, CompressionSpec, DatasetId, JobSpec, ModelId, first_fault
 from service import janitor, logs, metrics, queue, told, traces
 from service.db import session as db
 from service.db.session import connect, open_session, publishing, read_session
@@ -523,8 +523,7 @@ def _end_of(path: Path) -> str:
 def _reason(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return "a model or dataset that it names is gone."
-    first = error.errors()[0]
-    return sentence(".".join(str(part) for part in first["loc"]), wording(first))
+    return first_fault(error)
 
 
 def work_on(settings: Settings, job_id: str, stop: threading.Event) -> None:
