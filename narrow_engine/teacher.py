@@ -182,9 +182,9 @@ def _resume(work: Path, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> tu
 
 
 def _flush(work: Path, arrays: dict[str, NDArray[Any]], done: int) -> None:
-    for name, array in arrays.items():
-        assert isinstance(array, np.memmap)
-        array.flush()
+    for name, values in arrays.items():
+        assert isinstance(values, np.memmap)
+        values.flush()
         with (work / f"{name}.npy").open("rb") as file:
             os.fsync(file.fileno())
     write_json(work / DONE, done)
