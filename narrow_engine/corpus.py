@@ -8,7 +8,7 @@ The target is split by document into training and held-out. The split follows a 
 which occurs twice never stands on both sides.
 
 A dataset may be larger than the memory. Its tokens go to a file as they come and are read from there, mapped; to split,
-sample or leave out documents copies none of them (`Stretches`). What is in memory is two batches, some 300 MB, and at most
+sample or leave out documents copies none of them (`Stretches`). What is in memory is two batches, some 160 MB, and at most
 BYTES_A_DOCUMENT for each document.
 """
 
