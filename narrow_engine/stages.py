@@ -83,11 +83,23 @@ def load(run: Run, out: Path) -> None:
         gguf.require_gguf(spec.base.path)
     model = load_model(spec.base.path)
     reader = narrow = earlier.reader(spec.base.path, info.config)
+    tell = run.progress("load", "bytes of text read")
+    trimmed = "token" in spec.method.units
+    read, total = 0, (1 + trimmed) * sum(data.path.stat().st_size for data in spec.data)
+
+    def tokenized(data: DatasetPath, name: str, reads: earlier.Reader) -> corpus.Tokenized:
+        nonlocal read
+        before, side = read, "narrow" if reads is not reader else "base"
+        read += data.path.stat().st_size
+        return _tokenize(run, data, f"{name}.{side}", reads, lambda done, _: tell(before + done, total))
+
     # What must be kept decides about the vocabulary; the other skills are read one at a time, below.
-    needed = {name: _tokenize(run, skill.data, reader) for name, skill in earlier.skills(run).items() if skill.role == "keep"}
-    target, tokens = needed[spec.target_name], None
-    if "token" in spec.method.units:
-        tokens = _trim(run, model, reader, list(needed.values()), room["token"])
+    needed = {
+        name: tokenized(skill.data, skill.file, reader) for name, skill in earlier.skills(run).items() if skill.role == "keep"
+    }
+    target, tokens = needed[spec.target_name].documents, None
+    if trimmed:
+        tokens = _trim(run, model, reader, [text.counts for text in needed.values()], room["token"])
         solve(info.config, spec, DTYPES[info.dtype], len(tokens) if tokens else reader.size)
         if taught_by and not tokens:
             # It could not be trimmed after all, and has all its rows.
@@ -99,37 +111,41 @@ def load(run: Run, out: Path) -> None:
 
     widths = tuple(vocabulary.widths(r.tokenizer, r.size) for r in (reader, narrow)) if tokens else ()
 
-    def reading(data: DatasetPath, found: corpus.Documents) -> corpus.Reading:
+    def reading(data: DatasetPath, name: str, found: corpus.Documents) -> corpus.Reading:
         """A dataset, `found` as the base reads it, also as the result will."""
-        return corpus.Reading(found, _tokenize(run, data, narrow, quiet=True) if tokens else found, widths)
+        return corpus.Reading(found, tokenized(data, name, narrow).documents if tokens else found, widths)
 
-    texts = reading(spec.target, target)
+    skills = earlier.skills(run)
+    texts = reading(spec.target, skills[spec.target_name].file, target)
     _tell_difference(run, texts, tokens)
     room_to_measure = HELD_OUT_FACTOR * spec.skill_tokens
-    training, held_out = corpus.hold_out(target.places(), room_to_measure, HELD_OUT, "The target", run.emit)
-    trained_on = texts.at(training)[1]
+    training, held_out = corpus.hold_out(target, room_to_measure, HELD_OUT, "The target", run.emit)
+    trained_on = texts.at(training, run.check)[1]
     corpus.Blocks(trained_on.tokens, spec.block_tokens, spec.seed)
-    corpus.save(trained_on, out, "training")
+    corpus.save(trained_on, out, "training", run.check)
     measured = []
-    for name, skill in earlier.skills(run).items():
+    for name, skill in skills.items():
         of_target = name == spec.target_name
-        read = texts if of_target else reading(skill.data, needed[name] if name in needed else _tokenize(run, skill.data, reader))
-        places = held_out if of_target else read.base.places()
+        if of_target:
+            read_so, chosen = texts, held_out
+        else:
+            found = needed[name] if name in needed else tokenized(skill.data, skill.file, reader)
+            read_so, chosen = reading(skill.data, skill.file, found.documents), found.documents
         if name in relearned(spec):
-            rest, kept = corpus.hold_out(places, room_to_measure, HELD_OUT_OF_FORGOTTEN, name, run.emit)
-            places = kept if _keep_to_relearn(run, read.at(rest)[1], name, skill.file, out) else places
-        sides = read.at(corpus.sample(places, spec.skill_tokens, spec.block_tokens, spec.seed))
+            rest, kept = corpus.hold_out(chosen, room_to_measure, HELD_OUT_OF_FORGOTTEN, name, run.emit)
+            chosen = kept if _keep_to_relearn(run, read_so.at(rest, run.check)[1], name, skill.file, out) else chosen
+        sides = read_so.at(corpus.sample(chosen, spec.skill_tokens, spec.block_tokens, spec.seed))
         measured.append(sides[0].hashes)
         for side, documents in zip(("base", "narrow"), sides, strict=True):
             corpus.save(documents, out, f"{skill.file}.{side}")
     if spec.broad:
-        broad = reading(spec.broad, _tokenize(run, spec.broad, reader)).narrow
+        broad = reading(spec.broad, "broad", tokenized(spec.broad, "broad", reader).documents).narrow
         broad = _without(run, broad, np.concatenate(measured))
         try:
             corpus.Blocks(broad.tokens, spec.block_tokens, spec.seed)
         except NarrowError as error:
             raise NarrowError(error.code, f"The broad text is too short. {error}") from error
-        corpus.save(broad, out, "broad")
+        corpus.save(broad, out, "broad", run.check)
     write_json(out / "info.json", {"model": info.model_dump(), "teacher": taught_by and taught_by.model_dump(), "tokens": tokens})
     run.models["untouched" if tokens else "base"] = model
 
@@ -146,32 +162,44 @@ def _keep_to_relearn(run: Run, text: corpus.Documents, name: str, file: str, out
             {"code": "not_relearned"},
         )
         return False
-    corpus.save(text, out, f"{file}.relearn")
+    corpus.save(text, out, f"{file}.relearn", run.check)
     return True
 
 
-def _tokenize(run: Run, data: DatasetPath, reader: earlier.Reader, quiet: bool = False) -> corpus.Documents:
-    emit = (lambda *_: None) if quiet else run.emit
-    answer = data.answer.column if data.answer else None
+def _tokenize(
+    run: Run, data: DatasetPath, name: str, reader: earlier.Reader, progress: Callable[[int, int], None]
+) -> corpus.Tokenized:
     found = corpus.tokenize(
-        data.path, data.column, reader.tokenizer, reader.start, run.check, emit, answer, skip=data.bad_rows == "skip"
+        data.path,
+        data.column,
+        reader.tokenizer,
+        reader.start,
+        answer=data.answer.column if data.answer else None,
+        skip=data.bad_rows == "skip",
+        folder=run.work("load") / name,
+        progress=progress,
+        # What is wrong with the text is told when the base reads it, and not again.
+        emit=run.emit if name.endswith(".base") else lambda *_: None,
     )
-    if int(found.tokens.max()) >= reader.size:
-        raise NarrowError("bad_tokenizer", f"The tokenizer makes token {found.tokens.max()}, which the model does not have.")
+    largest = len(found.counts) - 1
+    if largest >= reader.size:
+        raise NarrowError("bad_tokenizer", f"The tokenizer makes token {largest}, which the model does not have.")
     return found
 
 
-def _trim(run: Run, model: PreTrainedModel, reader: earlier.Reader, texts: list[corpus.Documents], room: int) -> list[int] | None:
+def _trim(
+    run: Run, model: PreTrainedModel, reader: earlier.Reader, counts: list[NDArray[np.int64]], room: int
+) -> list[int] | None:
     """The tokens of the base to keep: all that the texts need, or as many as the budget says outright.
 
     None, with a notice, where the tokenizer is of a kind that cannot be trimmed and the budget does not insist.
     """
     fixed = vocabulary_is_fixed(run.spec)
-    counts = np.sum([np.bincount(text.tokens, minlength=reader.size) for text in texts], 0)
+    every = np.sum([np.pad(count, (0, reader.size - len(count))) for count in counts], 0)
     configs = [config_dict(model), model.generation_config.to_dict() if model.generation_config else {}]
     named = {number for number in vocabulary.named_ids(*configs) if 0 <= number < reader.size}
     try:
-        tokens = vocabulary.choose(reader.tokenizer, counts, named, room if fixed else None)
+        tokens = vocabulary.choose(reader.tokenizer, every, named, room if fixed else None)
     except NarrowError as error:
         if fixed:
             raise
@@ -191,7 +219,11 @@ def _trim(run: Run, model: PreTrainedModel, reader: earlier.Reader, texts: list[
 def _tell_difference(run: Run, texts: corpus.Reading, tokens: list[int] | None) -> None:
     """A notice where the kept tokens cut the target's text in another way than the base's. What is measured counts it in."""
     before, after, old = texts.base, texts.narrow, np.array(tokens)
-    changed = 0 if tokens is None else sum(not np.array_equal(before[i], old[after[i]]) for i in range(len(before)))
+    changed = 0
+    for i in range(len(before)) if tokens else ():
+        changed += not np.array_equal(before[i], old[after[i]])
+        if i % 4096 == 0:
+            run.check()
     if changed:
         run.emit(
             "notice",
@@ -204,7 +236,7 @@ def _tell_difference(run: Run, texts: corpus.Reading, tokens: list[int] | None) 
 
 def _without(run: Run, documents: corpus.Documents, hashes: NDArray[np.uint64]) -> corpus.Documents:
     """The broad text without what is measured on, of which training must see nothing."""
-    rest = np.flatnonzero(~np.isin(documents.hashes, hashes))
+    rest = np.flatnonzero(~corpus.among(documents.hashes, hashes))
     gone = len(documents) - len(rest)
     if gone:
         message = f"{gone:,} of the {len(documents):,} documents of the broad text are left out: skills are measured on them."

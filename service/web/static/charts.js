@@ -91,7 +91,7 @@ function follow(section) {
     });
   }
   source.addEventListener("progress", (message) => {
-    const { phase, time, data } = JSON.parse(message.data);
+    const { phase, time, data, message: more } = JSON.parse(message.data);
     if (Number.isFinite(data.loss) && Number.isFinite(data.tokens) && ["sparsify", "recover"].includes(phase)) {
       losses.add(phase, data);
     }
@@ -101,7 +101,8 @@ function follow(section) {
     const bar = place.querySelector("progress");
     bar.max = data.total;
     bar.value = data.done;
-    place.querySelector(".figure").textContent = `${data.done.toLocaleString("en")} of ${data.total.toLocaleString("en")}`;
+    const figure = `${data.done.toLocaleString("en")} of ${data.total.toLocaleString("en")}`;
+    place.querySelector(".figure").textContent = more ? `${figure}, ${more}` : figure;
     // What began before this page was opened, the server has told.
     const since = began[phase] ?? (place.dataset.phase === phase ? Date.parse(place.dataset.began) : NaN);
     const seconds = ((Date.parse(time) - since) / 1000) * (data.total / data.done - 1);
