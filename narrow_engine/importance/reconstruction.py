@@ -10,6 +10,8 @@ Neurons of experts go expert by expert. An expert's own score is Σ ‖what it w
 without it.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,9 +26,9 @@ DAMPING = 1e-3
 STEPS = 256
 
 
-def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Scores:
+def score(model: PreTrainedModel, found: Iterable[LayerStatistics], seed: int) -> Scores:
     table, dims = family(model), dimensions(config_dict(model))
-    neurons, heads, groups, experts = [], [], [], []
+    neurons, heads, groups, experts, whole = [], [], [], [], []
     for layer, statistics in zip(layers(model), found, strict=True):
         readers = list(zip(neuron_readers(layer, table), statistics.mlp, strict=True))
         attention = output_weight(layer, table, table.attention_out)
@@ -34,12 +36,13 @@ def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Sc
         experts.append(torch.stack([written_energy(weight, reader.gram) for weight, reader in readers]))
         heads.append(eliminate([attention], [statistics.attention.gram], dims.head_dim))
         groups.append(eliminate([attention], [statistics.attention.gram], dims.head_dim * dims.heads // dims.kv_heads))
+        whole.append(statistics.share)
     return {
         "neuron": torch.stack(neurons),
         "expert": torch.stack(experts),
         "head": torch.stack(heads),
         "kv_group": torch.stack(groups),
-        "layer": torch.stack([statistics.share for statistics in found]),
+        "layer": torch.stack(whole),
     }
 
 
