@@ -124,7 +124,7 @@ def room(shapes: Sequence[torch.Size]) -> list[Tensor]:
         # A mapped file has holes, and a disk that is full when one is filled kills the process: now it is only an error.
         os.posix_fallocate(file.fileno(), 0, size)
         whole = torch.from_numpy(np.memmap(file, np.float32, "r+"))
-    return [part.view(shape) for part, shape in zip(whole.split(counts), shapes, strict=True)]
+    return [part.view(shape) for part, shape in zip(torch.split(whole, counts), shapes, strict=True)]
 
 
 def begin(model: PreTrainedModel, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Call]]]:

@@ -10,7 +10,7 @@ A pass over the layers costs a reading of the file. So whatever can should take 
 batches (`layerwise`), within `resident`. Where nothing is parked, bringing does nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,19 +23,17 @@ def brought(stored: Tensor, like: Tensor) -> Tensor:
     return stored.to(like.device).to(like.dtype)
 
 
-def bring(module: nn.Module, like: Tensor) -> None:
-    """Moves a module for good: one tensor at a time, so that there is never a second copy of more than that."""
-    for part in module.modules():
+def bring(parts: Iterable[nn.Module], like: Tensor) -> None:
+    """Moves modules' own weights for good: one tensor at a time, so that there is never a second copy of more than that."""
+    moved: dict[int, nn.Parameter] = {}
+    for part in parts:
         for name, stored in part._parameters.items():
             if stored is not None:
-                part._parameters[name] = nn.Parameter(brought(stored.detach(), like), stored.requires_grad)
-    bring_buffers(module, like)
-
-
-def bring_buffers(module: nn.Module, like: Tensor) -> None:
-    """They are small, and of the precision that the model needs them in."""
-    for part in module.modules():
+                if id(stored) not in moved:  # what is tied stays tied
+                    moved[id(stored)] = nn.Parameter(brought(stored.detach(), like), stored.requires_grad)
+                part._parameters[name] = moved[id(stored)]
         for name, value in part._buffers.items():
+            # Of the precision that the model needs it in.
             part._buffers[name] = value if value is None else value.to(like.device)
 
 
@@ -70,6 +68,5 @@ def park(layers: nn.ModuleList, like: Tensor) -> None:
         running.pop(id(layer)).close()
 
     for layer in layers:
-        bring_buffers(layer, like)
         layer.register_forward_pre_hook(begin)
         layer.register_forward_hook(end, always_call=True)

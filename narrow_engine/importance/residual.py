@@ -76,8 +76,8 @@ def _require_room(model: PreTrainedModel) -> None:
         raise NarrowError(
             "out_of_memory",
             f"Scoring hidden dimensions by 'reconstruction' takes {size / 1e9:,.0f} GB for this base, and there are "
-            f"{there / 1e9:,.0f} GB: set method.importance to 'fisher', 'attribution' or 'activation', or leave 'residual' out of "
-            "method.units.",
+            f"{there / 1e9:,.0f} GB: set method.importance to 'fisher', 'attribution' or 'activation', or leave 'residual' out "
+            "of method.units.",
         )
 
 
