@@ -194,8 +194,9 @@ def routed(experts: nn.Module, tokens: Tensor, chosen: Tensor, gates: Tensor) ->
     activation = experts.get_submodule("act_fn")
     for expert in sorted(set(chosen.flatten().tolist())):
         rows, places = (chosen == expert).nonzero(as_tuple=True)
-        gate, up = functional.linear(tokens[rows], experts.get_parameter("gate_up_proj")[expert]).chunk(2, -1)
-        yield Routed(expert, rows, activation(gate) * up * gates[rows, places, None])
+        weight = experts.get_parameter("gate_up_proj")[expert]
+        gate, up = functional.linear(tokens[rows].to(weight.device), weight).chunk(2, -1)
+        yield Routed(expert, rows, activation(gate) * up * gates[rows, places, None].to(weight.device))
 
 
 def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ def score(
 ) -> Tensor:
     """Scores [hidden], float64, over about `tokens` calibration tokens, by all criteria but `random`, which draws them itself.
 
-    `progress` is called with (done, total). Raises NarrowError (out_of_memory) where an elimination would take more than there is.
+    `progress` is called with (done, total). Raises NarrowError (out_of_memory) where an elimination would take
+    more than there is.
     """
     dims = dimensions(config_dict(model))
     hidden = dims.hidden
