@@ -15,12 +15,12 @@ so are the projections that read the stream: what they read of it is predicted f
 and W T takes the place of W; the head too, unless it is the embedding as well. Families that normalise what a
 layer writes (Gemma 2) cannot be followed in the stream by a linear solve; there Y is the base's projection output.
 
-Of all tokens, three residual streams are held, on the host: the base's before a layer and after it, and the cut model's. What a
-layer reads and writes inside is there for a batch at a time, and computed again for each solve.
-
 Then all weights of the layer are trained a few passes on ‖stream after the base's layer − stream after the cut one‖², from
 the cut model's stream, and W is solved once more. Before any recovery that about halves what is lost; what it costs and saves
 after one is in docs/explanation/recovery.md.
+
+Of all tokens, three residual streams are held, on the host: the base's before a layer and after it, and the cut model's. What a
+layer reads and writes inside is there for a batch at a time, and computed again for each solve.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -558,7 +558,11 @@ def _speed(run: Run, form: Format, out: Path) -> Speed | None:
     small = config_dict(earlier.model(run, "recover"))
     sizes = size_of(config, dimensions(config), 4), size_of(small, dimensions(small), 4)
     of_base = run.spec.base.path if form == "safetensors" else run.out("export_base") / form
-    folders = of_base if of_base.exists() else None, out / ("model" if form == "safetensors" else form)
+    fits = 4 * sizes[0].parameters <= earlier.room()
+    if form == "safetensors" and not fits:
+        told = f"The base has {4 * sizes[0].parameters:,} bytes in float32, too many to be held whole: it is not timed."
+        run.emit("notice", "export", told, {"code": "base_not_timed"})
+    folders = of_base if of_base.exists() and fits else None, out / ("model" if form == "safetensors" else form)
     return speed.measure_speed(form, folders, sizes, dimensions(config).context, run.check)
 
 

@@ -1,17 +1,25 @@
 """A parked model, whose layers' weights are brought in only while they run, does all that the whole one does."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model
 
-from narrow_engine import importance, layerwise, skills
+from narrow_engine import earlier, importance, layerwise, pipeline, skills
 from narrow_engine.corpus import Blocks, Documents
 from narrow_engine.families import dimensions
 from narrow_engine.models import config_dict, greedy, hidden_states, is_parked, layers, load_model
 from narrow_engine.plan import make_plan
 from narrow_engine.reconstruct import refit
+from narrow_engine.report.model import Report
 from narrow_engine.slice import compare, slice_model, trim_vocabulary
+from narrow_engine.spec import CompressionSpec
 from narrow_engine.teacher import Live
 
 TOKENS = np.random.default_rng(0).integers(0, 320, 3000).astype(np.uint32)
@@ -120,6 +128,43 @@ def test_a_trimmed_vocabulary_leaves_the_layers_where_they_are(pair):
         assert model.config.vocab_size == 320
 
 
+@pytest.mark.slow
+def test_a_run_with_a_parked_base_comes_to_the_same(tmp_path, monkeypatch, tokenizer_file, python_file, german_file):
+    """All stages that meet the base: trimmed, measured, scored, cut, refitted, taught by, asked."""
+    tiny_model("qwen2", initializer_range=0.1).bfloat16().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
+    spec = CompressionSpec.model_validate(
+        {
+            "base": {"path": str(tmp_path / "base")},
+            "target": {"path": str(python_file)},
+            "target_name": "python",
+            "skills": [{"name": "german", "path": str(german_file), "role": "watch"}],
+            "budget": {"keep": {"neuron": 0.5, "token": 0.9, "layer": 0.67}},
+            "method": {
+                "units": ["neuron", "token", "layer"],
+                "importance": "attribution",
+                "calibration_tokens": 1024,
+                "recover": {"tokens": 512, "batch_tokens": 256},
+            },
+            "controls": ["random"],
+            "block_tokens": 64,
+            "skill_tokens": 2048,
+            "export": ["safetensors"],
+        }
+    )
+    reports = []
+    for name, room in (("whole", 2**40), ("parked", 0)):
+        monkeypatch.setattr(earlier, "room", lambda room=room: room)
+        made = pipeline.run(spec, tmp_path / name, quiet)
+        reports.append(Report.model_validate_json((made / "report.json").read_text()))
+    whole, parked = reports
+    assert parked.skills == whole.skills
+    assert parked.locality == whole.locality
+    assert parked.samples == whole.samples
+    assert parked.parity["slice"].relative_error < 1e-5
+    assert {n.code for n in parked.notices} - {n.code for n in whole.notices} == {"parked"}
+
+
 def test_streams_that_are_large_are_held_in_a_file(monkeypatch):
     in_memory = layerwise.room([torch.Size((2, 3, 4)), torch.Size((1, 3, 4))])
     monkeypatch.setattr(layerwise, "LARGE", 0)
@@ -133,3 +178,66 @@ def test_streams_that_are_large_are_held_in_a_file(monkeypatch):
     monkeypatch.undo()
     expected = importance.CRITERIA["fisher"](model, importance.collect(model, BLOCKS, 512, True, quiet), 0)
     assert torch.equal(scores["neuron"], expected["neuron"])
+
+
+TAKEN = """
+import json, sys, threading, torch
+from pathlib import Path
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from narrow_engine import importance
+from narrow_engine.corpus import Blocks
+from narrow_engine.models import load_model
+
+def own():
+    return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1])
+
+def peak(act):
+    found, over = [own()], threading.Event()
+    def watch():
+        while not over.wait(0.002):
+            found.append(own())
+    thread = threading.Thread(target=watch)
+    thread.start()
+    made = act()
+    over.set(), thread.join()
+    return max(found) - found[0], made
+
+torch.set_num_threads(1)
+load_model(Path(sys.argv[2]))  # what is imported and set up on the way
+room = {"parked": 0, "whole": None}[sys.argv[3]]
+loading, model = peak(lambda: load_model(Path(sys.argv[1]), room=room))
+blocks = Blocks(np.random.default_rng(0).integers(0, 320, 4000).astype(np.uint32), 32, 0)
+scoring, _ = peak(lambda: list(importance.collect(model, blocks, 512, True, lambda *_: None, False)))
+print(json.dumps([sum(p.numel() for p in model.parameters()), loading, scoring]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is counted by Linux")
+@pytest.mark.slow
+def test_loading_and_scoring_take_the_weights_and_no_second_copy(tmp_path):
+    shape = {"hidden_size": 512, "intermediate_size": 4096, "num_attention_heads": 8, "vocab_size": 2000}
+    model = tiny_model("llama", num_hidden_layers=8, **shape).bfloat16()
+    model.save_pretrained(tmp_path / "large", max_shard_size="40MB")
+    tiny_model("llama").bfloat16().save_pretrained(tmp_path / "small")
+    assert len(list((tmp_path / "large").glob("*.safetensors"))) > 2
+    layer = sum(weight.numel() for weight in layers(model)[0].parameters())
+    outer = sum(weight.numel() for weight in model.parameters()) - 8 * layer
+    taken = {}
+    for kind in ("whole", "parked"):
+        command = [sys.executable, "-c", TAKEN, tmp_path / "large", tmp_path / "small", kind]
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        taken[kind] = json.loads(done.stdout)
+    count, loading, scoring = taken["whole"]
+    largest = 4 * 4096 * 512
+    assert 4 * count <= loading < 4 * count + largest + 8e6
+    assert scoring < 70e6, "the activations of one layer; those of eight would be several times that"
+    _, loading, scoring = taken["parked"]
+    assert loading < 4 * (outer + layer) + largest + 8e6 < 4 * count / 2
+    assert scoring < 4 * layer + 70e6
