@@ -8,8 +8,8 @@ are taken in as many groups as that needs. The gradients are exact: nothing but 
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,9 +47,13 @@ class Call:
     layer: nn.Module
     positional: tuple[Any, ...]
     arguments: dict[str, Any]
+    low: torch.dtype = torch.float32
+    """What its products are computed in; in float32, as whoever calls it has set."""
 
     def __call__(self, stream: Tensor) -> Tensor:
-        out = self.layer(stream, *self.positional, **self.arguments)
+        lower = torch.autocast(stream.device.type, self.low) if self.low != torch.float32 else nullcontext()
+        with lower:
+            out = self.layer(stream, *self.positional, **self.arguments)
         return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
 
     def tap(self, stream: Tensor, *names: str) -> tuple[Any, ...]:
@@ -127,7 +131,9 @@ def room(shapes: Sequence[torch.Size]) -> list[Tensor]:
     return [part.view(shape) for part, shape in zip(torch.split(whole, counts), shapes, strict=True)]
 
 
-def begin(model: PreTrainedModel, batches: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Call]]]:
+def begin(
+    model: PreTrainedModel, batches: Sequence[Tensor], low: torch.dtype = torch.float32
+) -> tuple[list[Tensor], list[list[Call]]]:
     """The streams of batches of tokens [rows, length] before the first layer, on the host, and each one's calls."""
     hidden = model.get_input_embeddings().weight.shape[1]
     streams = room([torch.Size((*ids.shape, hidden)) for ids in batches])
@@ -135,7 +141,7 @@ def begin(model: PreTrainedModel, batches: Sequence[Tensor]) -> tuple[list[Tenso
     for ids, stream in zip(batches, streams, strict=True):
         first, found = enter(model, ids.to(model.device))
         stream.copy_(first)
-        calls.setdefault(ids.shape, found)
+        calls.setdefault(ids.shape, [replace(call, low=low) for call in found])
     return streams, [calls[ids.shape] for ids in batches]
 
 
@@ -162,14 +168,13 @@ def forwards(
     `progress` is called with (done, total) passes and may raise to stop.
     """
     whole, low = layers(model), precision(model.device)
-    streams, calls = begin(model, batches)
+    streams, calls = begin(model, batches, low)
     total = len(whole) * len(batches)
     for number, layer in enumerate(whole):
         with resident(layer, model.get_input_embeddings().weight):
             for at, stream in enumerate(streams):
                 progress(number * len(batches) + at, total)
-                with torch.autocast(model.device.type, low, enabled=low != torch.float32):
-                    stream.copy_(run(calls[at][number], stream.to(model.device)))
+                stream.copy_(run(calls[at][number], stream.to(model.device)))
             yield number
     for ids, stream in zip(batches, streams if at_head else (), strict=bool(at_head)):
         assert at_head
@@ -197,10 +202,7 @@ def backwards(
 
     def passes(number: int, count: int) -> Iterator[int]:
         nonlocal done
-        with (
-            resident(whole[number], like),
-            torch.autocast(model.device.type, low, enabled=low != torch.float32),
-        ):
+        with resident(whole[number], like):
             for at in range(count):
                 progress(done, total)
                 yield at
@@ -208,7 +210,7 @@ def backwards(
 
     for first in range(0, len(batches), together):
         group = batches[first : first + together]
-        streams, calls = begin(model, [batch[:, :-1] for batch in group])
+        streams, calls = begin(model, [batch[:, :-1] for batch in group], low)
         kept = [streams]
         for number in range(len(whole)):
             kept.append(room([stream.shape for stream in streams]))

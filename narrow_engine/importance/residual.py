@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from narrow_engine import layerwise, memory
+from narrow_engine import layerwise
 from narrow_engine.corpus import Blocks
-from narrow_engine.errors import NarrowError
 from narrow_engine.families import dimensions, present
-from narrow_engine.importance.reconstruction import eliminate, written_energy
+from narrow_engine.importance.reconstruction import eliminate, require_room, written_energy
 from narrow_engine.importance.statistics import ROWS, VALUES
 from narrow_engine.layerwise import Call, gradient_of
 from narrow_engine.models import along, config_dict, family, frozen, layers
@@ -72,14 +71,7 @@ def _require_room(model: PreTrainedModel) -> None:
     reading = [[dims.axis(axis) for axis in t.axes[:-1]] for t in present(table.layer_tensors, table, config) if t.reads]
     rows = dims.layers * sum(math.prod(lengths) for lengths in reading) + dims.vocab
     size = 8 * 2 * dims.hidden * (rows + 2 * dims.hidden * (2 * dims.layers + 1))
-    there = memory.limit(model.device)
-    if size > there:
-        raise NarrowError(
-            "out_of_memory",
-            f"Scoring hidden dimensions by 'reconstruction' takes {size / 1e9:,.0f} GB for this base, and there are "
-            f"{there / 1e9:,.0f} GB: set method.importance to 'fisher', 'attribution' or 'activation', or leave 'residual' out "
-            "of method.units.",
-        )
+    require_room("Scoring hidden dimensions", size, model.device)
 
 
 def _energy(rows: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from tiny import FAMILIES, tiny_model
 
-from narrow_engine import earlier, importance, layerwise, pipeline, skills
+from narrow_engine import earlier, importance, layerwise, memory, pipeline, skills
 from narrow_engine.corpus import Blocks, Documents
+from narrow_engine.errors import NarrowError
 from narrow_engine.families import dimensions
 from narrow_engine.models import config_dict, greedy, hidden_states, is_parked, layers, load_model
 from narrow_engine.plan import make_plan
@@ -86,6 +87,45 @@ def test_scores_of_a_parked_model_are_those_of_the_whole_one(pair):
 def test_so_are_those_of_hidden_dimensions(pair, criterion):
     one, other = (importance.residual.score(model, BLOCKS, 512, criterion, quiet) for model in pair)
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2_moe"])
+def test_scores_in_bfloat16_put_units_in_nearly_the_same_order(family, monkeypatch):
+    """As on a GPU."""
+    model = tiny_model(family, initializer_range=0.15)
+
+    def scored():
+        gradients = importance.collect(model, BLOCKS, 1024, True, quiet, False)
+        moments = importance.collect(model, BLOCKS, 1024, False, quiet)
+        return [
+            *importance.CRITERIA["fisher"](model, gradients, 0).values(),
+            *importance.CRITERIA["reconstruction"](model, moments, 0).values(),
+            importance.residual.score(model, BLOCKS, 1024, "fisher", quiet),
+            importance.residual.score(model, BLOCKS, 1024, "reconstruction", quiet),
+        ]
+
+    exact = scored()
+    monkeypatch.setattr(layerwise, "precision", lambda _: torch.bfloat16)
+    for one, other in zip(exact, scored(), strict=True):
+        assert torch.isfinite(other).all()
+        assert other.dtype == torch.float64
+        if one.unique().numel() > 2:
+            alike = torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]
+            # A random router sends some tokens elsewhere.
+            assert (0.9 if family == "qwen2_moe" else 0.98) < alike < 1
+            assert not torch.equal(one, other)
+
+
+def test_an_elimination_that_cannot_be_held_is_refused(monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(memory, "limit", lambda _: 50_000)
+    for act in (
+        lambda: importance.CRITERIA["reconstruction"](model, iter([]), 0),
+        lambda: importance.residual.score(model, BLOCKS, 64, "reconstruction", quiet),
+    ):
+        with pytest.raises(NarrowError, match=r"takes 0\.\d GB for this base") as raised:
+            act()
+        assert raised.value.code == "out_of_memory"
 
 
 @pytest.mark.parametrize("pair", SOME, indirect=True)
