@@ -137,8 +137,15 @@ def load(run: Run, out: Path) -> None:
 
 
 def _tell_parked(run: Run, info: ModelInfo) -> None:
+    """What it means that the base does not fit. Raises NarrowError (base_too_large) for what cannot be done then."""
     taken, there = 4e-9 * info.parameters, 1e-9 * memory.limit(device())
     where = "the GPU's memory" if device().type == "cuda" else "the memory"
+    if run.spec.budget and run.spec.budget.latency is not None:
+        raise NarrowError(
+            "base_too_large",
+            f"A budget of latency is found by timing the base, which takes {taken:,.1f} GB in float32, more than half of {where} "
+            f"({there:,.1f} GB): give the budget in parameters, bytes or FLOPs, or take a machine with more.",
+        )
     run.emit(
         "notice",
         "load",

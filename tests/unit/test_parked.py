@@ -20,7 +20,7 @@ from narrow_engine.plan import make_plan
 from narrow_engine.reconstruct import refit
 from narrow_engine.report.model import Report
 from narrow_engine.slice import compare, slice_model, trim_vocabulary
-from narrow_engine.spec import CompressionSpec
+from narrow_engine.spec import Budget, CompressionSpec
 from narrow_engine.teacher import Live
 
 TOKENS = np.random.default_rng(0).integers(0, 320, 3000).astype(np.uint32)
@@ -192,6 +192,10 @@ def test_a_run_with_a_parked_base_comes_to_the_same(tmp_path, monkeypatch, token
             "export": ["safetensors"],
         }
     )
+    monkeypatch.setattr(earlier, "room", lambda: 0)
+    timed = spec.model_copy(update={"budget": Budget(latency=0.5)})
+    with pytest.raises(NarrowError, match="timing the base"):
+        pipeline.run(timed, tmp_path / "timed", quiet)
     reports = []
     for name, room in (("whole", 2**40), ("parked", 0)):
         monkeypatch.setattr(earlier, "room", lambda room=room: room)
