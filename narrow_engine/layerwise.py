@@ -75,17 +75,22 @@ class Call:
 class _StandIn(nn.Module):
     """Takes a layer's place: keeps what it is called with, and runs nothing."""
 
+    given: Tensor
+    call: Call
+    gives: Tensor | None = None
+    """What it returns instead of what it is given."""
+
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.__dict__["layer"] = layer  # not as a part of this module
+        self.layer = (layer,)  # not as a part of this module
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)
+        # Some models look at what kind of layer it is.
+        return getattr(self.__dict__["layer"][0], name)
 
     def forward(self, stream: Tensor, *positional: Any, **arguments: Any) -> Tensor:
-        self.__dict__["given"] = stream
-        self.__dict__["call"] = Call(self.__dict__["layer"], positional, arguments)
-        return self.__dict__.get("gives", stream)  # type: ignore[no-any-return]
+        self.given, self.call = stream, Call(self.layer[0], positional, arguments)
+        return stream if self.gives is None else self.gives
 
 
 @contextmanager
@@ -113,7 +118,7 @@ def enter(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, list[Call]]:
 def leave(model: PreTrainedModel, ids: Tensor, stream: Tensor) -> Tensor:
     """What the head reads, from the stream after the last layer of tokens [rows, length]."""
     with _standing_in(model) as stands:
-        stands[-1].__dict__["gives"] = stream
+        stands[-1].gives = stream
         return hidden_states(model, ids)
 
 
