@@ -209,9 +209,10 @@ def test_a_run_with_a_parked_base_comes_to_the_same(tmp_path, monkeypatch, token
     assert {n.code for n in parked.notices} - {n.code for n in whole.notices} == {"parked"}
 
 
-def test_streams_that_are_large_are_held_in_a_file(monkeypatch):
+def test_streams_that_are_large_are_held_in_a_file_and_in_groups(monkeypatch):
     in_memory = layerwise.room([torch.Size((2, 3, 4)), torch.Size((1, 3, 4))])
     monkeypatch.setattr(layerwise, "LARGE", 0)
+    monkeypatch.setattr(layerwise, "KEPT", 0)  # and batches go back through the layers one by one
     mapped = layerwise.room([torch.Size((2, 3, 4)), torch.Size((1, 3, 4))])
     assert [part.shape for part in mapped] == [part.shape for part in in_memory]
     assert all((part == 0).all() for part in mapped), "as a new file is"
