@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from narrow_engine import corpus, earlier, importance, matching, model_files, speed, teacher, train, vocabulary
+from narrow_engine import corpus, earlier, importance, matching, memory, model_files, speed, teacher, train, vocabulary
 from narrow_engine import locality as sharing
 from narrow_engine import reconstruct as least_squares
 from narrow_engine import skills as measuring
@@ -32,7 +32,7 @@ from narrow_engine.export import formats, gguf, matrix, runtimes
 from narrow_engine.export import safetensors as safetensors_export
 from narrow_engine.families import dimensions
 from narrow_engine.model_files import DTYPES, ModelInfo, check_teacher, inspect_model
-from narrow_engine.models import along, config_dict, device, family, layers, load_model
+from narrow_engine.models import along, config_dict, device, family, is_parked, layers, load_model
 from narrow_engine.plan import cuts, make_plan, unscored, whole_plan
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.report.card import render_card
@@ -52,7 +52,7 @@ from narrow_engine.report.model import (
 from narrow_engine.report.page import render_page
 from narrow_engine.run import Run, write_json
 from narrow_engine.sizing import leaves_a_choice, saved_bytes, size_of, solve, vocabulary_is_fixed
-from narrow_engine.slice import compare, mask_model, renew, slice_model
+from narrow_engine.slice import compare, renew, slice_model
 from narrow_engine.spec import INPUTS, ROUNDED, TOP, DatasetPath, Format, ModelPath, chooses, relearned, taught
 
 HELD_OUT_FACTOR = 16
@@ -81,7 +81,9 @@ def load(run: Run, out: Path) -> None:
     room, _ = solve(info.config, spec, DTYPES[info.dtype])
     if any(form in formats.GGUF for form in spec.export):
         gguf.require_gguf(spec.base.path)
-    model = load_model(spec.base.path)
+    model = earlier.load_base(run)
+    if is_parked(model):
+        _tell_parked(run, info)
     reader = narrow = earlier.reader(spec.base.path, info.config)
     tell = run.progress("load", "bytes of text read")
     trimmed = "token" in spec.method.units
@@ -148,6 +150,26 @@ def load(run: Run, out: Path) -> None:
         corpus.save(broad, out, "broad", run.check)
     write_json(out / "info.json", {"model": info.model_dump(), "teacher": taught_by and taught_by.model_dump(), "tokens": tokens})
     run.models["untouched" if tokens else "base"] = model
+
+
+def _tell_parked(run: Run, info: ModelInfo) -> None:
+    """What it means that the base does not fit. Raises NarrowError (base_too_large) for what cannot be done then."""
+    taken, there = 4e-9 * info.parameters, 1e-9 * memory.limit(device())
+    where = "the GPU's memory" if device().type == "cuda" else "the memory"
+    if run.spec.budget and run.spec.budget.latency is not None:
+        raise NarrowError(
+            "base_too_large",
+            f"A budget of latency is found by timing the base, which takes {taken:,.1f} GB in float32, more than half of {where} "
+            f"({there:,.1f} GB): give the budget in parameters, bytes or FLOPs, or take a machine with more.",
+        )
+    run.emit(
+        "notice",
+        "load",
+        f"The base takes {taken:,.1f} GB in float32, more than half of {where} ({there:,.1f} GB): the weights of its layers stay "
+        "in their file, and those of one layer at a time are brought in as it runs. No figure changes by that, but every pass "
+        "over the base reads the file; text that it writes token by token (answers, samples) takes the longest.",
+        {"code": "parked"},
+    )
 
 
 def _keep_to_relearn(run: Run, text: corpus.Documents, name: str, file: str, out: Path) -> bool:
@@ -347,9 +369,11 @@ def cut(run: Run, out: Path) -> None:
         renew(small, run.spec.seed)
         earlier.save_weights(small, out)
         return
-    masked = mask_model(whole, chosen)
-    parity = compare(masked, small, earlier.probe(run))
-    parity = _despite_ties(run, "slice", parity, PARITY_BOUND, lambda ids: compare(masked, small, ids))
+
+    def compared(ids: torch.Tensor) -> Parity:
+        return compare(whole, small, ids, plan=chosen)
+
+    parity = _despite_ties(run, "slice", compared(earlier.probe(run)), PARITY_BOUND, compared)
     require_exact(parity, "slicing")
     earlier.save_weights(small, out)
     write_json(out / "parity.json", parity.model_dump())
@@ -573,7 +597,11 @@ def _speed(run: Run, form: Format, out: Path) -> Speed | None:
     small = config_dict(earlier.model(run, "recover"))
     sizes = size_of(config, dimensions(config), 4), size_of(small, dimensions(small), 4)
     of_base = run.spec.base.path if form == "safetensors" else run.out("export_base") / form
-    folders = of_base if of_base.exists() else None, out / ("model" if form == "safetensors" else form)
+    fits = 4 * sizes[0].parameters <= earlier.room()
+    if form == "safetensors" and not fits:
+        told = f"The base has {4 * sizes[0].parameters:,} bytes in float32, too many to be held whole: it is not timed."
+        run.emit("notice", "export", told, {"code": "base_not_timed"})
+    folders = of_base if of_base.exists() and fits else None, out / ("model" if form == "safetensors" else form)
     return speed.measure_speed(form, folders, sizes, dimensions(config).context, run.check)
 
 
@@ -663,7 +691,7 @@ def _teacher(run: Run) -> teacher.Live:
     info = earlier.info(run)
     dtype = torch.bfloat16 if info["teacher"]["dtype"] == "BF16" else torch.float32
     tokens = info["tokens"] or range(info["model"]["config"]["vocab_size"])
-    return teacher.Live(load_model(run.spec.teacher.path, dtype), torch.tensor(tokens))
+    return teacher.Live(load_model(run.spec.teacher.path, dtype, earlier.room()), torch.tensor(tokens))
 
 
 def train_base(
