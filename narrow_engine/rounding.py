@@ -122,6 +122,8 @@ def computed_in_float32(layers: Iterable[nn.Module], embeddings: Iterable[nn.Mod
 
 def _widening(held: list[tuple[nn.Module, str, nn.Parameter]]) -> Callable[..., None]:
     def before(layer: nn.Module, _: Any) -> None:
+        if torch.is_autocast_enabled(next(layer.parameters()).device.type):
+            return
         for module in layer.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.dtype == torch.bfloat16:

@@ -1,0 +1,197 @@
+"""How much memory each stage of a job takes at its peak, and how training is done where it is little. From configs; no torch.
+
+A step of training holds weights, optimizer states and, by its end, gradients; in the forward pass the activations that the
+backward pass reads; around the loss the logits of a chunk of positions and the gradient of the head. Activations are counted by
+what autograd keeps of each kind of tensor in a layer (`_kept`, held against real models by tests/unit/test_footprint.py), and
+all of it against measured runs by bench/memory.py, whose results docs/explanation/memory.md has.
+
+The dry run tells what is predicted here, and training chooses by it (`choose`): the same numbers, so what was promised is done.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from narrow_engine.errors import NarrowError
+from narrow_engine.families import Dimensions, dimensions, family_of, present, tensor_shapes
+
+ROOM = 0.9
+"""Share of the memory that may be filled, by predictions that are within a tenth of what is measured."""
+FIXED = 450 * 2**20
+"""What a process has of libraries and code before any model."""
+SMALL_PIECE = 4096
+"""Tokens of a piece of a batch, below which matrix products lose speed: recomputing comes first."""
+CHUNK, LOGITS = 256, 5
+"""Positions whose logits exist at once (`losses.CHUNK`), and how many arrays of their size the loss has at its peak: two
+distributions, their ratio, and what is being made of them."""
+STACK = 5 * 64 * 2**20
+"""What an orthogonalisation takes (`muon.STACK`), at most, where no matrix is larger."""
+PIECE = 6 * 4 * 2**22
+"""What rounding by chance takes (`rounding.PIECE`)."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step is done. The plain way is the fastest."""
+
+    pieces: int = 1
+    """Parts of a batch that are run one after the other; their gradients are added up."""
+    recompute: bool = False
+    """Whether the backward pass computes each layer's activations again."""
+    bfloat16: bool = False
+    """Whether weights, gradients and optimizer states are bfloat16, rounded by chance."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A training: the model's config, blocks in a batch and their length, the optimizer, whether products run in bfloat16, what
+    other models take of the memory, and how many processes share the training."""
+
+    config: dict[str, Any]
+    rows: int
+    length: int
+    optimizer: str
+    low: bool
+    resident: int = 0
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of a model: in one layer, outside the layers, and of both those in matrices of layers, which Muon takes."""
+
+    layer: int
+    outer: int
+    layers: int
+    layer_matrices: int
+    largest_matrix: int
+    """Of a layer; of experts, one."""
+
+    @property
+    def all(self) -> int:
+        return self.outer + self.layers * self.layer
+
+
+def counts(config: dict[str, Any], dims: Dimensions) -> Counts:
+    prefix = family_of(config).layers + "."
+    one_layer = tensor_shapes(config, replace(dims, layers=1))
+    sizes = {name: math.prod(shape) for name, shape in one_layer.items()}
+    own = [name for name in sizes if name.startswith(prefix)]
+    matrices = [name for name in own if len(one_layer[name]) > 1]
+    return Counts(
+        layer=sum(sizes[name] for name in own),
+        outer=sum(size for name, size in sizes.items() if name not in own),
+        layers=dims.layers,
+        layer_matrices=sum(sizes[name] for name in matrices),
+        largest_matrix=max(math.prod(one_layer[name][-2:]) for name in matrices),
+    )
+
+
+def training(task: Task, way: Way) -> int:
+    """Bytes of a process at the peak of training."""
+    dims = dimensions(task.config)
+    n = counts(task.config, dims)
+    size = 2 if way.bfloat16 else 4
+    tokens = math.ceil(task.rows / (way.pieces * task.processes)) * task.length
+    low = task.low
+
+    matrices = n.layers * n.layer_matrices if task.optimizer == "muon" else 0
+    states = size * (matrices + 2 * (n.all - matrices))
+    weights = gradients = size * n.all
+    held, extra = (weights + states) // task.processes, 0
+    if task.processes > 1:
+        # The whole model waits on the CPU; a layer and the next, and all that is outside of layers, are gathered.
+        extra = size * (n.all + 2 * n.outer + 2 * n.layer)
+        gradients //= task.processes
+    before = gradients if way.pieces > 1 else 0
+
+    one, outside = _kept(task.config, dims, task.length, low)
+    layers = tokens * n.layers * (4 * dims.hidden if way.recompute else one)
+    again = tokens * one if way.recompute else 0
+    activations = layers + tokens * outside
+    # Copies of the weights in the type of the products: of all layers, or of the one that runs.
+    copies = 2 * n.layers * n.layer if low and not way.bfloat16 else 0
+    running = 8 * n.layer if way.bfloat16 and not low else 0
+    head = dims.vocab * dims.hidden
+    head_copy = (2 if low else 4) * head if low != way.bfloat16 else 0
+    logits = LOGITS * 4 * CHUNK * dims.vocab
+    said = 2 * tokens * dims.hidden * (2 if low else 4)
+
+    backward = 4 * tokens * (3 * dims.active * dims.width + 2 * dims.hidden)
+    forward_end = before + activations + max(
+        copies,
+        said + head_copy + 4 * head + logits,
+        said + size * head + again + backward + running,
+    )
+    backward_end = gradients + size * head + again // 2 + running
+    iteration = max(STACK, 5 * (2 if low else 4) * n.largest_matrix + 4 * n.largest_matrix) if task.optimizer == "muon" else 0
+    stepping = gradients + min(iteration, 6 * 4 * n.layers * n.layer_matrices) + (PIECE if way.bfloat16 else 0)
+    return task.resident + held + extra + max(forward_end, backward_end, stepping)
+
+
+def _kept(config: dict[str, Any], dims: Dimensions, length: int, low: bool) -> tuple[int, int]:
+    """Bytes that autograd keeps of a token: in a layer, and outside the layers."""
+    family = family_of(config)
+    tensors = present(family.layer_tensors, family, config)
+    norms = sum(tensor.is_norm and tensor.axes == ("hidden",) for tensor in tensors)
+    gated = any("gate" in tensor.name for tensor in tensors)
+    per = 4
+    hidden = 3 * norms * dims.hidden
+    attention = 2 * dims.axis("q") + 2 * dims.axis("kv") + dims.heads
+    mlp = (4 if gated else 2) * dims.active * dims.width
+    return per * (hidden + attention + mlp), per * 4 * dims.hidden
+
+
+def ways(rows: int, length: int, may_round: bool) -> Iterator[Way]:
+    """From the fastest to the one that takes the least memory."""
+    halved = [1]
+    while halved[-1] < rows:
+        halved.append(min(rows, 2 * halved[-1]))
+    for pieces in halved:
+        if pieces == 1 or math.ceil(rows / pieces) * length >= SMALL_PIECE:
+            yield Way(pieces)
+    for rounded in (False, True) if may_round else (False,):
+        for pieces in halved:
+            yield Way(pieces, recompute=True, bfloat16=rounded)
+
+
+def choose(task: Task, there: int, phase: str, may_round: bool) -> Way:
+    """The fastest way that fits into the memory that there is. Raises NarrowError (too_little_memory)."""
+    found = list(ways(math.ceil(task.rows / task.processes), task.length, may_round))
+    for way in found:
+        if training(task, way) <= ROOM * there:
+            return way
+    least = training(task, found[-1])
+    raise NarrowError(
+        "too_little_memory",
+        f"Training in {phase} takes {least:,} bytes of memory at least, {round(least - ROOM * there):,} more than the "
+        f"{round(ROOM * there):,} that may be filled of {there:,}: lower block_tokens or the budget"
+        f"{', set method.recover.cache so that the teacher is not in memory' if task.resident else ''}, or take a larger machine.",
+    )
+
+
+def told(task: Task, way: Way, there: int) -> list[tuple[str, str]]:
+    """What is not done in the plain way, as codes and sentences."""
+    plain = training(task, Way())
+    found = []
+    for code, chosen, sentence in (
+        (
+            "micro_batches",
+            way.pieces > 1,
+            f"each batch is taken in {way.pieces} parts whose gradients are added up, which gives the same result",
+        ),
+        (
+            "recomputed",
+            way.recompute,
+            "activations are computed again in the backward pass, which gives the same result about a third later",
+        ),
+        (
+            "bfloat16",
+            way.bfloat16,
+            "weights, gradients and momenta are in bfloat16 and rounded by chance, which costs a little of the loss",
+        ),
+    ):
+        if chosen:
+            found.append((code, f"Of {there / 1e9:.1f} GB of memory plain training would take {plain / 1e9:.1f}: {sentence}."))
+    return found
