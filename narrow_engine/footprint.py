@@ -27,6 +27,8 @@ CHUNK, LOGITS = 256, 5
 distributions, their ratio, and what is being made of them."""
 STACK = 5 * 64 * 2**20
 """What an orthogonalisation takes (`muon.STACK`), at most, where no matrix is larger."""
+DROPPED = 3
+"""Numbers of every pair of positions in every head that attention keeps where it has dropout, which is not fused on a CPU."""
 PIECE = 6 * 4 * 2**22
 """What rounding by chance takes (`rounding.PIECE`)."""
 
@@ -131,16 +133,33 @@ def training(task: Task, way: Way) -> int:
 
 
 def _kept(config: dict[str, Any], dims: Dimensions, length: int, low: bool) -> tuple[int, int]:
-    """Bytes that autograd keeps of a token: in a layer, and outside the layers."""
+    """Bytes that autograd keeps of a token: in a layer, and outside the layers. With products in bfloat16 what they read and
+    make has half of the size; the stream and norms do not."""
     family = family_of(config)
     tensors = present(family.layer_tensors, family, config)
-    norms = sum(tensor.is_norm and tensor.axes == ("hidden",) for tensor in tensors)
-    gated = any("gate" in tensor.name for tensor in tensors)
-    per = 4
-    hidden = 3 * norms * dims.hidden
-    attention = 2 * dims.axis("q") + 2 * dims.axis("kv") + dims.heads
-    mlp = (4 if gated else 2) * dims.active * dims.width
-    return per * (hidden + attention + mlp), per * 4 * dims.hidden
+    hidden, q, kv, part = dims.hidden, dims.axis("q"), dims.axis("kv"), 0.5 if low else 1.0
+    axes, names = {axis for tensor in tensors for axis in tensor.axes}, {tensor.name for tensor in tensors}
+    norms = [tensor for tensor in tensors if tensor.is_norm and tensor.axes == ("hidden",)]
+    fused_norms = not norms or any(tensor.name.removesuffix("weight") + "bias" in names for tensor in norms)
+    # What two projections read, and what norms are made of: LayerNorm is one operation, RMSNorm is two.
+    floats: float = 2 * hidden + (1 if fused_norms else 2) * (len(norms) or 2) * hidden
+    # Queries, keys, values, and what attention makes; of fused projections what they were cut out of as well.
+    floats += part * (2 * q + 2 * kv)
+    if "q_k_v" in axes:
+        floats += part * (2 * q + kv)
+    if "qkv" in axes:
+        floats += part * (q + kv)
+    if family.qk_normed:
+        floats += (1 + part) * (q + kv)
+    dropout = any(config.get(key) for key in ("attention_dropout", "attn_pdrop"))
+    floats += (DROPPED if dropout else family.pairs) * dims.heads * length
+    if family.router:
+        floats += dims.active * (4 * dims.width + 2 * hidden) + 4 * dims.shared + (hidden if dims.shared else 0)
+    else:
+        gated = any(f"{family.mlp}.gate" in name for name in names)
+        composed = 3 if config.get("activation_function") == "gelu_new" else 0
+        floats += part * (4 if gated else 2 + composed) * dims.width
+    return round(4 * (floats + dims.heads)), 4 * 4 * hidden
 
 
 def ways(rows: int, length: int, may_round: bool) -> Iterator[Way]:
