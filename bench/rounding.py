@@ -7,11 +7,12 @@ base-s with a quarter of its neurons, refitted by least squares, recovers on Pyt
 has them where memory is short (`narrow_engine/rounding.py`); `nearest` is the same rounded to the nearest number. All compute
 their products in float32, as training does where those of bfloat16 are slow: what differs is what is kept between the steps.
 
-Losses are nats a token on the validation split above the untouched base's. Each finished arm is kept in bench/results/rounding.json
-and not run again.
+Losses are nats a token on the validation split above the untouched base's. Each finished arm is added to
+bench/results/rounding.json.
 """
 
 import argparse
+import copy
 import json
 from pathlib import Path
 from unittest import mock
@@ -33,20 +34,23 @@ WAYS = {
 }
 
 
-def arm(name: str, seed: int, tokens: int, base, training, validation, untouched: float) -> dict:
+def cut(base, training, seed: int):
+    """The model that recovery starts from."""
     blocks = corpus.Blocks(training.tokens, LENGTH, seed)
     found = importance.collect(base, blocks, CALIBRATION, False, lambda *_: None)
     scores = importance.CRITERIA["activation"](base, found, seed)
     plan = make_plan(models.config_dict(base), {"neuron": scores["neuron"]}, {"neuron": KEEP})
     small = slice_model(base, plan)
     reconstruct.refit(base, small, plan, blocks, CALIBRATION, lambda *_: None, passes=0)
-    before = skills.loss_of(small, validation, LENGTH) - untouched
+    return small
+
+
+def trained(name: str, seed: int, tokens: int, small, base, training) -> list[float]:
     settings = train.settings_of(Method(recover={"tokens": tokens}))
+    blocks = corpus.Blocks(training.tokens, LENGTH, seed + 2)
     to_bfloat16 = torch.Tensor.bfloat16 if name == "nearest" else rounding.stochastically
     with mock.patch.object(footprint, "choose", lambda *_: WAYS[name]), mock.patch.object(rounding, "stochastically", to_bfloat16):
-        taken = recover(small, corpus.Blocks(training.tokens, LENGTH, seed + 2), settings, base)
-    after = skills.loss_of(small, validation, LENGTH) - untouched
-    return {"arm": name, "seed": seed, "tokens": tokens, "before": before, "after": after, "seconds": taken}
+        return recover(small, blocks, settings, base)
 
 
 def main() -> None:
@@ -62,14 +66,16 @@ def main() -> None:
     validation = corpus.sample(read(VALIDATION["python"]), MEASURED, LENGTH, 0)
     untouched = skills.loss_of(base, validation, LENGTH)
     for seed in options.seeds:
+        start = cut(base, training, seed)
+        before = skills.loss_of(start, validation, LENGTH) - untouched
         for name in options.arms:
-            done = json.loads(OUT.read_text()) if OUT.exists() else []
-            if any((row["arm"], row["seed"], row["tokens"]) == (name, seed, options.tokens) for row in done):
-                continue
-            row = arm(name, seed, options.tokens, base, training, validation, untouched)
-            done = json.loads(OUT.read_text()) if OUT.exists() else []
-            OUT.write_text(json.dumps([*done, row], indent=1) + "\n")
-            print(json.dumps(row), flush=True)
+            small = copy.deepcopy(start)
+            taken = trained(name, seed, options.tokens, small, base, training)
+            after = skills.loss_of(small, validation, LENGTH) - untouched
+            row = {"arm": name, "seed": seed, "tokens": options.tokens, "before": round(before, 4), "after": round(after, 4)}
+            known = json.loads(OUT.read_text()) if OUT.exists() else []
+            OUT.write_text(json.dumps([*known, row], indent=1) + "\n")
+            print(json.dumps({**row, "seconds": taken}), flush=True)
 
 
 if __name__ == "__main__":
