@@ -76,6 +76,7 @@ def one(name: str, options: dict) -> None:
 
     from narrow_engine import footprint, memory, train
     from narrow_engine.corpus import Blocks
+    from narrow_engine.families import dimensions
     from narrow_engine.models import config_dict
     from narrow_engine.teacher import Live
 
@@ -89,7 +90,8 @@ def one(name: str, options: dict) -> None:
 
     student, teacher = model(), Live(model()) if objective == "mixed" else None
     low = train.training_dtype(cpu) != torch.float32
-    task = footprint.Task(config_dict(student), rows, LENGTH, optimizer, low, teacher.bytes if teacher else 0)
+    config, beside = config_dict(student), footprint.FIXED + (teacher.bytes if teacher else 0)
+    task = footprint.Task(config, dimensions(config), rows, LENGTH, optimizer, low, beside)
     tokens = np.random.default_rng(0).integers(0, shape["vocab"], 40_000).astype(np.uint32)
     before = memory.begin(cpu)
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(footprint, "choose", lambda *_: way):
@@ -104,7 +106,7 @@ def one(name: str, options: dict) -> None:
             validate=lambda model: 0.0,
             teacher=teacher,
         )
-    print(json.dumps({"predicted": footprint.FIXED + footprint.training(task, way), "measured": memory.peak(cpu, before)}))
+    print(json.dumps({"predicted": footprint.training(task, way), "measured": memory.peak(cpu, before)}))
 
 
 def main() -> None:

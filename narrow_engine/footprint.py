@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from narrow_engine.errors import NarrowError
-from narrow_engine.families import Dimensions, dimensions, family_of, present, tensor_shapes
+from narrow_engine.families import Dimensions, family_of, present, tensor_shapes
+from narrow_engine.spec import Options, controls, taught
 
 ROOM = 0.9
 """Share of the memory that may be filled, by predictions that are within a tenth of what is measured."""
-FIXED = 450 * 2**20
+FIXED = 380 * 2**20
 """What a process has of libraries and code before any model."""
 SMALL_PIECE = 4096
 """Tokens of a piece of a batch, below which matrix products lose speed: recomputing comes first."""
@@ -31,6 +32,14 @@ DROPPED = 3
 """Numbers of every pair of positions in every head that attention keeps where it has dropout, which is not fused on a CPU."""
 PIECE = 6 * 4 * 2**22
 """What rounding by chance takes (`rounding.PIECE`)."""
+
+MEASURED, REFIT_BATCH, STREAMS = 4096, 4096, 10
+"""Tokens of a batch that is measured, and of one that the refit trains a layer on, at most; and how many arrays of the size of a
+stream the refit holds of all its tokens."""
+ORDER = (
+    *("load", "measure_base", "score", "sparsify", "slice", "reconstruct"),
+    *("correct", "recover", "controls", "measure", "export"),
+)
 
 
 @dataclass(frozen=True)
@@ -47,15 +56,16 @@ class Way:
 
 @dataclass(frozen=True)
 class Task:
-    """A training: the model's config, blocks in a batch and their length, the optimizer, whether products run in bfloat16, what
-    other models take of the memory, and how many processes share the training."""
+    """A training: the model, blocks in a batch and their length, the optimizer, whether products run in bfloat16, what else takes
+    memory (`beside`: other models, libraries), and how many processes share the training."""
 
     config: dict[str, Any]
+    dims: Dimensions
     rows: int
     length: int
     optimizer: str
     low: bool
-    resident: int = 0
+    beside: int = 0
     processes: int = 1
 
 
@@ -92,7 +102,7 @@ def counts(config: dict[str, Any], dims: Dimensions) -> Counts:
 
 def training(task: Task, way: Way) -> int:
     """Bytes of a process at the peak of training."""
-    dims = dimensions(task.config)
+    dims = task.dims
     n = counts(task.config, dims)
     size = 2 if way.bfloat16 else 4
     tokens = math.ceil(task.rows / (way.pieces * task.processes)) * task.length
@@ -129,7 +139,7 @@ def training(task: Task, way: Way) -> int:
     backward_end = gradients + size * head + again // 2 + running
     iteration = max(STACK, 5 * (2 if low else 4) * n.largest_matrix + 4 * n.largest_matrix) if task.optimizer == "muon" else 0
     stepping = gradients + min(iteration, 6 * 4 * n.layers * n.layer_matrices) + (PIECE if way.bfloat16 else 0)
-    return task.resident + held + extra + max(forward_end, backward_end, stepping)
+    return task.beside + held + extra + max(forward_end, backward_end, stepping)
 
 
 def _kept(config: dict[str, Any], dims: Dimensions, length: int, low: bool) -> tuple[int, int]:
@@ -186,7 +196,7 @@ def choose(task: Task, there: int, phase: str, may_round: bool) -> Way:
         "too_little_memory",
         f"Training in {phase} takes {least:,} bytes of memory at least, {round(least - ROOM * there):,} more than the "
         f"{round(ROOM * there):,} that may be filled of {there:,}: lower block_tokens or the budget"
-        f"{', set method.recover.cache so that the teacher is not in memory' if task.resident else ''}, or take a larger machine.",
+        ", or take a machine with more.",
     )
 
 
@@ -214,3 +224,107 @@ def told(task: Task, way: Way, there: int) -> list[tuple[str, str]]:
         if chosen:
             found.append((code, f"Of {there / 1e9:.1f} GB of memory plain training would take {plain / 1e9:.1f}: {sentence}."))
     return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the stages of a job have to do with: the base's config, its lengths as it was brought, with its vocabulary trimmed, and
+    cut; bytes of the teacher, where it is not the base; and the kind of device."""
+
+    config: dict[str, Any]
+    options: Options
+    whole: Dimensions
+    base: Dimensions
+    small: Dimensions
+    teacher: int = 0
+    low: bool = False
+    fixed: int = FIXED
+
+
+def trainings(job: Job) -> dict[str, Task]:
+    """The stages that train, and how."""
+    method, length = job.options.method, job.options.block_tokens
+    rows = max(1, method.recover.batch_tokens // length)
+    base, small = (4 * counts(job.config, dims).all for dims in (job.base, job.small))
+
+    def task(dims: Dimensions, optimizer: str, beside: int) -> Task:
+        return Task(job.config, dims, rows, length, optimizer, job.low, job.fixed + beside)
+
+    found = {}
+    if method.regularizer:
+        found["sparsify"] = task(job.base, "adamw", base)
+    if taught(method) and method.recover.correction:
+        found["correct"] = task(job.base, method.recover.optimizer, 2 * base)
+    if method.recover.tokens:
+        beside = base + small + (job.teacher if taught(method) and not method.recover.cache else 0)
+        found["recover"] = task(job.small, method.recover.optimizer, beside)
+    if "trained" in controls(job.options):
+        found["controls"] = task(job.base, method.recover.optimizer, 2 * base)
+    return found
+
+
+def stages(job: Job) -> dict[str, int]:
+    """Bytes of the process at the peak of each stage that matters, with training done in the plain way."""
+    method, dims, small = job.options.method, job.base, job.small
+    whole, base, cut = (4 * counts(job.config, d).all for d in (job.whole, dims, small))
+    trimmed = base if job.whole.vocab != dims.vocab else 0
+    found = {
+        "load": job.fixed + whole,
+        "measure_base": job.fixed + whole + trimmed + _forward(job.whole, MEASURED),
+        "score": job.fixed + base + _scoring(job),
+        "slice": job.fixed + 2 * base + cut,
+        "reconstruct": job.fixed + base + cut + _refit(job) if method.refit else 0,
+        "measure": job.fixed + base + 2 * cut + _forward(dims, MEASURED, 3),
+        "export": job.fixed + base + 4 * cut,
+    }
+    for name, task in trainings(job).items():
+        found[name] = training(task, Way())
+    return {name: found[name] for name in ORDER if found.get(name)}
+
+
+def _forward(dims: Dimensions, tokens: int, models: int = 1) -> int:
+    """A pass without gradients: what a layer holds, each model's hidden states, and the logits of a chunk."""
+    layer = tokens * (3 * dims.active * dims.width + 6 * dims.hidden)
+    return 4 * (layer + models * tokens * dims.hidden + LOGITS * CHUNK * dims.vocab)
+
+
+def _scoring(job: Job) -> int:
+    """The Gram matrices of all layers in float64, with what one elimination takes; and the activations of a pass."""
+    method, dims = job.options.method, job.base
+    grams = method.importance in ("reconstruction", "activation")
+    squares = dims.layers * (dims.experts * dims.width**2 + dims.axis("q") ** 2) if grams else 0
+    widest = max(dims.width, dims.axis("q")) if method.importance == "reconstruction" else 0
+    length = job.options.block_tokens
+    taps = dims.layers * (dims.active * dims.width + dims.axis("q") + 2 * dims.hidden) * length
+    rows = max(1, min(8, 2**26 // taps))
+    if method.importance in ("fisher", "attribution"):
+        kept, outside = _kept(job.config, dims, length, job.low)
+        pass_bytes = rows * length * (dims.layers * kept + outside) + 4 * LOGITS * CHUNK * dims.vocab + 8 * taps * rows
+    else:
+        pass_bytes = 4 * rows * taps + _forward(dims, rows * length)
+    return 8 * squares + max(pass_bytes, 8 * 5 * widest**2)
+
+
+def _refit(job: Job) -> int:
+    """The streams of the calibration tokens in both models, one layer's Gram matrix and its solution, and the layer's training."""
+    method, dims, small = job.options.method, job.base, job.small
+    tokens, n = method.calibration_tokens, counts(job.config, job.small)
+    batch = max(1, min(REFIT_BATCH, tokens // 8))
+    kept, _ = _kept(job.config, small, job.options.block_tokens, job.low)
+    solving = 8 * (4 * max(small.width, small.axis("q")) ** 2 + 3 * small.width * small.hidden)
+    layer = 4 * 5 * n.layer + batch * (kept + 4 * (3 * small.active * small.width + 2 * small.hidden)) + STACK
+    return 4 * STREAMS * tokens * dims.hidden + max(solving, layer)
+
+
+def check(job: Job, there: int) -> None:
+    """Whether each training has a way that fits into the memory that there is. Raises NarrowError (too_little_memory)."""
+    for name, task in trainings(job).items():
+        choose(task, there, name, name != "sparsify")
+
+
+def least(job: Job) -> int:
+    """Bytes of the job at its peak where training is done in whatever way takes the least."""
+    found = stages(job)
+    for name, task in trainings(job).items():
+        found[name] = training(task, list(ways(task.rows, task.length, name != "sparsify"))[-1])
+    return max(found.values())

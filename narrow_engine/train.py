@@ -31,6 +31,7 @@ from narrow_engine import footprint, memory, rounding, shard
 from narrow_engine.corpus import Blocks, Mixture
 from narrow_engine.errors import Cancelled
 from narrow_engine.events import Sink
+from narrow_engine.families import dimensions
 from narrow_engine.losses import objective
 from narrow_engine.models import config_dict, family, head, hidden_states, layers, sampled
 from narrow_engine.muon import Muon, training_dtype
@@ -257,14 +258,13 @@ def _way(
     emit: Sink,
 ) -> footprint.Way:
     """How a step is done on this machine, and a notice of whatever is not the plain way."""
-    processes = mesh.size() if mesh is not None else 1
-    there = memory.limit(model.device)
+    processes, config = mesh.size() if mesh is not None else 1, config_dict(model)
+    there, beside = memory.limit(model.device), resident + (teacher.bytes if teacher is not None else 0)
     if model.device.type == "cpu":
-        there //= processes  # of the machine that all are on
-    beside = resident + (teacher.bytes if teacher is not None else 0)
-    task = footprint.Task(
-        config_dict(model), rows, length, settings.optimizer, training_dtype(model.device) != torch.float32, beside, processes
-    )
+        # Of the machine that all are on, and that libraries are in as well.
+        there, beside = there // processes, beside + footprint.FIXED
+    low = training_dtype(model.device) != torch.float32
+    task = footprint.Task(config, dimensions(config), rows, length, settings.optimizer, low, beside, processes)
     way = footprint.choose(task, there, phase, may_round and mesh is None)
     for code, sentence in footprint.told(task, way, there):
         emit("notice", phase, sentence, {"code": code})
