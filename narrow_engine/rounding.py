@@ -12,6 +12,7 @@ Vectors (norms, biases) are few, and stay in float32. What all that costs in los
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,15 +105,17 @@ def widen_(model: nn.Module) -> None:
 
 
 @contextmanager
-def computed_in_float32(layers: Iterable[nn.Module], embeddings: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, layers with bfloat16 weights compute in float32, where products of bfloat16 are slow: while one runs, it has a
-    copy of its own. With activations that are computed again, no more than one layer's copy exists."""
+def computed_in_float32(model: nn.Module) -> Iterator[None]:
+    """Within, a model with bfloat16 weights computes in float32 outside of autocast: a module has copies of its own for a pass.
+    Where activations are computed again, no more than one layer's copies exist."""
     handles: list[Any] = []
-    for layer in layers:
-        held: list[tuple[nn.Module, str, nn.Parameter]] = []
-        handles.append(layer.register_forward_pre_hook(_widening(held)))
-        handles.append(layer.register_forward_hook(_narrowing(held), always_call=True))
-    handles += [module.register_forward_hook(lambda _, __, out: out.float()) for module in embeddings]
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            handles.append(module.register_forward_hook(lambda _, __, out: out.float()))
+        elif any(parameter.dtype == torch.bfloat16 for parameter in module.parameters(recurse=False)):
+            held: dict[str, nn.Parameter] = {}
+            handles.append(module.register_forward_pre_hook(partial(_widen_for_a_pass, held)))
+            handles.append(module.register_forward_hook(partial(_put_back, held), always_call=True))
     try:
         yield
     finally:
@@ -120,23 +123,13 @@ def computed_in_float32(layers: Iterable[nn.Module], embeddings: Iterable[nn.Mod
             handle.remove()
 
 
-def _widening(held: list[tuple[nn.Module, str, nn.Parameter]]) -> Callable[..., None]:
-    def before(layer: nn.Module, _: Any) -> None:
-        if torch.is_autocast_enabled(next(layer.parameters()).device.type):
-            return
-        for module in layer.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.dtype == torch.bfloat16:
-                    held.append((module, name, parameter))
-                    module._parameters[name] = parameter.float()  # type: ignore[assignment]
-
-    return before
+def _widen_for_a_pass(held: dict[str, nn.Parameter], module: nn.Module, _: Any) -> None:
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.dtype == torch.bfloat16 and not torch.is_autocast_enabled(parameter.device.type):
+            held[name] = parameter
+            module._parameters[name] = parameter.float()  # type: ignore[assignment]
 
 
-def _narrowing(held: list[tuple[nn.Module, str, nn.Parameter]]) -> Callable[..., None]:
-    def after(*_: Any) -> None:
-        for module, name, parameter in held:
-            module._parameters[name] = parameter
-        held.clear()
-
-    return after
+def _put_back(held: dict[str, nn.Parameter], module: nn.Module, *_: Any) -> None:
+    module._parameters.update(held)
+    held.clear()

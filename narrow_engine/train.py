@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
@@ -33,7 +33,7 @@ from narrow_engine.errors import Cancelled
 from narrow_engine.events import Sink
 from narrow_engine.families import dimensions
 from narrow_engine.losses import objective
-from narrow_engine.models import config_dict, family, head, hidden_states, layers, sampled
+from narrow_engine.models import config_dict, family, head, hidden_states, sampled
 from narrow_engine.muon import Muon, training_dtype
 from narrow_engine.report.model import CurvePoint
 from narrow_engine.spec import Divergence, Method, Objective
@@ -138,8 +138,7 @@ def train(
         trained.activation_checkpointing_enable({"use_reentrant": False})
     in_float32 = ExitStack()
     if way.bfloat16:
-        embeddings = [module for module in trained.modules() if isinstance(module, nn.Embedding)]
-        in_float32.enter_context(rounding.computed_in_float32(layers(trained), embeddings))
+        in_float32.enter_context(rounding.computed_in_float32(trained))
     optimizers = _optimizers(trained, settings, way.bfloat16)
     parameters = dict(trained.named_parameters())
     checkpoint = folder / "checkpoint.safetensors"
