@@ -1,9 +1,9 @@
 """How much memory stages take at their peak, predicted and measured.
 
-    python bench/memory.py [--only TEXT] [--threads 1]
+    python bench/memory.py [--only TEXT]
+    python bench/memory.py --table     # what is predicted for models of 1B, 8B and 70B; nothing is run
 
-Trainings of random models in processes of their own, two steps each, and whole runs of the embedded base. What is predicted is
-what the dry run and the planner say (`narrow_engine/footprint.py`); measured is VmHWM of /proc/self/status, reset before the
+Trainings of random models in processes of their own, two steps each. What is predicted is what the dry run and the planner say (`narrow_engine/footprint.py`); measured is VmHWM of /proc/self/status, reset before the
 stage by writing 5 to /proc/self/clear_refs. glibc keeps freed memory for later, the more the longer a process runs, and that
 is no need of the stage: MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are fixed at 64 KiB, so that it gives back at once.
 Writes bench/results/memory.json.
@@ -34,22 +34,56 @@ SHAPES = {
 }  # fmt: skip
 CASES = [
     ("llama 8M", {"tokens": 2048}),
+    ("llama 8M", {"tokens": 2048, "pieces": 4, "recompute": True}),
+    ("llama 8M", {"tokens": 2048, "pieces": 4, "recompute": True, "bfloat16": True}),
+    ("llama 46M, vocabulary of 128k", {"tokens": 512}),
+    ("llama 46M, vocabulary of 128k", {"tokens": 512, "objective": "next_token", "optimizer": "adamw"}),
+    ("llama 46M, vocabulary of 128k", {"tokens": 1024, "pieces": 2, "recompute": True, "bfloat16": True}),
+    ("qwen3 110M", {"tokens": 1024, "objective": "next_token", "optimizer": "adamw"}),
+    ("mixtral 120M", {"tokens": 512, "objective": "next_token"}),
+    ("llama 300M", {"tokens": 512, "objective": "next_token", "optimizer": "adamw"}),
+    ("qwen3 110M", {"tokens": 1024}),
+    ("llama 300M", {"tokens": 512, "optimizer": "adamw", "recompute": True, "bfloat16": True}),
     ("llama 8M", {"tokens": 16_384}),
     ("llama 8M", {"tokens": 16_384, "recompute": True}),
-    ("llama 8M", {"tokens": 16_384, "pieces": 4}),
-    ("llama 46M, vocabulary of 128k", {"tokens": 2048}),
-    ("llama 46M, vocabulary of 128k", {"tokens": 2048, "objective": "next_token", "optimizer": "adamw"}),
-    ("llama 46M, vocabulary of 128k", {"tokens": 2048, "pieces": 4, "recompute": True, "bfloat16": True}),
-    ("qwen3 110M", {"tokens": 2048}),
-    ("qwen3 110M", {"tokens": 2048, "objective": "next_token", "optimizer": "adamw"}),
-    ("qwen3 110M", {"tokens": 2048, "pieces": 4, "recompute": True}),
-    ("qwen3 110M", {"tokens": 2048, "pieces": 4, "recompute": True, "bfloat16": True}),
-    ("mixtral 120M", {"tokens": 2048}),
-    ("mixtral 120M", {"tokens": 2048, "recompute": True, "bfloat16": True}),
-    ("llama 300M", {"tokens": 512, "objective": "next_token"}),
-    ("llama 300M", {"tokens": 512, "objective": "next_token", "recompute": True, "bfloat16": True}),
 ]
 LENGTH = 512
+
+KNOWN = {
+    "1B (Llama 3.2)": {"hidden": 2048, "width": 8192, "layers": 16, "heads": 32, "kv": 8, "vocab": 128_256, "tied": True},
+    "8B (Llama 3.1)": {"hidden": 4096, "width": 14_336, "layers": 32, "heads": 32, "kv": 8, "vocab": 128_256, "tied": False},
+    "70B (Llama 3.1)": {"hidden": 8192, "width": 28_672, "layers": 80, "heads": 64, "kv": 8, "vocab": 128_256, "tied": False},
+}
+"""Shapes that are predicted alone."""
+
+
+def table() -> None:
+    """Prints what is predicted for KNOWN, half of whose parameters are kept, by stage and by way of training; GB, no torch."""
+    from narrow_engine import footprint
+    from narrow_engine.families import dimensions
+    from narrow_engine.sizing import plan_sizes, shrink, solve
+    from narrow_engine.spec import Options
+
+    ways = {
+        "plain": footprint.Way(),
+        "recomputed": footprint.Way(recompute=True),
+        "and in bfloat16": footprint.Way(recompute=True, bfloat16=True),
+    }
+    stages = ("load", "measure_base", "score", "reconstruct", "measure", "export")
+    print("| base | device | " + " | ".join(stages) + " | " + " | ".join(f"recover, {way}" for way in ways) + " |")
+    print("|---" * (2 + len(stages) + len(ways)) + "|")
+    for name, shape in KNOWN.items():
+        config = {"model_type": "llama", **config_of(shape), "tie_word_embeddings": shape["tied"]}
+        options = Options.model_validate({"budget": {"parameters": 0.5}, "method": {"units": ["neuron"]}})
+        dims = dimensions(config)
+        for device, low in (("CPU", False), ("GPU", True)):
+            small = shrink(dims, solve(config, options, 2)[0])
+            fixed = 0 if low else footprint.FIXED
+            task = footprint.trainings(footprint.Job(config, options, dims, dims, small, 0, low, fixed))["recover"]
+            memory = plan_sizes(config, options, 2, low=low).memory
+            found = [memory[stage] for stage in stages] + [footprint.training(task, way) for way in ways.values()]
+            print(f"| {name} | {device} | " + " | ".join(f"{value / 1e9:,.0f}" for value in found) + " |")
+
 
 
 def config_of(shape: dict) -> dict:
@@ -113,7 +147,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--table", action="store_true", help="predictions for known shapes")
     options = parser.parse_args()
+    if options.table:
+        table()
+        return
     if options.one:
         one(options.one[0], json.loads(options.one[1]))
         return
@@ -129,8 +167,8 @@ def main() -> None:
         rows.append(row)
         ratio = row["predicted"] / row["measured"]
         print(f"| {said} | {row['predicted'] / 1e6:,.0f} | {row['measured'] / 1e6:,.0f} | {ratio:.2f} |", flush=True)
-    if not options.only:
-        (HERE / "results" / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
+        if not options.only:
+            (HERE / "results" / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def choose(task: Task, there: int, phase: str, may_round: bool) -> Way:
     for way in found:
         if training(task, way) <= ROOM * there:
             return way
-    least = training(task, found[-1])
+    least = min(training(task, way) for way in found)
     raise NarrowError(
         "too_little_memory",
         f"Training in {phase} takes {least:,} bytes of memory at least, {round(least - ROOM * there):,} more than the "
@@ -326,5 +326,5 @@ def least(job: Job) -> int:
     """Bytes of the job at its peak where training is done in whatever way takes the least."""
     found = stages(job)
     for name, task in trainings(job).items():
-        found[name] = training(task, list(ways(task.rows, task.length, name != "sparsify"))[-1])
+        found[name] = min(training(task, way) for way in ways(task.rows, task.length, name != "sparsify"))
     return max(found.values())
