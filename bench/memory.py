@@ -3,9 +3,10 @@
     python bench/memory.py [--only TEXT]
     python bench/memory.py --table     # what is predicted for models of 1B, 8B and 70B; nothing is run
 
-Trainings of random models in processes of their own, two steps each. What is predicted is what the dry run and the planner say (`narrow_engine/footprint.py`); measured is VmHWM of /proc/self/status, reset before the
-stage by writing 5 to /proc/self/clear_refs. glibc keeps freed memory for later, the more the longer a process runs, and that
-is no need of the stage: MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are fixed at 64 KiB, so that it gives back at once.
+Trainings of random models in processes of their own, two steps each. Predicted is what the dry run and the planner say
+(`narrow_engine/footprint.py`); measured is VmHWM of /proc/self/status, reset before the training by writing 5 to
+/proc/self/clear_refs. glibc keeps freed memory for later, the more the longer a process runs, and that is no need of the
+training: MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are fixed at 64 KiB, so that it gives back at once.
 Writes bench/results/memory.json.
 """
 
@@ -85,7 +86,6 @@ def table() -> None:
             print(f"| {name} | {device} | " + " | ".join(f"{value / 1e9:,.0f}" for value in found) + " |")
 
 
-
 def config_of(shape: dict) -> dict:
     return {
         "vocab_size": shape["vocab"],
@@ -128,7 +128,7 @@ def one(name: str, options: dict) -> None:
     task = footprint.Task(config, dimensions(config), rows, LENGTH, optimizer, low, beside)
     tokens = np.random.default_rng(0).integers(0, shape["vocab"], 40_000).astype(np.uint32)
     before = memory.begin(cpu)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(footprint, "choose", lambda *_: way):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(footprint, "choose", return_value=way):
         train.train(
             student,
             Blocks(tokens, LENGTH, 0),

@@ -49,7 +49,10 @@ def trained(name: str, seed: int, tokens: int, small, base, training) -> list[fl
     settings = train.settings_of(Method(recover={"tokens": tokens}))
     blocks = corpus.Blocks(training.tokens, LENGTH, seed + 2)
     to_bfloat16 = torch.Tensor.bfloat16 if name == "nearest" else rounding.stochastically
-    with mock.patch.object(footprint, "choose", lambda *_: WAYS[name]), mock.patch.object(rounding, "stochastically", to_bfloat16):
+    with (
+        mock.patch.object(footprint, "choose", return_value=WAYS[name]),
+        mock.patch.object(rounding, "stochastically", to_bfloat16),
+    ):
         return recover(small, blocks, settings, base)
 
 

@@ -119,7 +119,7 @@ class Family:
     write_scale_key: str = ""
     """Config key of the factor on what attention and MLP write, where there is one."""
     pairs: int = 0
-    """Numbers that training keeps of every pair of positions in every head, where the stock attention is not one fused operation."""
+    """Numbers that training keeps of every pair of positions in every head, where the stock attention is not fused."""
     softcap_key: str = ""
     """Config key of the cap on the logits, in families that have one."""
     logit_scale: tuple[str, int] = ("", 1)

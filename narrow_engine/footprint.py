@@ -131,14 +131,22 @@ def training(task: Task, way: Way) -> int:
     said = 2 * tokens * dims.hidden * (2 if low else 4)
 
     backward = 4 * tokens * (3 * dims.active * dims.width + 2 * dims.hidden)
-    forward_end = before + activations + max(
-        copies,
-        said + head_copy + 4 * head + logits,
-        said + size * head + again + backward + running,
+    forward_end = (
+        before
+        + activations
+        + max(
+            copies,
+            said + head_copy + 4 * head + logits,
+            said + size * head + again + backward + running,
+        )
     )
     backward_end = gradients + size * head + again // 2 + running
     iteration = max(STACK, 5 * (2 if low else 4) * n.largest_matrix + 4 * n.largest_matrix) if task.optimizer == "muon" else 0
-    stepping = gradients + min(iteration, 6 * 4 * n.layers * n.layer_matrices) + (PIECE if way.bfloat16 else 0)
+    stepping = (
+        gradients
+        + min(iteration, 6 * 4 * n.layers * n.layer_matrices)
+        + (min(PIECE, 24 * max(head, n.largest_matrix)) if way.bfloat16 else 0)
+    )
     return task.beside + held + extra + max(forward_end, backward_end, stepping)
 
 
@@ -228,7 +236,7 @@ def told(task: Task, way: Way, there: int) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Job:
-    """What the stages of a job have to do with: the base's config, its lengths as it was brought, with its vocabulary trimmed, and
+    """What a job's stages have to do with: the base's config; its lengths as it was brought, with its vocabulary trimmed, and
     cut; bytes of the teacher, where it is not the base; and the kind of device."""
 
     config: dict[str, Any]

@@ -3,9 +3,10 @@
 The student's layer i came of the teacher's layer `plan.layers[i]`, or, in a student of fresh weights, stands for it: so its
 residual stream is compared with that one's, in the kept hidden dimensions, and its query heads with the kept ones.
 
-Streams: the mean over layers and blocks of ‖student − teacher‖² ÷ ‖teacher‖². Attention: the mean over layers, heads and positions of
-KL(teacher ‖ student) of where a query looks (MiniLM, arXiv 2002.10957, eq. 2, for every layer and not the last alone). For the
-latter the maps must be there, so both models compute their attention unfused: slower, and with memory for each pair of positions.
+Streams: the mean over layers and blocks of ‖student − teacher‖² ÷ ‖teacher‖². Attention: the mean over layers, heads and
+positions of KL(teacher ‖ student) of where a query looks (MiniLM, arXiv 2002.10957, eq. 2, for every layer and not the last
+alone). For the latter the maps must be there, so both models compute their attention unfused: slower, and with memory for each
+pair of positions. Both are means over blocks, so that a batch can be taken in pieces.
 """
 
 from collections.abc import Iterator

@@ -140,7 +140,7 @@ def load(run: Run, out: Path) -> None:
 def _require_memory(run: Run, info: ModelInfo, taught_by: ModelInfo | None, keep: Keep) -> None:
     """Refuses at the start what could not be trained here after hours. Raises NarrowError (too_little_memory).
 
-    A vocabulary whose size the text decides is counted without any of its tokens: what that leaves is judged when training begins.
+    A vocabulary whose size the text decides is counted without its tokens: what they add is judged when training begins.
     """
     dims, spec, where = dimensions(info.config), run.spec, device()
     if "token" in keep and not vocabulary_is_fixed(spec):

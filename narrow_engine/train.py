@@ -409,7 +409,9 @@ def _restore(
                 if key.startswith(prefix):
                     value = file.get_tensor(key)
                     own = parameters[name]
-                    state[key.removeprefix(prefix)] = value.to(own.device) if value.ndim == 0 else shard.like(value.to(own.device), own)
+                    state[key.removeprefix(prefix)] = (
+                        value.to(own.device) if value.ndim == 0 else shard.like(value.to(own.device), own)
+                    )
         if after_step is not None:
             after_step.restore({k.removeprefix("after/"): file.get_tensor(k) for k in names if k.startswith("after/")})
         metadata = file.metadata()

@@ -251,8 +251,8 @@ class Provenance(BaseModel):
     seconds: dict[str, float] = Field(description="Wall time of each stage.")
     memory: dict[str, int] = Field(
         {},
-        description="The most bytes that the process had in each stage, of the GPU's memory where it ran on one. Where jobs are shut "
-        "in only the stages in which it had more than ever before are there.",
+        description="The most bytes that the process had in each stage, of the GPU's memory where it ran on one. Where jobs are "
+        "shut in, only the stages in which it had more than ever before are there.",
     )
     recovery_tokens: int
     regularizer_tokens: int
