@@ -18,7 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from quality import BASE, CALIBRATION, LENGTH, MEASURED, TRAIN, VALIDATION, read, recover
+from quality import BASE, LENGTH, TRAIN, VALIDATION, read, recover
 
 from narrow_engine import corpus, footprint, importance, models, reconstruct, rounding, skills, train
 from narrow_engine.plan import make_plan
@@ -26,7 +26,7 @@ from narrow_engine.slice import slice_model
 from narrow_engine.spec import Method
 
 OUT = Path(__file__).resolve().parent / "results" / "rounding.json"
-KEEP = 256
+KEEP, CALIBRATION, MEASURED = 256, 8192, 16_384
 WAYS = {
     "float32": footprint.Way(),
     "stochastic": footprint.Way(bfloat16=True),

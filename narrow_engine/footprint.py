@@ -314,7 +314,7 @@ def _scoring(job: Job) -> int:
 
 
 def _refit(job: Job) -> int:
-    """The streams of the calibration tokens in both models, one layer's Gram matrix and its solution, and the layer's training."""
+    """The calibration tokens' streams in both models, a layer's Gram matrix and its solution, and the layer's training."""
     method, dims, small = job.options.method, job.base, job.small
     tokens, n = method.calibration_tokens, counts(job.config, job.small)
     batch = max(1, min(REFIT_BATCH, tokens // 8))
