@@ -144,7 +144,7 @@ def training(task: Task, way: Way) -> int:
     iteration = max(STACK, 5 * (2 if low else 4) * n.largest_matrix + 4 * n.largest_matrix) if task.optimizer == "muon" else 0
     stepping = (
         gradients
-        + min(iteration, 6 * 4 * n.layers * n.layer_matrices)
+        + min(iteration, 4 * 4 * n.layers * n.layer_matrices)
         + (min(PIECE, 24 * max(head, n.largest_matrix)) if way.bfloat16 else 0)
     )
     return task.beside + held + extra + max(forward_end, backward_end, stepping)
