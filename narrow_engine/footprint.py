@@ -320,7 +320,7 @@ def _refit(job: Job) -> int:
     batch = max(1, min(REFIT_BATCH, tokens // 8))
     kept, _ = _kept(job.config, small, job.options.block_tokens, job.low)
     solving = 8 * (4 * max(small.width, small.axis("q")) ** 2 + 3 * small.width * small.hidden)
-    layer = 4 * 5 * n.layer + batch * (kept + 4 * (3 * small.active * small.width + 2 * small.hidden)) + STACK
+    layer = 4 * 5 * n.layer + batch * (kept + 4 * (3 * small.active * small.width + 2 * small.hidden)) + min(STACK, 16 * n.layer)
     return 4 * STREAMS * tokens * dims.hidden + max(solving, layer)
 
 
