@@ -11,13 +11,13 @@ from tiny import FAMILIES, kept, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from narrow_engine import footprint, memory
+from narrow_engine import footprint, memory, pipeline
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import dimensions
 from narrow_engine.footprint import Task, Way
 from narrow_engine.models import config_dict
 from narrow_engine.sizing import plan_sizes
-from narrow_engine.spec import Options
+from narrow_engine.spec import CompressionSpec, Options
 from narrow_engine.train import Settings
 
 
@@ -93,6 +93,15 @@ def test_what_fits_in_no_way_is_refused_with_what_is_short():
     with pytest.raises(NarrowError, match=f"recover takes {least:,} bytes") as caught:
         footprint.choose(task, 1000, "recover", True)
     assert (caught.value.code, f"{least - 900:,} more" in str(caught.value)) == ("too_little_memory", True)
+
+
+def test_a_job_that_cannot_train_here_is_refused_at_its_start(tiny_folder, python_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "limit", lambda device: 2**20)
+    spec = {"base": {"path": tiny_folder}, "target": {"path": python_file}, "budget": {"parameters": 0.85}, "target_name": "python"}
+    told = []
+    with pytest.raises(NarrowError, match="Training in recover takes"):
+        pipeline.run(CompressionSpec.model_validate(spec), tmp_path, lambda kind, phase, *_: told.append((kind, phase)))
+    assert told == [("started", "load")]
 
 
 def test_the_dry_run_tells_memory_by_stage_and_what_the_job_can_be_done_in():
