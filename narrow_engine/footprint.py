@@ -2,7 +2,7 @@
 
 A step of training holds weights, optimizer states and, by its end, gradients; in the forward pass the activations that the
 backward pass reads; around the loss the logits of a chunk of positions and the gradient of the head. Activations are counted by
-what autograd keeps of each kind of tensor in a layer (`_kept`, held against real models by tests/unit/test_footprint.py), and
+what autograd keeps of each kind of tensor in a layer (`kept_per_token`, held against real models by tests/unit/test_footprint.py), and
 all of it against measured runs by bench/memory.py, whose results docs/explanation/memory.md has.
 
 The dry run tells what is predicted here, and training chooses by it (`choose`): the same numbers, so what was promised is done.
@@ -118,7 +118,7 @@ def training(task: Task, way: Way) -> int:
         gradients //= task.processes
     before = gradients if way.pieces > 1 else 0
 
-    one, outside = _kept(task.config, dims, task.length, low)
+    one, outside = kept_per_token(task.config, dims, task.length, low)
     layers = tokens * n.layers * (4 * dims.hidden if way.recompute else one)
     again = tokens * one if way.recompute else 0
     activations = layers + tokens * outside
@@ -150,7 +150,7 @@ def training(task: Task, way: Way) -> int:
     return task.beside + held + extra + max(forward_end, backward_end, stepping)
 
 
-def _kept(config: dict[str, Any], dims: Dimensions, length: int, low: bool) -> tuple[int, int]:
+def kept_per_token(config: dict[str, Any], dims: Dimensions, length: int, low: bool) -> tuple[int, int]:
     """Bytes that autograd keeps of a token: in a layer, and outside the layers. With products in bfloat16 what they read and
     make has half of the size; the stream and norms do not."""
     family = family_of(config)
@@ -306,7 +306,7 @@ def _scoring(job: Job) -> int:
     taps = dims.layers * (dims.active * dims.width + dims.axis("q") + 2 * dims.hidden) * length
     rows = max(1, min(8, 2**26 // taps))
     if method.importance in ("fisher", "attribution"):
-        kept, outside = _kept(job.config, dims, length, job.low)
+        kept, outside = kept_per_token(job.config, dims, length, job.low)
         pass_bytes = rows * length * (dims.layers * kept + outside) + 4 * LOGITS * CHUNK * dims.vocab + 8 * taps * rows
     else:
         pass_bytes = 4 * rows * taps + _forward(dims, rows * length)
@@ -318,7 +318,7 @@ def _refit(job: Job) -> int:
     method, dims, small = job.options.method, job.base, job.small
     tokens, n = method.calibration_tokens, counts(job.config, job.small)
     batch = max(1, min(REFIT_BATCH, tokens // 8))
-    kept, _ = _kept(job.config, small, job.options.block_tokens, job.low)
+    kept, _ = kept_per_token(job.config, small, job.options.block_tokens, job.low)
     solving = 8 * (4 * max(small.width, small.axis("q")) ** 2 + 3 * small.width * small.hidden)
     layer = 4 * 5 * n.layer + batch * (kept + 4 * (3 * small.active * small.width + 2 * small.hidden)) + min(STACK, 16 * n.layer)
     return 4 * STREAMS * tokens * dims.hidden + max(solving, layer)

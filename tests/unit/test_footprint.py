@@ -29,7 +29,7 @@ def test_the_activations_of_every_family_are_known_from_its_config(family):
     dims = dimensions(config)
 
     def predicted(length):
-        layer, outside = footprint._kept(config, dims, length, False)
+        layer, outside = footprint.kept_per_token(config, dims, length, False)
         return length * (dims.layers * layer + outside)
 
     assert predicted(96) - predicted(48) == pytest.approx(kept(model, 1, 96) - kept(model, 1, 48), rel=0.08)
@@ -97,7 +97,12 @@ def test_what_fits_in_no_way_is_refused_with_what_is_short():
 
 def test_a_job_that_cannot_train_here_is_refused_at_its_start(tiny_folder, python_file, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "limit", lambda device: 2**20)
-    spec = {"base": {"path": tiny_folder}, "target": {"path": python_file}, "budget": {"parameters": 0.85}, "target_name": "python"}
+    spec = {
+        "base": {"path": tiny_folder},
+        "target": {"path": python_file},
+        "budget": {"parameters": 0.85},
+        "target_name": "python",
+    }
     told = []
     with pytest.raises(NarrowError, match="Training in recover takes"):
         pipeline.run(CompressionSpec.model_validate(spec), tmp_path, lambda kind, phase, *_: told.append((kind, phase)))
