@@ -2,8 +2,8 @@
 
 A step of training holds weights, optimizer states and, by its end, gradients; in the forward pass the activations that the
 backward pass reads; around the loss the logits of a chunk of positions and the gradient of the head. Activations are counted by
-what autograd keeps of each kind of tensor in a layer (`kept_per_token`, held against real models by tests/unit/test_footprint.py), and
-all of it against measured runs by bench/memory.py, whose results docs/explanation/memory.md has.
+what autograd keeps of each kind of tensor in a layer (`kept_per_token`, held against real models by
+tests/unit/test_footprint.py), and all of it against measured runs by bench/memory.py (docs/explanation/memory.md).
 
 The dry run tells what is predicted here, and training chooses by it (`choose`): the same numbers, so what was promised is done.
 """
