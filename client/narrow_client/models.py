@@ -1164,7 +1164,7 @@ class Provenance(Resource):
     memory: Annotated[
         dict[str, int] | None,
         Field(
-            description="The most bytes that the process had in each stage, of the GPU's memory where it ran on one. Where jobs are shut in only the stages in which it had more than ever before are there.",
+            description="The most bytes that the process had in each stage, of the GPU's memory where it ran on one. Where jobs are shut in, only the stages in which it had more than ever before are there.",
             title="Memory",
         ),
     ] = {}
