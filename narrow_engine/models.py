@@ -121,6 +121,11 @@ def config_dict(model: PreTrainedModel) -> dict[str, Any]:
     return dict(model.config.to_dict())
 
 
+def size_in_memory(model: PreTrainedModel) -> int:
+    """Bytes of its weights."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
 def layers(model: PreTrainedModel) -> nn.ModuleList:
     found = model.get_submodule(family(model).layers)
     assert isinstance(found, nn.ModuleList)

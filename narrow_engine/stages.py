@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from narrow_engine import corpus, earlier, importance, matching, memory, model_files, speed, teacher, train, vocabulary
+from narrow_engine import corpus, earlier, footprint, importance, matching, memory, model_files, speed, teacher, train, vocabulary
 from narrow_engine import locality as sharing
 from narrow_engine import reconstruct as least_squares
 from narrow_engine import skills as measuring
@@ -32,7 +33,8 @@ from narrow_engine.export import formats, gguf, matrix, runtimes
 from narrow_engine.export import safetensors as safetensors_export
 from narrow_engine.families import dimensions
 from narrow_engine.model_files import DTYPES, ModelInfo, check_teacher, inspect_model
-from narrow_engine.models import along, config_dict, device, family, is_parked, layers, load_model
+from narrow_engine.models import along, config_dict, device, family, is_parked, layers, load_model, size_in_memory
+from narrow_engine.muon import training_dtype
 from narrow_engine.plan import cuts, make_plan, unscored, whole_plan
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.report.card import render_card
@@ -51,7 +53,7 @@ from narrow_engine.report.model import (
 )
 from narrow_engine.report.page import render_page
 from narrow_engine.run import Run, write_json
-from narrow_engine.sizing import leaves_a_choice, saved_bytes, size_of, solve, vocabulary_is_fixed
+from narrow_engine.sizing import Keep, leaves_a_choice, saved_bytes, shrink, size_of, solve, vocabulary_is_fixed
 from narrow_engine.slice import compare, renew, slice_model
 from narrow_engine.spec import INPUTS, ROUNDED, TOP, DatasetPath, Format, ModelPath, chooses, relearned, taught
 
@@ -79,6 +81,7 @@ def load(run: Run, out: Path) -> None:
         readings = model_files.reading(spec.base.path), model_files.reading(spec.teacher.path)
         check_teacher(info.config, taught_by.config, readings, "token" in spec.method.units, spec.block_tokens)
     room, _ = solve(info.config, spec, DTYPES[info.dtype])
+    _require_memory(run, info, taught_by, room)
     if any(form in formats.GGUF for form in spec.export):
         gguf.require_gguf(spec.base.path)
     model = earlier.load_base(run)
@@ -170,6 +173,22 @@ def _tell_parked(run: Run, info: ModelInfo) -> None:
         "over the base reads the file; text that it writes token by token (answers, samples) takes the longest.",
         {"code": "parked"},
     )
+
+
+def _require_memory(run: Run, info: ModelInfo, taught_by: ModelInfo | None, keep: Keep) -> None:
+    """Refuses at the start what could not be trained here after hours. Raises NarrowError (too_little_memory).
+
+    A vocabulary whose size the text decides is counted without its tokens: what they add is judged when training begins.
+    """
+    dims, spec, where = dimensions(info.config), run.spec, device()
+    if "token" in keep and not vocabulary_is_fixed(spec):
+        dims, keep = replace(dims, vocab=1), {**keep, "token": 1}
+    size = size_of(taught_by.config, dimensions(taught_by.config), DTYPES[taught_by.dtype]).bytes if taught_by else 0
+    fixed = footprint.FIXED if where.type == "cpu" else 0
+    low = training_dtype(where) != torch.float32
+    job = footprint.Job(info.config, spec, dims, dims, shrink(dims, keep), size, low, fixed)
+    if run.mesh is None:
+        footprint.check(job, memory.limit(where))
 
 
 def _keep_to_relearn(run: Run, text: corpus.Documents, name: str, file: str, out: Path) -> bool:
@@ -336,6 +355,7 @@ def sparsify(run: Run, out: Path) -> None:
         validate=earlier.validator(run, run.spec.target_name),
         after_step=groups,
         mesh=run.mesh,
+        resident=size_in_memory(base(run)),
     )
     run.models["sparsify"] = model
     earlier.save_weights(model, out)
@@ -441,7 +461,7 @@ def recover(run: Run, out: Path) -> None:
     The result is rounded to the base's type here, so that every figure is of the model that is delivered.
     """
     options = run.spec.method.recover
-    small = earlier.copy(run, "reconstruct")
+    small, whole = earlier.copy(run, "reconstruct"), size_in_memory(base(run))
     curve: list[CurvePoint] = []
     if options.tokens:
         blocks, count = earlier.recovery_blocks(run)
@@ -474,6 +494,8 @@ def recover(run: Run, out: Path) -> None:
                 teacher=told,
                 beside=beside,
                 mesh=run.mesh,
+                # The base, unless it is who teaches, and the cut model as it was.
+                resident=size_in_memory(small) + (0 if isinstance(told, teacher.Live) and told.model is base(run) else whole),
             )
         run.models.pop("correct", None)
         harm = _harm(curve)
@@ -643,6 +665,7 @@ def report(run: Run, out: Path) -> None:
     }
     parity |= json.loads((run.out("export") / "parity.json").read_text())
     options = spec.method
+    records = {path.stem: json.loads(path.read_text()) for path in sorted((run.folder / "stages").glob("*.json"))}
     speeds = [Speed.model_validate(s) for s in json.loads((run.out("export") / "speed.json").read_text())]
     made = Report(
         target=spec.target_name,
@@ -670,9 +693,8 @@ def report(run: Run, out: Path) -> None:
             seed=spec.seed,
             versions={name: version(name) for name in ("narrow", "torch", "transformers", "tokenizers", "onnx", "onnxruntime")},
             machine=_machine(run.mesh),
-            seconds={
-                path.stem: json.loads(path.read_text())["seconds"] for path in sorted((run.folder / "stages").glob("*.json"))
-            },
+            seconds={name: record["seconds"] for name, record in records.items()},
+            memory={name: record["memory"] for name, record in records.items() if record.get("memory")},
             recovery_tokens=next((p.tokens for p in reversed(earlier.curve(run, "recover"))), 0),
             regularizer_tokens=next((p.tokens for p in reversed(earlier.curve(run, "sparsify"))), 0),
             correction_tokens=next((p.tokens for p in reversed(earlier.curve(run, "correct"))), 0),
@@ -710,6 +732,7 @@ def train_base(
         check=run.check,
         validate=earlier.validator(run, run.spec.target_name),
         mesh=mesh,
+        resident=2 * size_in_memory(base(run)),  # it and, where they are made already, the cut models
     )
     return model, curve
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from narrow_engine.corpus import Blocks, Mixture
 from narrow_engine.losses import Head, Told, Top, likeliest
-from narrow_engine.models import head, hidden_states
+from narrow_engine.models import head, hidden_states, size_in_memory
 from narrow_engine.muon import training_dtype
 from narrow_engine.run import write_json
 
@@ -53,7 +53,7 @@ class Live:
 
     def __init__(self, model: PreTrainedModel, tokens: Tensor | None = None) -> None:
         self.model, self.tokens = model, None if tokens is None else tokens.to(model.device)
-        self.bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.bytes = size_in_memory(model)
         of_model = head(model)
         self.head = of_model if tokens is None else Head(of_model.weight.detach()[self.tokens], of_model.softcap)
 
