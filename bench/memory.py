@@ -62,7 +62,7 @@ def table() -> None:
     """Prints what is predicted for KNOWN, half of whose parameters are kept, by stage and by way of training; GB, no torch."""
     from narrow_engine import footprint
     from narrow_engine.families import dimensions
-    from narrow_engine.sizing import plan_sizes, shrink, solve
+    from narrow_engine.sizing import shrink, solve
     from narrow_engine.spec import Options
 
     ways = {
@@ -79,9 +79,8 @@ def table() -> None:
         dims = dimensions(config)
         for device, low in (("CPU", False), ("GPU", True)):
             small = shrink(dims, solve(config, options, 2)[0])
-            fixed = 0 if low else footprint.FIXED
-            task = footprint.trainings(footprint.Job(config, options, dims, dims, small, 0, low, fixed))["recover"]
-            memory = plan_sizes(config, options, 2, low=low).memory
+            job = footprint.Job(config, options, dims, dims, small, 0, low, gpu=low)
+            task, memory = footprint.trainings(job)["recover"], footprint.stages(job)
             found = [memory[stage] for stage in stages] + [footprint.training(task, way) for way in ways.values()]
             print(f"| {name} | {device} | " + " | ".join(f"{value / 1e9:,.0f}" for value in found) + " |")
 

@@ -23,9 +23,10 @@ FIXED = 380 * 2**20
 """What a process has of libraries and code before any model."""
 SMALL_PIECE = 4096
 """Tokens of a piece of a batch, below which matrix products lose speed: recomputing comes first."""
-CHUNK, LOGITS = 256, 5
-"""Positions whose logits exist at once (`losses.CHUNK`), and how many arrays of their size the loss has at its peak: two
-distributions, their ratio, and what is being made of them."""
+CHUNK, GPU_LOGITS, LOGITS = 256, 2**27, 5
+"""Positions whose logits exist at once on a CPU (128 to 256 measured fastest at a vocabulary of 8,192); how many logits on a GPU,
+where each chunk adds to the head's whole gradient, which few positions are not worth; and how many arrays of their size the loss
+has at its peak: two distributions, their ratio, and what is being made of them."""
 STACK = 5 * 64 * 2**20
 """What an orthogonalisation takes (`muon.STACK`), at most, where no matrix is larger."""
 DROPPED = 3
@@ -33,9 +34,12 @@ DROPPED = 3
 PIECE = 6 * 4 * 2**22
 """What rounding by chance takes (`rounding.PIECE`)."""
 
-MEASURED, REFIT_BATCH, STREAMS = 4096, 4096, 10
-"""Tokens of a batch that is measured, and of one that the refit trains a layer on, at most; and how many arrays of the size of a
-stream the refit holds of all its tokens."""
+MEASURED, REFIT_BATCH = 4096, 4096
+"""Tokens of a batch that is measured, and of one that the refit trains a layer on, at most."""
+STREAMS, EXPERT_STREAMS = 3, 5
+"""Arrays of the size of a stream that the refit holds of all its tokens."""
+SCORED, VALUES = 8, 2**26
+"""Blocks of a batch that is scored, and numbers that its taps hold, at most (`importance.statistics`)."""
 ORDER = (
     *("load", "measure_base", "score", "sparsify", "slice", "reconstruct"),
     *("correct", "recover", "controls", "measure", "export"),
@@ -67,6 +71,7 @@ class Task:
     low: bool
     beside: int = 0
     processes: int = 1
+    gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,15 @@ class Counts:
     @property
     def all(self) -> int:
         return self.outer + self.layers * self.layer
+
+
+def positions(vocabulary: int, gpu: bool) -> int:
+    """Of a chunk whose logits exist at once."""
+    return max(CHUNK, GPU_LOGITS // vocabulary) if gpu else CHUNK
+
+
+def _logits(vocabulary: int, gpu: bool) -> int:
+    return LOGITS * 4 * positions(vocabulary, gpu) * vocabulary
 
 
 def counts(config: dict[str, Any], dims: Dimensions) -> Counts:
@@ -127,7 +141,7 @@ def training(task: Task, way: Way) -> int:
     running = 8 * n.layer if way.bfloat16 and not low else 0
     head = dims.vocab * dims.hidden
     head_copy = (2 if low else 4) * head if low != way.bfloat16 else 0
-    logits = LOGITS * 4 * CHUNK * dims.vocab
+    logits = _logits(dims.vocab, task.gpu)
     said = 2 * tokens * dims.hidden * (2 if low else 4)
 
     backward = 4 * tokens * (3 * dims.active * dims.width + 2 * dims.hidden)
@@ -246,17 +260,30 @@ class Job:
     small: Dimensions
     teacher: int = 0
     low: bool = False
-    fixed: int = FIXED
+    gpu: bool = False
+    """Whose memory is not the host's, where libraries and streams are."""
+    parked: bool = False
+    """Whether the weights of the base's layers stay in their file (`parked`)."""
+
+    @property
+    def fixed(self) -> int:
+        return 0 if self.gpu else FIXED
+
+
+def held(config: dict[str, Any], dims: Dimensions, parked: bool) -> int:
+    """Bytes of a base: of all its weights, or of one layer's and of those outside of layers."""
+    n = counts(config, dims)
+    return 4 * (n.outer + n.layer if parked else n.all)
 
 
 def trainings(job: Job) -> dict[str, Task]:
     """The stages that train, and how."""
     method, length = job.options.method, job.options.block_tokens
     rows = max(1, method.recover.batch_tokens // length)
-    base, small = (4 * counts(job.config, dims).all for dims in (job.base, job.small))
+    base, small = held(job.config, job.base, job.parked), held(job.config, job.small, False)
 
     def task(dims: Dimensions, optimizer: str, beside: int) -> Task:
-        return Task(job.config, dims, rows, length, optimizer, job.low, job.fixed + beside)
+        return Task(job.config, dims, rows, length, optimizer, job.low, job.fixed + beside, gpu=job.gpu)
 
     found = {}
     if method.regularizer:
@@ -274,15 +301,18 @@ def trainings(job: Job) -> dict[str, Task]:
 def stages(job: Job) -> dict[str, int]:
     """Bytes of the process at the peak of each stage that matters, with training done in the plain way."""
     method, dims, small = job.options.method, job.base, job.small
-    whole, base, cut = (4 * counts(job.config, d).all for d in (job.whole, dims, small))
-    trimmed = base if job.whole.vocab != dims.vocab else 0
+    whole, base = (held(job.config, d, job.parked) for d in (job.whole, dims))
+    cut = held(job.config, small, False)
+    # Beside the base as it came, which shares its layers.
+    trimmed = 4 * dims.vocab * dims.hidden if job.whole.vocab != dims.vocab else 0
+    layer = 4 * counts(job.config, dims).layer
     found = {
         "load": job.fixed + whole,
-        "measure_base": job.fixed + whole + trimmed + _forward(job.whole, MEASURED),
+        "measure_base": job.fixed + whole + trimmed + _forward(job.whole, MEASURED, job.gpu),
         "score": job.fixed + base + _scoring(job),
-        "slice": job.fixed + 2 * base + cut,
+        "slice": job.fixed + base + layer + cut,
         "reconstruct": job.fixed + base + cut + _refit(job) if method.refit else 0,
-        "measure": job.fixed + base + 2 * cut + _forward(dims, MEASURED, 3),
+        "measure": job.fixed + base + 2 * cut + _forward(dims, MEASURED, job.gpu, 3),
         "export": job.fixed + base + 4 * cut,
     }
     for name, task in trainings(job).items():
@@ -290,38 +320,39 @@ def stages(job: Job) -> dict[str, int]:
     return {name: found[name] for name in ORDER if found.get(name)}
 
 
-def _forward(dims: Dimensions, tokens: int, models: int = 1) -> int:
+def _forward(dims: Dimensions, tokens: int, gpu: bool, models: int = 1) -> int:
     """A pass without gradients: what a layer holds, each model's hidden states, and the logits of a chunk."""
     layer = tokens * (3 * dims.active * dims.width + 6 * dims.hidden)
-    return 4 * (layer + models * tokens * dims.hidden + LOGITS * CHUNK * dims.vocab)
+    return 4 * (layer + models * tokens * dims.hidden) + _logits(dims.vocab, gpu)
 
 
 def _scoring(job: Job) -> int:
-    """The Gram matrices of all layers in float64, with what one elimination takes; and the activations of a pass."""
-    method, dims = job.options.method, job.base
-    grams = method.importance in ("reconstruction", "activation")
-    squares = dims.layers * (dims.experts * dims.width**2 + dims.axis("q") ** 2) if grams else 0
-    widest = max(dims.width, dims.axis("q")) if method.importance == "reconstruction" else 0
-    length = job.options.block_tokens
-    taps = dims.layers * (dims.active * dims.width + dims.axis("q") + 2 * dims.hidden) * length
-    rows = max(1, min(8, 2**26 // taps))
-    if method.importance in ("fisher", "attribution"):
-        kept, outside = kept_per_token(job.config, dims, length, job.low)
-        pass_bytes = rows * length * (dims.layers * kept + outside) + 4 * LOGITS * CHUNK * dims.vocab + 8 * taps * rows
-    else:
-        pass_bytes = 4 * rows * taps + _forward(dims, rows * length)
-    return 8 * squares + max(pass_bytes, 8 * 5 * widest**2)
+    """The stream of all tokens, for gradients before every layer; a layer's activations; and second moments and what one
+    elimination takes, where the criterion asks for them."""
+    method, dims, length = job.options.method, job.base, job.options.block_tokens
+    gradients = method.importance in ("fisher", "attribution")
+    streams = 4 * method.calibration_tokens * dims.hidden * ((dims.layers + 1) if gradients else 1)
+    rows = max(1, min(SCORED, VALUES // ((dims.active * dims.width + dims.axis("q") + 2 * dims.hidden) * length)))
+    batch = 4 * rows * length * (4 * dims.active * dims.width + 2 * dims.axis("q") + 6 * dims.hidden)
+    if gradients:
+        batch += rows * length * sum(kept_per_token(job.config, dims, length, job.low)) + _logits(dims.vocab, job.gpu)
+    squares = 0
+    if method.importance == "reconstruction":
+        widest = max(dims.width, dims.axis("q"))
+        squares = 8 * (dims.experts * dims.width**2 + dims.axis("q") ** 2 + 4 * widest**2 + 2 * widest * dims.hidden)
+    return (0 if job.gpu else streams) + max(batch, squares)
 
 
 def _refit(job: Job) -> int:
-    """The calibration tokens' streams in both models, a layer's Gram matrix and its solution, and the layer's training."""
+    """The calibration tokens' streams in both models, a layer's second moments and their solution, and the layer's training."""
     method, dims, small = job.options.method, job.base, job.small
     tokens, n = method.calibration_tokens, counts(job.config, job.small)
     batch = max(1, min(REFIT_BATCH, tokens // 8))
     kept, _ = kept_per_token(job.config, small, job.options.block_tokens, job.low)
     solving = 8 * (4 * max(small.width, small.axis("q")) ** 2 + 3 * small.width * small.hidden)
-    layer = 4 * 5 * n.layer + batch * (kept + 4 * (3 * small.active * small.width + 2 * small.hidden)) + min(STACK, 16 * n.layer)
-    return 4 * STREAMS * tokens * dims.hidden + max(solving, layer)
+    layer = 4 * 5 * n.layer + batch * (kept + 4 * (3 * small.active * small.width + 2 * small.hidden)) + STACK
+    streams = 4 * (EXPERT_STREAMS if dims.experts > 1 else STREAMS) * tokens * dims.hidden
+    return (0 if job.gpu else streams) + max(solving, layer)
 
 
 def check(job: Job, there: int) -> None:
@@ -331,7 +362,8 @@ def check(job: Job, there: int) -> None:
 
 
 def least(job: Job) -> int:
-    """Bytes of the job at its peak where training is done in whatever way takes the least."""
+    """Bytes of the job at its peak where training is done in whatever way takes the least, and the base is parked."""
+    job = replace(job, parked=True)
     found = stages(job)
     for name, task in trainings(job).items():
         found[name] = min(training(task, way) for way in ways(task.rows, task.length, name != "sparsify"))

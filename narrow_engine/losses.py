@@ -24,12 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from narrow_engine.footprint import positions
 from narrow_engine.spec import MIXTURE, Divergence
 
 LEAST = 1e-30
 """Mass that is taken for granted where rounding leaves none, so that its logarithm stays finite."""
-CHUNK = 256
-"""Positions whose logits exist at once; 128 to 256 measured fastest on CPU at a vocabulary of 8,192."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +111,15 @@ class _Objective(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         sums = torch.zeros(2, dtype=torch.float64, device=hidden.device)
-        for at in range(0, count, CHUNK):
-            rows = hidden[at : at + CHUNK]
+        size = positions(len(weight), hidden.is_cuda)
+        for at in range(0, count, size):
+            rows = hidden[at : at + size]
             logits = head.logits(rows)
             slope = None if softcap is None else 1 - (logits / softcap).square()
             grad, next_token, apart = _chunk(
                 logits,
-                targets[at : at + CHUNK],
-                _part(teacher, at),
+                targets[at : at + size],
+                _part(teacher, at, size),
                 share,
                 temperature,
                 divergence,
@@ -130,8 +130,11 @@ class _Objective(torch.autograd.Function):
             if slope is not None:
                 grad *= slope
             grad = grad.div_(count).to(rows.dtype)
-            grad_hidden[at : at + CHUNK] = grad @ head.weight
-            grad_weight += grad.T @ rows
+            grad_hidden[at : at + size] = grad @ head.weight
+            if rows.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, rows)  # with no product beside it
+            else:
+                grad_weight += grad.T @ rows
         # Not as saved tensors: those are held until after the backward pass, and the weight's gradient would be copied.
         ctx.grads = grad_hidden, grad_weight.to(weight.dtype)
         parts = sums / count
@@ -145,11 +148,11 @@ class _Objective(torch.autograd.Function):
         return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), *[None] * 7
 
 
-def _part(teacher: Told | None, at: int) -> Tensor | Top | None:
+def _part(teacher: Told | None, at: int, size: int) -> Tensor | Top | None:
     """Of a chunk: the teacher's logits, or its likeliest tokens."""
     if isinstance(teacher, Top):
-        return Top(teacher.tokens[at : at + CHUNK], teacher.log_probability[at : at + CHUNK])
-    return teacher and teacher[1].logits(teacher[0][at : at + CHUNK])
+        return Top(teacher.tokens[at : at + size], teacher.log_probability[at : at + size])
+    return teacher and teacher[1].logits(teacher[0][at : at + size])
 
 
 def _chunk(
@@ -259,7 +262,7 @@ def likeliest(hidden: Tensor, head: Head, count: int, temperature: float = 1.0) 
     """The `count` likeliest tokens of hidden states [positions, hidden], at a temperature."""
     head = Head(head.weight.to(hidden.dtype), head.softcap)
     found = []
-    for rows in torch.split(hidden, CHUNK):
+    for rows in torch.split(hidden, positions(len(head.weight), hidden.is_cuda)):
         logits = head.logits(rows).div_(temperature)
         highest = logits.topk(count, 1)
         log_sum = _softmax(logits)[1]
@@ -281,15 +284,16 @@ class Statistics:
 def statistics(base: tuple[Tensor, Head], others: list[tuple[Tensor, Head]], targets: Tensor) -> list[Statistics]:
     """Statistics of the base and then of each of `others`, all at the same positions."""
     chunks: list[list[Statistics]] = []
-    for at in range(0, targets.shape[0], CHUNK):
-        wanted = targets[at : at + CHUNK, None]
-        base_logits = base[1].logits(base[0][at : at + CHUNK])
+    size = positions(len(base[1].weight), targets.is_cuda)
+    for at in range(0, targets.shape[0], size):
+        wanted = targets[at : at + size, None]
+        base_logits = base[1].logits(base[0][at : at + size])
         base_probability, base_log_sum = _softmax(base_logits)
         base_top = base_logits.argmax(1)
         loss = (base_log_sum - base_logits.gather(1, wanted))[:, 0]
         row = [Statistics(loss, torch.zeros_like(loss), torch.ones_like(base_top, dtype=torch.bool))]
         for hidden, head in others:
-            logits = head.logits(hidden[at : at + CHUNK])
+            logits = head.logits(hidden[at : at + size])
             _, log_sum = _softmax(logits)
             kl = (base_probability * (base_logits - logits)).sum(1) + (log_sum - base_log_sum)[:, 0]
             row.append(Statistics((log_sum - logits.gather(1, wanted))[:, 0], kl, logits.argmax(1) == base_top))

@@ -122,8 +122,14 @@ def config_dict(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def size_in_memory(model: PreTrainedModel) -> int:
-    """Bytes of its weights."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    """Bytes of its weights; of one that is parked, of those of one layer."""
+    inside = {id(parameter) for parameter in layers(model).parameters()} if is_parked(model) else set()
+    like: int = model.get_input_embeddings().weight.element_size()
+    found = like * sum(parameter.numel() for parameter in layers(model)[0].parameters()) if inside else 0
+    for parameter in model.parameters():
+        if id(parameter) not in inside:
+            found += parameter.numel() * parameter.element_size()
+    return found
 
 
 def layers(model: PreTrainedModel) -> nn.ModuleList:

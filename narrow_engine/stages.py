@@ -184,9 +184,9 @@ def _require_memory(run: Run, info: ModelInfo, taught_by: ModelInfo | None, keep
     if "token" in keep and not vocabulary_is_fixed(spec):
         dims, keep = replace(dims, vocab=1), {**keep, "token": 1}
     size = size_of(taught_by.config, dimensions(taught_by.config), DTYPES[taught_by.dtype]).bytes if taught_by else 0
-    fixed = footprint.FIXED if where.type == "cpu" else 0
-    low = training_dtype(where) != torch.float32
-    job = footprint.Job(info.config, spec, dims, dims, shrink(dims, keep), size, low, fixed)
+    low, gpu = training_dtype(where) != torch.float32, where.type == "cuda"
+    parked = 4 * info.parameters > earlier.room()
+    job = footprint.Job(info.config, spec, dims, dims, shrink(dims, keep), size, low, gpu, parked)
     if run.mesh is None:
         footprint.check(job, memory.limit(where))
 

@@ -263,7 +263,9 @@ def _way(
         # Of the machine that all are on, and that libraries are in as well.
         there, beside = there // processes, beside + footprint.FIXED
     low = training_dtype(model.device) != torch.float32
-    task = footprint.Task(config, dimensions(config), rows, length, settings.optimizer, low, beside, processes)
+    task = footprint.Task(
+        config, dimensions(config), rows, length, settings.optimizer, low, beside, processes, model.device.type == "cuda"
+    )
     way = footprint.choose(task, there, phase, may_round and mesh is None)
     for code, sentence in footprint.told(task, way, there):
         emit("notice", phase, sentence, {"code": code})

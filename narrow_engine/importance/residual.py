@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from narrow_engine import layerwise
 from narrow_engine.corpus import Blocks
 from narrow_engine.families import dimensions, present
+from narrow_engine.footprint import SCORED, VALUES
 from narrow_engine.importance.reconstruction import eliminate, require_room, written_energy
-from narrow_engine.importance.statistics import ROWS, VALUES
 from narrow_engine.layerwise import Call, gradient_of
 from narrow_engine.models import along, config_dict, family, frozen, layers
 from narrow_engine.spec import Criterion
@@ -45,7 +45,7 @@ def score(
         views = [view for layer in along(model, "hidden") for view in layer]
         views.append(model.get_input_embeddings().weight.detach().T)
         return sum(view.double().reshape(hidden, -1).square().sum(1).cpu() for view in views).sqrt()  # type: ignore[union-attr]
-    rows = max(1, min(ROWS, VALUES // ((8 * hidden + dims.active * dims.width) * blocks.length)))
+    rows = max(1, min(SCORED, VALUES // ((8 * hidden + dims.active * dims.width) * blocks.length)))
     batches = layerwise.cut_batches(blocks, tokens, rows)
     if criterion in ("fisher", "attribution"):
         effect, squared = _effects(model, batches, progress)

@@ -20,11 +20,9 @@ from transformers import PreTrainedModel
 from narrow_engine import layerwise
 from narrow_engine.corpus import Blocks
 from narrow_engine.families import Dimensions, Family, dimensions
+from narrow_engine.footprint import SCORED, VALUES
 from narrow_engine.layerwise import Call, gradient_of
 from narrow_engine.models import config_dict, family, frozen, routed
-
-ROWS, VALUES = 8, 2**26
-"""Blocks of a batch, and numbers that its taps hold, at most: 256 MiB, and a few times that with what autograd keeps."""
 
 
 @dataclass
@@ -94,7 +92,7 @@ def collect(
     square of the width, those stay empty. `progress` is called with (done, total) and may raise to stop.
     """
     table, dims = family(model), dimensions(config_dict(model))
-    rows = max(1, min(ROWS, VALUES // ((dims.active * dims.width + dims.axis("q") + 2 * dims.hidden) * blocks.length)))
+    rows = max(1, min(SCORED, VALUES // ((dims.active * dims.width + dims.axis("q") + 2 * dims.hidden) * blocks.length)))
     batches = layerwise.cut_batches(blocks, tokens, rows)
     found = [_empty(dims, model.device, grams) for _ in range(dims.layers if gradients else 1)]
 

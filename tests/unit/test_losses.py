@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from narrow_engine.losses import CHUNK, Head, likeliest, objective, statistics
+from narrow_engine.footprint import CHUNK
+from narrow_engine.losses import Head, likeliest, objective, statistics
 
 
 def divergence(kind, p, q, mixture):
