@@ -767,12 +767,14 @@ def sentence(where: str, words: str) -> str:
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first thing that pydantic found wrong, as a sentence that begins with where it is.
-
-    A misspelt option is also a missing one: the spelling is what helps.
-    """
-    first = min(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
+    """The first thing that pydantic found wrong, as a sentence that begins with where it is."""
+    first = first_of(error)
     return sentence(".".join(clear(part) for part in first["loc"] if part != "[key]"), wording(first))
+
+
+def first_of(error: ValidationError) -> Mapping[str, Any]:
+    """What of pydantic's errors is told. A misspelt option is also a missing one: the spelling is what helps."""
+    return min(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
 
 
 def clear(key: Any) -> str:

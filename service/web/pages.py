@@ -34,7 +34,7 @@ from service.estimates import estimate
 from service.problems import ApiError
 from service.streams import TRAINED, story
 from service.uploads import as_model
-from service.web.draft import BUDGETS, Draft, draft_of, spec_of
+from service.web.draft import BUDGETS, Draft, Fault, draft_of, fault_of, spec_of
 from service.web.render import FILES, HEADERS, TYPES, VERSION, page
 
 router = APIRouter(prefix="/ui", include_in_schema=False)
@@ -91,6 +91,12 @@ def front(request: Request) -> Response:
 @open_router.get("/ui")
 def begin() -> Response:
     return RedirectResponse("/ui/jobs", 303)
+
+
+@open_router.get("/docs")
+def api_page(request: Request) -> Response:
+    """The contract, to read and to try. It says nothing of what is in the service, so it needs no key."""
+    return page(request, "api.html")
 
 
 @open_router.get("/ui/static/{version}/{name}")
@@ -173,7 +179,7 @@ def create_job(request: Request, session: Db, draft: Annotated[Draft, Form()]) -
         job = jobs.create_job(spec, request, Response(), session, draft.key(spec))
     except (ApiError, NarrowError) as error:
         session.rollback()
-        return _new_page(request, session, draft, refusal=str(error), status=getattr(error, "status", 422))
+        return _new_page(request, session, draft, fault=fault_of(error, draft), status=getattr(error, "status", 422))
     return _see(f"/ui/jobs/{job.id}")
 
 
@@ -253,15 +259,15 @@ def new_page(
 @router.post("/plans")
 def create_plan(request: Request, session: ReadDb, draft: Annotated[Draft, Form()]) -> Response:
     """What the form would make: beside it as it is filled in or, for a browser without scripts, on the whole page."""
-    plan, refusal = None, ""
+    plan, fault = None, None
     if draft.base and draft.target:
         try:
             plan = plans.create_plan(spec_of(draft), request, session)
         except (ApiError, NarrowError) as error:
-            refusal = str(error)
+            fault = fault_of(error, draft)
     if "hx-request" in request.headers:
-        return page(request, "plan.html", plan=plan, refusal=refusal)
-    return _new_page(request, session, draft, plan, refusal)
+        return page(request, "plan.html", plan=plan, fault=fault)
+    return _new_page(request, session, draft, plan, fault)
 
 
 def _new_page(
@@ -269,7 +275,7 @@ def _new_page(
     session: Session,
     draft: Draft,
     plan: Plan | None = None,
-    refusal: str = "",
+    fault: Fault | None = None,
     status: int = 200,
     api: str = "/jobs",
 ) -> Response:
@@ -289,7 +295,7 @@ def _new_page(
         formats=get_args(Format),
         roles=get_args(SkillRole),
         plan=plan,
-        refusal=refusal,
+        fault=fault,
     )
 
 

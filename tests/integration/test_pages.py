@@ -130,6 +130,11 @@ def test_static_files_are_kept_for_ever_under_their_digest(house):
     links = set(re.findall(r'"(/ui/static/[^"]+)"', browser.get("/ui/jobs").text))
     assert len(links) >= 6
     stranger = TestClient(house.app, SITE)
+    contract = stranger.get("/docs")
+    assert "unsafe" not in contract.headers["content-security-policy"]
+    assert "https://" not in contract.text
+    assert stranger.get("/redoc").status_code == 404
+    links |= set(re.findall(r'"(/ui/static/[^"]+)"', contract.text))
     for link in links:
         answer = stranger.get(link)
         assert answer.status_code == 200, link
@@ -280,15 +285,21 @@ def test_a_job_is_made_with_a_form_alone(house):
     assert f'<option value="{house.model}" selected>' in planned.text
     for changes, sentence in (
         ({"amount": "half"}, "'half' is no number: give the budget as one."),
+        ({"amount": "0,5"}, "'0,5' can be read in two ways"),
+        ({"amount": "0,500"}, "'0,500' can be read in two ways"),
+        ({"amount": "-1"}, "The amount should be greater than 0."),
         ({"amount": "0.0001"}, "raise the budget"),
+        ({"tokens": "1.5"}, "The number of tokens to train on should be"),
         ({"target": ""}, "There is no target dataset yet"),
         ({"more": "{"}, "The advanced options are not JSON"),
         ({"more": "[]"}, "not a JSON object"),
         ({"more": "[" * 100_000}, "The advanced options are not JSON"),
         ({"more": '{"seeds": 1}'}, "there is no option 'seeds' here: is it misspelt?"),
         ({"more": '{"budget": {"retention": 2}}'}, "budget.retention should be less than or equal to 1."),
-        ({"kind": "bake"}, "method.kind should be"),
-        ({"skill_name": "a/b", "skill_dataset": house.dataset, "skill_role": "watch"}, "skills.0.name is not a name"),
+        ({"kind": "bake"}, "The method should be"),
+        ({"skill_name": "a/b", "skill_dataset": house.dataset, "skill_role": "watch"}, "The name of skill 1 is not a name"),
+        ({"skill_name": "", "skill_dataset": house.dataset, "skill_role": "watch"}, "Skill 1 has no name"),
+        ({"skill_name": "a", "skill_dataset": "", "skill_role": "watch"}, "The skill 'a' has no dataset"),
         ({"base": "mdl_" + "0" * 26}, "There is no model"),
     ):
         refused = browser.post("/ui/jobs", data={**house.form, **changes})
@@ -296,6 +307,15 @@ def test_a_job_is_made_with_a_form_alone(house):
         assert f'name="amount" inputmode="decimal" value="{changes.get("amount", "0.85")}"' in refused.text, (
             "nothing typed is lost"
         )
+        field = (
+            "skill_" + ("dataset" if changes["skill_name"] == "a" else "name") + "-0"
+            if "skill_name" in changes
+            else [*changes][0]
+        )
+        assert re.findall(r' id="([\w-]+)" aria-invalid="true" aria-describedby="(?:[\w-]+ )?wrong"', refused.text) == [field]
+        assert f'autofocus><p><b>This has to be mended first:</b> <bdi><a href="#{field}">' in refused.text
+        assert refused.text.count('id="wrong"') == 1
+    assert "44,400 parameters" in browser.post("/ui/plans", data={**house.form, "amount": "44,400"}).text, "groups of three"
     made = browser.post("/ui/jobs", data=house.form)
     assert made.status_code == 303
     assert browser.post("/ui/jobs", data=house.form).headers["location"] == made.headers["location"], "pressed twice"

@@ -78,6 +78,28 @@ for (const form of document.querySelectorAll("form[data-upload]")) {
   });
 }
 
+// The form of a new job says at the field what its plan was refused for. What was wrong before is mended by then.
+function markWrong() {
+  const form = document.getElementById("new");
+  if (!form) return;
+  const said = form.parentElement.querySelector("#plan [data-field]");
+  for (const old of document.querySelectorAll("#refused, #wrong")) old.remove();
+  const describes = (field) => (field.getAttribute("aria-describedby") ?? "").split(" ").filter((id) => id && id !== "wrong");
+  for (const field of form.querySelectorAll("[aria-invalid]")) {
+    field.removeAttribute("aria-invalid");
+    field.setAttribute("aria-describedby", describes(field).join(" "));
+  }
+  const field = said?.dataset.field && document.getElementById(said.dataset.field);
+  if (!field) return;
+  const words = document.createElement("p");
+  words.id = words.className = "wrong";
+  words.textContent = said.textContent;
+  (field.closest(".row, label") ?? field).after(words);
+  field.setAttribute("aria-invalid", "true");
+  field.setAttribute("aria-describedby", [...describes(field), "wrong"].join(" "));
+}
+document.addEventListener("htmx:after:swap", markWrong);
+
 const adding = document.getElementById("add-skill");
 if (adding) {
   adding.hidden = false;
