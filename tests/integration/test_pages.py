@@ -244,6 +244,8 @@ def test_a_tenant_sees_nothing_of_another(house, sweep):
         else:
             assert not re.search(r"(job|mdl|ds|swp)_\w{26}", answer.text), path
             assert "llama" not in answer.text
+    for kind in ("jobs", "datasets", "models", "sweeps"):
+        assert f'<a href="/ui/{kind}">All {kind}</a>' in theirs.get(f"/ui/{kind}/x_1").text
     job = house.job()
     for path in (f"/ui/jobs/{job}/cancel", f"/ui/models/{house.model}/delete", f"/ui/sweeps/{sweep}/cancel"):
         assert theirs.post(path).status_code == 404
@@ -282,7 +284,7 @@ def test_a_job_is_made_with_a_form_alone(house):
     planned = browser.post("/ui/plans", data=house.form)
     assert planned.status_code == 200
     assert re.search(r"44.4\sk <i>→</i> 3\d\.?\d*\sk", planned.text), "the plan is on the page"
-    assert f'<option value="{house.model}" selected>' in planned.text
+    assert f' value="{house.model}" selected>' in planned.text
     for changes, sentence in (
         ({"amount": "half"}, "'half' is no number: give the budget as one."),
         ({"amount": "0,5"}, "'0,5' can be read in two ways"),
@@ -310,7 +312,7 @@ def test_a_job_is_made_with_a_form_alone(house):
         field = (
             "skill_" + ("dataset" if changes["skill_name"] == "a" else "name") + "-0"
             if "skill_name" in changes
-            else [*changes][0]
+            else next(iter(changes))
         )
         assert re.findall(r' id="([\w-]+)" aria-invalid="true" aria-describedby="(?:[\w-]+ )?wrong"', refused.text) == [field]
         assert f'autofocus><p><b>This has to be mended first:</b> <bdi><a href="#{field}">' in refused.text
@@ -324,7 +326,7 @@ def test_a_job_is_made_with_a_form_alone(house):
     job = browser.get(made.headers["location"].removeprefix("/ui"), headers={"Accept": "application/json"}).json()
     assert (job["spec"]["budget"]["parameters"], job["spec"]["block_tokens"]) == (0.85, 64)
     cancelled = browser.post(f"/ui/jobs/{job['id']}/cancel")
-    assert cancelled.headers["location"] == f"/ui/jobs/{job['id']}"
+    assert cancelled.headers["location"] == f"/ui/jobs/{job['id']}#state"
     again = browser.post(f"/ui/jobs/{job['id']}/pause")
     assert (again.status_code, "there is nothing to pause" in again.text) == (409, True)
     assert browser.post(f"/ui/jobs/{job['id']}/delete").headers["location"] == "/ui/jobs"
@@ -372,8 +374,12 @@ def test_uploads_by_a_form_alone(house):
         "/ui/datasets", files=bad, data={"column": "text", "bad_rows": "skip", "to_new": "true", "base": house.model}
     )
     picked = browser.get(to_new.headers["location"])
-    assert f'<option value="{house.model}" selected>' in picked.text
-    assert len(re.findall(r'<option value="ds_\w+" selected>', picked.text)) == 1
+    assert f' value="{house.model}" selected>' in picked.text
+    assert len(re.findall(r' value="ds_\w+" selected>', picked.text)) == 1
+    alike = re.findall(r"\u2068bad\u2069 · ([^<]*)</option>", picked.text.partition('name="target"')[2].partition("</select>")[0])
+    assert len(alike) == len(set(alike)) == 2, "two of one name are told apart"
+    unfit = browser.post("/ui/datasets", files=bad, data={"name": "a/b", "column": "text", "bad_rows": "skip"})
+    assert (unfit.status_code, "name is not a name" in unfit.text) == (422, True)
     refused = browser.post("/ui/models", files={"files": ("model.bin", b"x")}, data={"name": "mine"})
     assert (refused.status_code, "model.bin" in refused.text, 'value="mine"' in refused.text) == (422, True, True)
     assert browser.post(f"{shown.url.path}/delete").headers["location"] == "/ui/datasets"
@@ -428,6 +434,7 @@ def test_a_job_tells_how_far_it_is(house):
         {"kind": "started", "phase": "load", "message": "", "data": {}},
         {"kind": "finished", "phase": "load", "message": "", "data": {"seconds": 1.5, "reused": False}},
         {"kind": "started", "phase": "recover", "message": "", "data": {}},
+        {"kind": "progress", "phase": "recover", "message": "", "data": {"done": 0, "total": 40, "tokens": 0, "validation": 4.0}},
         *(
             {
                 "kind": "progress",
@@ -446,12 +453,19 @@ def test_a_job_tells_how_far_it_is(house):
     assert '<li class="to-come"><b>Export</b>' in page
     assert 'max="40" value="10"' in page
     assert "left of this phase" in page
-    assert re.findall(r'data-tokens="(\d+)"', page) == ["256", "512", "768", "2560"]
+    assert re.findall(r'data-tokens="(\d+)"', page) == ["0", "256", "512", "768", "2560"]
     assert "10 of 40, loss 0.300" in page
     job = re.search(r"/jobs/(job_\w+)/events\?after=(\d+)", page)
     assert int(job[2]) == len(told) + 2
     only = browser.get(f"/ui/jobs/{job[1]}?kind=notice").text
     assert ("something fell back" in only, "10 of 40, loss" in only) == (True, False)
+    assert "as planned" in page
+    with tenant_session(house.engine, "ours") as session:
+        row = session.get(JobRow, job[1])
+        row.status, row.result_model = "succeeded", house.model
+        session.commit()
+    done = browser.get(f"/ui/jobs/{job[1]}").text
+    assert ("as planned" in done, bool(re.search(r"44.4\sk <i>→</i> 44.4\sk", done))) == (False, True), "only what came out"
     assert {"", *(phase for phases in STEPS.values() for phase in phases)} == set(get_args(Phase))
 
 
