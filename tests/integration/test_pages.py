@@ -376,7 +376,7 @@ def test_uploads_by_a_form_alone(house):
     picked = browser.get(to_new.headers["location"])
     assert f' value="{house.model}" selected>' in picked.text
     assert len(re.findall(r' value="ds_\w+" selected>', picked.text)) == 1
-    alike = re.findall(r"\u2068bad\u2069 · ([^<]*)</option>", picked.text.partition('name="target"')[2].partition("</select>")[0])
+    alike = re.findall(r"\u2068bad\u2069 · ([^<]*)</option>", unescape(picked.text).partition('name="target"')[2].partition("</select>")[0])
     assert len(alike) == len(set(alike)) == 2, "two of one name are told apart"
     unfit = browser.post("/ui/datasets", files=bad, data={"name": "a/b", "column": "text", "bad_rows": "skip"})
     assert (unfit.status_code, "name is not a name" in unfit.text) == (422, True)
