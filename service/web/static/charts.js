@@ -4,7 +4,14 @@
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const COLOURS = ["--accent", "--warn", "--third", "--quiet", "--ink"];
-const LEGEND = { live: false, markers: { width: 0, fill: (plot, number) => plot.series[number].stroke(plot, number) } };
+const LEGEND = {
+  live: false,
+  markers: {
+    width: 2,
+    stroke: (plot, number) => plot.series[number].stroke(plot, number),
+    fill: (plot, number) => plot.series[number].points.fill(plot, number),
+  },
+};
 const HEIGHT = 250;
 const short = (number) => Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format(number);
 
