@@ -322,7 +322,9 @@ def check_name(name: str) -> str:
 def _require_name(name: str | None) -> None:
     """Refuses a name that was given and cannot be kept as it is. One that is made of a file's is cleaned instead."""
     if name and name.strip() and _clean(name) != " ".join(unicodedata.normalize("NFC", name).split()):
-        raise ApiError(422, "invalid_request", f"name {NOT_A_NAME}.", [FieldError(pointer="/name", detail=NOT_A_NAME)])
+        raise ApiError(
+            422, "invalid_request", f"The name {name[:40]!r} {NOT_A_NAME}.", [FieldError(pointer="/name", detail=NOT_A_NAME)]
+        )
 
 
 def _clean(name: str | None) -> str:

@@ -376,10 +376,11 @@ def test_uploads_by_a_form_alone(house):
     picked = browser.get(to_new.headers["location"])
     assert f' value="{house.model}" selected>' in picked.text
     assert len(re.findall(r' value="ds_\w+" selected>', picked.text)) == 1
-    alike = re.findall(r"\u2068bad\u2069 · ([^<]*)</option>", unescape(picked.text).partition('name="target"')[2].partition("</select>")[0])
+    choices = unescape(picked.text).partition('<select id="target"')[2].partition("</select>")[0]
+    alike = re.findall(r"\u2068bad\u2069 · ([^<]*)</option>", choices)
     assert len(alike) == len(set(alike)) == 2, "two of one name are told apart"
     unfit = browser.post("/ui/datasets", files=bad, data={"name": "a/b", "column": "text", "bad_rows": "skip"})
-    assert (unfit.status_code, "name is not a name" in unfit.text) == (422, True)
+    assert (unfit.status_code, "is not a name: it takes" in unfit.text) == (422, True)
     refused = browser.post("/ui/models", files={"files": ("model.bin", b"x")}, data={"name": "mine"})
     assert (refused.status_code, "model.bin" in refused.text, 'value="mine"' in refused.text) == (422, True, True)
     assert browser.post(f"{shown.url.path}/delete").headers["location"] == "/ui/datasets"

@@ -240,7 +240,7 @@ def test_bad_datasets_are_refused_by_line(service):
     twice = service.http.post("/datasets", files=[("file", ("a.jsonl", good)), ("file", ("b.jsonl", good))])
     problem(twice, 422, "invalid_request", "file is there more than once: send it once.")
     named = service.http.post("/datasets", files={"file": ("a.jsonl", good)}, data={"name": "日本 <b>x</b>"})
-    problem(named, 422, "invalid_request", "name is not a name: it takes letters")
+    problem(named, 422, "invalid_request", "The name '日本 <b>x</b>' is not a name: it takes letters")
     made = send(gzip.compress(good), name="naïve <b>.jsonl.gz")
     assert made.status_code == 201
     assert made.json()["documents"] == 1
