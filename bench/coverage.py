@@ -35,7 +35,7 @@ SIZES = (10, 20, 40, 64, 200)
 def population(domain: str) -> list[skills.Measured]:
     """The base and a cut of it on all documents of a domain."""
     tokenizer = Tokenizer.from_file(str(BASE / "tokenizer.json"))
-    whole = corpus.tokenize(TEXT[domain], "text", tokenizer, 0, lambda: None, lambda *_: None)
+    whole = corpus.tokenize(TEXT[domain], "text", tokenizer, 0).documents
     begin = whole.offsets[:-1][:POPULATION]
     end = np.minimum(whole.offsets[1:][:POPULATION], begin + STRETCH + 1)
     documents = whole.take_spans(begin, end, whole.hashes[:POPULATION])

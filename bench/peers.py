@@ -433,17 +433,17 @@ def loss_beside_base(line: Run, model) -> float:
     base, read_anew = models.load_model(BASE), Tokenizer.from_file(str(line.out("load") / "tokenizer" / "tokenizer.json"))
     whole = documents("validation")
     path = HERE / "data" / f"{DOMAIN}.validation.jsonl.gz"
-    small = corpus.tokenize(path, "text", read_anew, 0, lambda: None, lambda *_: None)
+    small = corpus.tokenize(path, "text", read_anew, 0).documents
     widths = (
         vocabulary.widths(Tokenizer.from_file(str(BASE / "tokenizer.json")), base.config.vocab_size),
         vocabulary.widths(read_anew, model.config.vocab_size),
     )
-    places = corpus.sample(whole.places(), MEASURED, LENGTH, 0)
-    sides = corpus.Reading(whole, small, widths).at(places)
+    stretches = corpus.sample(whole, MEASURED, LENGTH, 0)
+    sides = corpus.Reading(whole, small, widths).at(stretches)
     of_base, of_model = (
         skills.measure(m, [], side, LENGTH, lambda *_: None)[0] for m, side in zip((base, model), sides, strict=True)
     )
-    return of_model.per(of_base).mean_loss() - of_base.mean_loss() + skills.loss_of(base, whole.read(places), LENGTH)
+    return of_model.per(of_base).mean_loss() - of_base.mean_loss() + skills.loss_of(base, stretches, LENGTH)
 
 
 # Tools that cut no model here

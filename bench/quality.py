@@ -56,7 +56,7 @@ DEFAULT_ARMS = ("narrow", "paper", "paper tuned", "base")
 
 def read(path: Path) -> corpus.Documents:
     tokenizer = Tokenizer.from_file(str(BASE / "tokenizer.json"))
-    return corpus.tokenize(path, "text", tokenizer, 0, lambda: None, lambda *_: None)
+    return corpus.tokenize(path, "text", tokenizer, 0).documents
 
 
 def clock() -> tuple[float, float]:

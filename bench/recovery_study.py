@@ -120,7 +120,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def read(path: Path) -> corpus.Documents:
     tokenizer = Tokenizer.from_file(str(BASE / "tokenizer.json"))
-    return corpus.tokenize(path, "text", tokenizer, 0, lambda: None, lambda *_: None)
+    return corpus.tokenize(path, "text", tokenizer, 0).documents
 
 
 def halves(documents: corpus.Documents) -> tuple[corpus.Documents, corpus.Documents]:

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from narrow_engine import corpus, memory, models, muon, train
+from narrow_engine import corpus, footprint, models, muon, train
+from narrow_engine.families import dimensions
 from narrow_engine.losses import Head, objective
 from narrow_engine.plan import make_plan
 from narrow_engine.slice import mask_model, slice_model
@@ -124,11 +125,19 @@ def steps(limit: float) -> list[dict]:
             "step": name,
             "seconds": taken,
             "of_limit": flops * ROWS * LENGTH / taken / limit,
-            "activations": memory.activations(model, ROWS, LENGTH),
+            "activations": activations(models.config_dict(model), model is lean),
         }
         for name, (model, run, flops) in arms.items()
         for taken in [median(run)]
     ]
+
+
+def activations(config: dict, recomputed: bool) -> int:
+    """Bytes that a step keeps for its backward pass, as the planner counts them."""
+    dims, low = dimensions(config), muon.training_dtype(torch.device("cpu")) != torch.float32
+    layer, outside = footprint.kept_per_token(config, dims, LENGTH, low)
+    kept = dims.layers * 4 * dims.hidden + layer if recomputed else dims.layers * layer
+    return ROWS * LENGTH * (kept + outside)
 
 
 def main() -> None:

@@ -40,9 +40,9 @@ CHAPTERS = {
     "How-to": ["how-to/your-own-*", "how-to/choose-*", "how-to/formats", "how-to/run-the-result", "how-to/unlearn", "how-to/*"],
     "Reference": ["reference/spec", "reference/api", "reference/problems", "reference/events", "reference/report", "reference/*"],
     "Explanation": ["how-it-works", "explanation/*"],
-    "Experiments": ["../experiments/*/README", "../demo/recipe/README"],
-    "Decisions": ["decisions/*"],
-    "Project": ["../README", "../CONTRIBUTING", "../SECURITY", "../CHANGELOG"],
+    "Experiments": ["../experiments/README", "../experiments/*/README", "../demo/recipe/README"],
+    "Decisions": ["decisions/README", "decisions/*"],
+    "Project": ["../README", "../bench/README", "../CONTRIBUTING", "../SECURITY", "../CHANGELOG"],
 }
 
 

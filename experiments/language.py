@@ -32,7 +32,7 @@ def base() -> PreTrainedModel:
 @cache
 def documents(path: Path) -> corpus.Documents:
     tokenizer = Tokenizer.from_file(str(BASE / "tokenizer.json"))
-    return corpus.tokenize(path, "text", tokenizer, 0, lambda: None, lambda *_: None)
+    return corpus.tokenize(path, "text", tokenizer, 0).documents
 
 
 def python(seed: int) -> corpus.Blocks:

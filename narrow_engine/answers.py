@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
-from narrow_engine.corpus import Documents, text_hash
+from narrow_engine.corpus import Documents, among, text_hash
 from narrow_engine.documents import Skipped, read_answers
 from narrow_engine.earlier import Reader
 from narrow_engine.report.model import Answers, Interval
@@ -34,8 +34,9 @@ class Prompt(NamedTuple):
 def pick(data: DatasetPath, held_out: Documents, training: Documents | None) -> list[Prompt]:
     """The prompts of a dataset that are among what is measured on, and not in what is trained on, in the file's order."""
     assert data.answer is not None
-    seen = set(training.hashes.tolist()) if training else set()
-    wanted = set(held_out.hashes.tolist()) - seen
+    wanted = set(held_out.hashes.tolist())
+    if training:
+        wanted -= set(training.hashes[among(training.hashes, held_out.hashes)].tolist())
     found: list[Prompt] = []
     bad = Skipped() if data.bad_rows == "skip" else None  # which a notice told of when they were tokenized
     for prompt, answer in read_answers(data.path, data.column, data.answer.column, bad):

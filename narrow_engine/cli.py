@@ -355,7 +355,8 @@ def _line(kind: "Kind", phase: str, message: str, data: dict[str, Any]) -> str:
     if kind == "finished" and data["seconds"] >= SHORT_SECONDS:
         return f"{name}: {message or 'done'}" + ("" if data["reused"] else f" in {data['seconds']:.1f} s")
     if kind == "progress" and data["done"] < data["total"]:
-        return f"{name}: {data['done']} of {data['total']}" + (f", loss {data['loss']:.3f}" if "loss" in data else "")
+        more = f", {message}" if message else f", loss {data['loss']:.3f}" if "loss" in data else ""
+        return f"{name}: {data['done']} of {data['total']}{more}"
     return ""
 
 

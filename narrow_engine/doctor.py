@@ -72,7 +72,8 @@ def job(base: Path, budget: dict[str, float] | None, recover_tokens: int | None)
     try:
         options = Options.model_validate({"budget": budget or {"parameters": 0.5}, "method": method})
         info = inspect_model(base)
-        sizes = plan_sizes(info.config, options, DTYPES[info.dtype])
+        low = training_dtype(device()) != torch.float32
+        sizes = plan_sizes(info.config, options, DTYPES[info.dtype], low=low)
     except ValidationError as error:
         raise click.UsageError(first_fault(error)) from error
     except (NarrowError, OSError) as error:
@@ -85,13 +86,15 @@ def job(base: Path, budget: dict[str, float] | None, recover_tokens: int | None)
         "weights_bytes": sizes.after.bytes,
         "keep": dict(sizes.keep),
         "memory_bytes": sizes.memory_bytes,
+        "memory_peak_in": max(sizes.memory, key=lambda stage: sizes.memory[stage]),
+        "least_memory_bytes": sizes.least_memory_bytes,
         "memory_here_bytes": there,
-        "fits": sizes.memory_bytes <= there,
+        "fits": sizes.least_memory_bytes <= there,
         "estimated_seconds": round(sizes.seconds),
         "notes": [
             *sizes.notices,
             f"Time counts on {1 / SECONDS_PER_FLOP / 1e9:.0f} GFLOP/s in training: 'narrow doctor' measures this machine.",
-            *([] if sizes.memory_bytes <= there else [TOO_LARGE]),
+            *([] if sizes.least_memory_bytes <= there else [TOO_LARGE]),
         ],
     }
 

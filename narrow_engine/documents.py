@@ -1,8 +1,9 @@
 """Reading a dataset: JSON Lines, CSV, TSV, Parquet or plain text, one document at a time. No torch.
 
 The file may come from anyone: it is read as a stream with caps on the length of a row, on the values in it, on rows and on the
-total, so that neither a gigabyte line nor a bomb costs more than the caps, and every refusal names the row. JSON Lines, CSV and
-plain text may be packed with gzip or Zstandard; Parquet is decoded in a process of its own (`parquet`).
+total, so that neither a gigabyte line nor a bomb costs more than the caps, and every refusal names the row. The last two caps
+grow with the file, whose bytes somebody had to send. JSON Lines, CSV and plain text may be packed with gzip or Zstandard; Parquet
+is decoded in a process of its own (`parquet`).
 
 A bad row is one that says nothing of the others: it stops the reading, or is left out and counted, as the reader is told. A file
 that is torn, too large or of another format always stops it.
@@ -21,6 +22,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import count, islice
 from pathlib import Path
@@ -35,9 +37,11 @@ LINE_LIMIT = 16 * 2**20
 """Bytes of a line, of a row of a table and of a value of Parquet."""
 VALUES_LIMIT = 100_000
 """Values in a row, which take many times their room in the file: 16 MiB of `[],` took 435 MB."""
-ROW_LIMIT = 50_000_000
-"""Rows or lines. Empty ones take time as well, some 5 µs each, but no room: gzip packs a billion in a megabyte."""
-TOTAL_LIMIT = 8 * 2**30
+ROW_LIMIT, ROW_BYTES = 50_000_000, 32
+"""Rows or lines: so many, or one for so many bytes of the file if that is more. Empty ones take time as well, some 5 µs each, but
+no room: gzip packs a billion in a megabyte."""
+TOTAL_LIMIT, TOTAL_FACTOR = 8 * 2**30, 16
+"""Bytes of text: so many, or so many for each of the file if that is more. Text is rarely packed to less than a tenth."""
 MEMORY_LIMIT = 2 * 2**30
 """Address space of the process that reads Parquet; 330 MiB are its own. A page of 500 MB took 1.5 GB in all."""
 PASSAGE = 2000
@@ -72,29 +76,41 @@ class Skipped:
         self.count += 1
 
 
+class Position:
+    """Where in its file a reading is, in bytes: of what is packed, where the unpacking is; of Parquet, by its share of rows."""
+
+    def __init__(self) -> None:
+        self.tell: Callable[[], int] = lambda: 0
+
+
 Row = dict[str, Any] | BadRow
 
 
 def read_documents(
-    path: Path, column: str = "text", answer: str | None = None, bad: Callable[[BadRow], None] | None = None
+    path: Path,
+    column: str = "text",
+    answer: str | None = None,
+    bad: Callable[[BadRow], None] | None = None,
+    position: Position | None = None,
 ) -> Iterator[str]:
     """Yields the documents of a file, in order; a row whose text is blank yields an empty string.
 
     `path` ends in .jsonl, .ndjson, .csv, .tsv, .txt, .text or .md, and then perhaps .gz or .zst, or in .parquet. `column` names
     the text in each row, and `answer` what follows it, if anything; plain text is cut into passages at blank lines. A bad row
-    is left out and handed to `bad`; without that it is raised. Raises NarrowError (unknown_format, bad_row, wrong_column,
-    bad_encoding, dataset_too_large, bad_compression, bad_parquet, missing_extra).
+    is left out and handed to `bad`; without that it is raised. `position` follows the reading. Raises NarrowError
+    (unknown_format, bad_row, wrong_column, bad_encoding, dataset_too_large, bad_compression, bad_parquet, missing_extra).
     """
+    position = position or Position()
     if _format(path) in _TEXT and answer is None:
-        yield from _passages(path, bad)
+        yield from _passages(path, bad, position)
     else:
-        for texts in _texts(path, [column] if answer is None else [column, answer], bad):
+        for texts in _texts(path, [column] if answer is None else [column, answer], bad, position):
             yield "".join(texts) if all(texts) else ""
 
 
 def read_answers(path: Path, column: str, answer: str, bad: Callable[[BadRow], None] | None = None) -> Iterator[tuple[str, str]]:
     """Yields prompts and their answers; two empty strings where either is blank. Otherwise like `read_documents`."""
-    for prompt, written in _texts(path, [column, answer], bad):
+    for prompt, written in _texts(path, [column, answer], bad, Position()):
         yield (prompt, written) if prompt and written else ("", "")
 
 
@@ -121,15 +137,15 @@ def _format(path: Path) -> str:
     if not found:
         raise NarrowError(
             "unknown_format",
-            f"{path.name} has no ending that tells its format: name it .jsonl, .csv, .tsv or .txt, with .gz or .zst behind it if "
-            "packed, or .parquet.",
+            f"{path.name} has no ending that tells its format: name it {', '.join((*_JSONL, *_TABLES, *_TEXT))}, with .gz or .zst "
+            "behind it if packed, or .parquet.",
         )
     return found.removesuffix(".gz").removesuffix(".zst")
 
 
-def _texts(path: Path, columns: list[str], bad: Callable[[BadRow], None] | None) -> Iterator[list[str]]:
+def _texts(path: Path, columns: list[str], bad: Callable[[BadRow], None] | None, position: Position) -> Iterator[list[str]]:
     """The texts in a row's columns, for each row."""
-    for row, where in _rows(path, columns):
+    for row, where in _rows(path, columns, position):
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -142,15 +158,15 @@ def _texts(path: Path, columns: list[str], bad: Callable[[BadRow], None] | None)
             yield texts
 
 
-def _rows(path: Path, columns: list[str]) -> Iterator[tuple[Row, str]]:
+def _rows(path: Path, columns: list[str], position: Position) -> Iterator[tuple[Row, str]]:
     """Rows, and where they stand; of those that cannot be read, why."""
     form = _format(path)
     if form in _JSONL:
-        return _json_rows(path)
+        return _json_rows(path, position)
     if form in _TABLES:
-        return _table_rows(path, _TABLES[form], columns)
+        return _table_rows(path, _TABLES[form], columns, position)
     if form == _PARQUET:
-        return _parquet_rows(path, columns)
+        return _parquet_rows(path, columns, position)
     raise NarrowError(
         "wrong_column",
         f"{path.name} is plain text, which has no column {columns[-1]!r}: prompts and their answers come as JSON Lines, CSV or "
@@ -195,16 +211,25 @@ def _too_many(where: str) -> BadRow:
     return BadRow("bad_row", f"{where} holds more than {VALUES_LIMIT:,} values: leave out what is not text.")
 
 
-def _check_size(path: Path, rows: int, total: int) -> None:
-    if rows > ROW_LIMIT:
-        raise NarrowError("dataset_too_large", f"{path.name} holds more than {ROW_LIMIT:,} rows: use a part of it.")
-    if total > TOTAL_LIMIT:
-        raise NarrowError("dataset_too_large", f"{path.name} holds more than {TOTAL_LIMIT >> 30} GiB of text: use a part of it.")
+def _size_check(path: Path) -> Callable[[int, int], None]:
+    """Refuses (rows, bytes of text) that are more than the file may hold."""
+    size = path.stat().st_size
+    most_rows, most = max(ROW_LIMIT, size // ROW_BYTES), max(TOTAL_LIMIT, TOTAL_FACTOR * size)
+
+    def check(rows: int, total: int) -> None:
+        if rows > most_rows:
+            raise NarrowError("dataset_too_large", f"{path.name} holds more than {most_rows:,} rows: use a part of it.")
+        if total > most:
+            raise NarrowError("dataset_too_large", f"{path.name} holds more than {most >> 30} GiB of text: use a part of it.")
+
+    return check
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path, position: Position) -> Iterator[tuple[int, bytes]]:
     """Numbered lines. Of one that is too long a byte more comes than may, and no more."""
+    size, check_size = path.stat().st_size, _size_check(path)
     with path.open("rb") as raw:
+        position.tell = raw.tell
         source = _unpacked(raw)
         number, total, within = 0, 0, False
         while True:
@@ -213,9 +238,10 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
                 raise NarrowError("bad_compression", f"{path.name} breaks off after line {number}: {error}.") from error
             if not line:
+                position.tell = lambda: size
                 return
             number, total = number + (not within), total + len(line)
-            _check_size(path, number, total)
+            check_size(number, total)
             if not within:
                 yield number, line
             within = not line.endswith(b"\n")
@@ -261,9 +287,9 @@ class _Zstandard(io.RawIOBase):
         return size
 
 
-def _json_rows(path: Path) -> Iterator[tuple[Row, str]]:
+def _json_rows(path: Path, position: Position) -> Iterator[tuple[Row, str]]:
     name = path.name  # which pathlib works out anew each time
-    for number, line in _lines(path):
+    for number, line in _lines(path, position):
         where = f"line {number} of {name}"
         try:
             text = _decoded(line, where, number == 1)
@@ -291,9 +317,9 @@ def _more_than_may(values: re.Pattern[str], line: str) -> bool:
     return next(islice(values.finditer(line), VALUES_LIMIT, None), None) is not None
 
 
-def _table_rows(path: Path, delimiter: str, columns: list[str]) -> Iterator[tuple[Row, str]]:
+def _table_rows(path: Path, delimiter: str, columns: list[str], position: Position) -> Iterator[tuple[Row, str]]:
     """By RFC 4180: the first row names the columns, and what is quoted may hold line breaks. Blank lines are no rows."""
-    lines, name = _lines(path), path.name
+    lines, name = _lines(path, position), path.name
     number, where = 0, ""
     size, values = 0, 0  # of the row so far
     damage: BadRow | None = None
@@ -352,7 +378,7 @@ def _place(header: list[str], column: str, where: str) -> int:
     return header.index(column)
 
 
-def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[Row, str]]:
+def _parquet_rows(path: Path, columns: list[str], position: Position) -> Iterator[tuple[Row, str]]:
     if find_spec("pyarrow") is None:
         raise NarrowError("missing_extra", f"{path.name} takes pyarrow to read: pip install 'narrow[parquet]'.")
     process = subprocess.Popen(
@@ -367,6 +393,7 @@ def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[Row, str]]:
                 json.dumps(columns),
                 str(LINE_LIMIT),
                 str(MEMORY_LIMIT),
+                str(parquet.SECONDS + path.stat().st_size // parquet.RATE),
             ),
         ],
         stdin=subprocess.DEVNULL,
@@ -376,9 +403,10 @@ def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[Row, str]]:
         env={"ARROW_DEFAULT_MEMORY_POOL": "system"},
     )
     assert process.stdout is not None
-    name, total = path.name, 0
+    name, size, total = path.name, path.stat().st_size, 0
+    check_size = _size_check(path)
     try:
-        for number in count(1):
+        for number in count(0):
             where = f"row {number} of {name}"
             first = _take(process.stdout)
             if first.size == parquet.END:
@@ -386,9 +414,13 @@ def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[Row, str]]:
             if first.size == parquet.FAILED:
                 code, sentence = (_take(process.stdout).body.decode() for _ in range(2))
                 raise NarrowError(code, f"{name} {sentence}")
+            if number == 0:
+                rows = int.from_bytes(first.body[:8], "big")
+                continue
+            position.tell = partial(_share, size, number, rows)
             values = [first, *(_take(process.stdout) for _ in columns[1:])]
             total += sum(len(value.body) for value in values)
-            _check_size(path, number, total)
+            check_size(number, total)
             try:
                 row: Row = {column: _parquet_text(value, where) for column, value in zip(columns, values, strict=True)}
             except BadRow as error:
@@ -400,6 +432,11 @@ def _parquet_rows(path: Path, columns: list[str]) -> Iterator[tuple[Row, str]]:
         process.kill()
         process.stdout.close()
         process.wait()
+
+
+def _share(size: int, number: int, rows: int) -> int:
+    """Of a file's bytes, at one of so many rows, as it says."""
+    return min(size, size * number // max(1, rows))
 
 
 class _Value(NamedTuple):
@@ -422,10 +459,10 @@ def _parquet_text(value: _Value, where: str) -> str | None:
     return None if value.size == parquet.NULL else _decoded(value.body, where)
 
 
-def _passages(path: Path, bad: Callable[[BadRow], None] | None) -> Iterator[str]:
+def _passages(path: Path, bad: Callable[[BadRow], None] | None, position: Position) -> Iterator[str]:
     passage: list[str] = []
     name, size = path.name, 0
-    for number, line in _lines(path):
+    for number, line in _lines(path, position):
         try:
             text = _decoded(line, f"line {number} of {name}", number == 1)
         except BadRow as error:

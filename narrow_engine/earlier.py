@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from narrow_engine import corpus, shard, train
+from narrow_engine import corpus, memory, shard, train
 from narrow_engine import skills as measuring
 from narrow_engine.errors import NarrowError
 from narrow_engine.export import safetensors as safetensors_export
@@ -24,7 +24,7 @@ from narrow_engine.models import config_dict, device, load_model
 from narrow_engine.plan import Plan, Scores, whole_plan
 from narrow_engine.report.model import Allocation, CurvePoint
 from narrow_engine.run import Run
-from narrow_engine.slice import slice_model
+from narrow_engine.slice import slice_model, trim_vocabulary
 from narrow_engine.spec import DatasetPath, Role
 from narrow_engine.trial import read_tokenizer
 
@@ -177,7 +177,7 @@ def base(run: Run) -> PreTrainedModel:
     """What is cut and taught by: the base, with its vocabulary trimmed where the spec says so."""
     if "base" not in run.models:
         whole, tokens = untouched(run), info(run)["tokens"]
-        run.models["base"] = whole if tokens is None else slice_model(whole, whole_plan(config_dict(whole), tokens))
+        run.models["base"] = whole if tokens is None else trim_vocabulary(whole, tokens)
         run.models.pop("untouched", None)
     return run.models["base"]
 
@@ -188,8 +188,17 @@ def untouched(run: Run) -> PreTrainedModel:
         return run.models["base"]
     if "untouched" not in run.models:
         run.models.pop("base", None)
-        run.models["untouched"] = load_model(run.spec.base.path)
+        run.models["untouched"] = load_base(run)
     return run.models["untouched"]
+
+
+def load_base(run: Run) -> PreTrainedModel:
+    return load_model(run.spec.base.path, room=room())
+
+
+def room() -> int:
+    """For the weights of the base, or of another teacher, beside what is made of it, gradients and activations: half."""
+    return memory.limit(device()) // 2
 
 
 def source(run: Run) -> PreTrainedModel:

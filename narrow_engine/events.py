@@ -33,7 +33,7 @@ DATA: dict[Kind, dict[str, str]] = {
     },
     "started": {},
     "progress": {
-        "done": "Steps of the phase that are done.",
+        "done": "Steps of the phase that are done; of `load`, bytes of the datasets' files, once for each reading.",
         "total": "All of its steps.",
         "tokens": "While it trains: tokens so far.",
         "loss": "The objective, mean since the event before.",

@@ -118,6 +118,8 @@ class Family:
     """Whether embeddings are multiplied by the square root of the hidden size."""
     write_scale_key: str = ""
     """Config key of the factor on what attention and MLP write, where there is one."""
+    pairs: int = 0
+    """Numbers that training keeps of every pair of positions in every head, where the stock attention is not fused."""
     softcap_key: str = ""
     """Config key of the cap on the logits, in families that have one."""
     logit_scale: tuple[str, int] = ("", 1)
@@ -387,6 +389,7 @@ _ALL = (
         norm_offset=1,
         embeddings_scaled=True,
         heads_divide_hidden=True,
+        pairs=2,
         softcap_key="final_logit_softcapping",
         writes_normed=True,
         defaults={"num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True},

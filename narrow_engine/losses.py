@@ -132,15 +132,17 @@ class _Objective(torch.autograd.Function):
             grad = grad.div_(count).to(rows.dtype)
             grad_hidden[at : at + CHUNK] = grad @ head.weight
             grad_weight += grad.T @ rows
-        ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        # Not as saved tensors: those are held until after the backward pass, and the weight's gradient would be copied.
+        ctx.grads = grad_hidden, grad_weight.to(weight.dtype)
         parts = sums / count
         ctx.mark_non_differentiable(parts)
         return ((1 - share) * parts[0] + share * temperature**2 * parts[1]).to(torch.float32), parts
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grads[0] * grad_hidden, grads[0] * grad_weight, *[None] * 7
+        grad_hidden, grad_weight = ctx.grads
+        del ctx.grads
+        return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), *[None] * 7
 
 
 def _part(teacher: Told | None, at: int) -> Tensor | Top | None:

@@ -3,9 +3,10 @@
 The student's layer i came of the teacher's layer `plan.layers[i]`, or, in a student of fresh weights, stands for it: so its
 residual stream is compared with that one's, in the kept hidden dimensions, and its query heads with the kept ones.
 
-Streams: the mean over layers of ‖student − teacher‖² ÷ ‖teacher‖². Attention: the mean over layers, heads and positions of
-KL(teacher ‖ student) of where a query looks (MiniLM, arXiv 2002.10957, eq. 2, for every layer and not the last alone). For the
-latter the maps must be there, so both models compute their attention unfused: slower, and with memory for each pair of positions.
+Streams: the mean over layers and blocks of ‖student − teacher‖² ÷ ‖teacher‖². Attention: the mean over layers, heads and
+positions of KL(teacher ‖ student) of where a query looks (MiniLM, arXiv 2002.10957, eq. 2, for every layer and not the last
+alone). For the latter the maps must be there, so both models compute their attention unfused: slower, and with memory for each
+pair of positions. Both are means over blocks, so that a batch can be taken in pieces.
 """
 
 from collections.abc import Iterator
@@ -64,8 +65,8 @@ class Matching:
         total = torch.zeros((), device=(own_streams or own_maps)[0].device)
         for stream, own in zip(streams, own_streams, strict=True):
             wanted = stream[..., self.plan.residual].float()
-            apart = (own.float() - wanted).square().mean() / wanted.square().mean()
-            total = total + self.weights.hidden / len(streams) * apart
+            apart = (own.float() - wanted).square().mean((1, 2)) / wanted.square().mean((1, 2))
+            total = total + self.weights.hidden / len(streams) * apart.mean()
         for heads, attended, own in zip(self.plan.heads, maps, own_maps, strict=bool(maps)):
             p = attended[:, heads].float()
             apart = (torch.xlogy(p, p) - p * (own.float() + SMALLEST).log()).sum(-1).mean()

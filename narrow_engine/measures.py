@@ -18,7 +18,7 @@ from narrow_engine import reconstruct as least_squares
 from narrow_engine.earlier import base, untouched
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import dimensions
-from narrow_engine.models import config_dict, greedy
+from narrow_engine.models import config_dict, greedy, size_in_memory
 from narrow_engine.plan import Scores, make_plan
 from narrow_engine.report.model import Locality, LocalityCurve, Relearning, Sample, Skill
 from narrow_engine.run import Run, write_json
@@ -225,6 +225,7 @@ def relearn(run: Run, out: Path) -> None:
                 emit=run.emit,
                 check=run.check,
                 validate=earlier.validator(run, name),
+                resident=2 * size_in_memory(base(run)),  # it and the cut models
             )
             for who, make in makers.items()
         }

@@ -11,9 +11,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from narrow_engine import parked
 from narrow_engine.errors import NarrowError, out_of_memory
 from narrow_engine.families import PARTS, Axis, Family, dimensions, family_of, present
 from narrow_engine.losses import Head
+from narrow_engine.model_files import read_header, weight_files
 
 
 def device() -> torch.device:
@@ -21,23 +23,28 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal LM from a local folder: safetensors only, no code but transformers' own. On the CPU, weights that are in `dtype`
-    already stay in the file, mapped.
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, room: int | None = None) -> PreTrainedModel:
+    """A causal LM from a local folder, that computes in `dtype`: safetensors only, no code but transformers' own.
+
+    Weights are read from the mapped file tensor by tensor, to the device and the precision that they are wanted in; on the CPU,
+    those that are in `dtype` already stay in the file. A model that would take more than `room` bytes is parked: see there.
+    (Experts that a file holds one by one are put together in memory, in the file's precision.)
 
     Raises NarrowError (bad_model) where transformers cannot build or run it, (non_finite_weights) where a weight is NaN or
     infinite.
     """
+    stored = _stored(folder, dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            folder, dtype=stored, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     except Exception as error:  # what a wrong value in config.json raises is up to the code that meets it
         if out_of_memory(error):
             raise
         raise NarrowError("bad_model", f"transformers cannot build the model from its config: {_first_line(error)}") from error
     for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
+        # The smallest and the largest take no copy as large as the tensor, and NaN is both.
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise NarrowError("non_finite_weights", f"The weights of {name!r} hold NaN or infinity: the model is broken.")
     # What a config may ask the model to return as well is of no use here.
     for key, value in {
@@ -49,9 +56,37 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
         setattr(model.config, key, value)
     if family(model).router:
         model.config.output_router_logits = False
-    model.to(device())
+    _settle(model, stored, torch.empty(0, dtype=dtype, device=device()), room)
     _try_out(model)
     return model.eval()
+
+
+def _stored(folder: Path, dtype: torch.dtype) -> torch.dtype:
+    """The type to read a folder's weights in: their own, if `dtype` can hold what it does, else `dtype`."""
+    found = {kind for path in weight_files(folder) for kind, _ in read_header(path).values()}
+    half = {"BF16": torch.bfloat16, "F16": torch.float16}.get(found.pop()) if len(found) == 1 else None
+    return half if half and dtype == torch.float32 else dtype
+
+
+def _settle(model: PreTrainedModel, stored: torch.dtype, like: Tensor, room: int | None) -> None:
+    """Brings the weights to where the model computes, all of them or, where they would take more than `room`, all but the
+    layers'."""
+    size = sum(parameter.numel() for parameter in model.parameters()) * like.element_size()
+    inside = {id(part) for part in layers(model).modules()} if room is not None and size > room else set()
+    parked.bring((part for part in model.modules() if id(part) not in inside), like)
+    if inside:
+        parked.park(layers(model), like)
+    model.config.dtype = like.dtype
+    embedding = model.get_input_embeddings()
+    if stored != like.dtype and family(model).embeddings_scaled:
+        # Made in the type that was loaded in, which would round it.
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, dtype=like.dtype, device=like.device)
+
+
+def is_parked(model: PreTrainedModel) -> bool:
+    """Whether weights of layers are anywhere but where the model computes."""
+    like = model.get_input_embeddings().weight
+    return any(weight.device != like.device or weight.dtype != like.dtype for weight in layers(model).parameters())
 
 
 @torch.no_grad()
@@ -84,6 +119,11 @@ def family(model: PreTrainedModel) -> Family:
 def config_dict(model: PreTrainedModel) -> dict[str, Any]:
     """The model's config as it would be saved."""
     return dict(model.config.to_dict())
+
+
+def size_in_memory(model: PreTrainedModel) -> int:
+    """Bytes of its weights."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -159,8 +199,9 @@ def routed(experts: nn.Module, tokens: Tensor, chosen: Tensor, gates: Tensor) ->
     activation = experts.get_submodule("act_fn")
     for expert in sorted(set(chosen.flatten().tolist())):
         rows, places = (chosen == expert).nonzero(as_tuple=True)
-        gate, up = functional.linear(tokens[rows], experts.get_parameter("gate_up_proj")[expert]).chunk(2, -1)
-        yield Routed(expert, rows, activation(gate) * up * gates[rows, places, None])
+        weight = experts.get_parameter("gate_up_proj")[expert]
+        gate, up = functional.linear(tokens[rows].to(weight.device), weight).chunk(2, -1)
+        yield Routed(expert, rows, activation(gate) * up * gates[rows, places, None].to(weight.device))
 
 
 def hidden_states(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -7,21 +7,26 @@ units; here the iteration runs in whatever is faster, batched over matrices of o
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from narrow_engine import rounding
 from narrow_engine.shard import full, like
 
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Quintic Newton–Schulz coefficients of the source: fast, to singular values between about 0.7 and 1.2."""
+STACK = 2**24
+"""Numbers that are iterated on together, but for a larger matrix: the iteration holds several copies of them."""
 
 
 class Muon(torch.optim.Optimizer):
-    """Takes matrices, and stacks of them [n, rows, columns] (experts). State: one momentum buffer a parameter."""
+    """Takes matrices, and stacks of them [n, rows, columns] (experts). State: one momentum buffer a parameter. A step leaves the
+    update in the gradient. Weights in bfloat16, and their momentum, are rounded by chance (`rounding`)."""
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
         super().__init__(list(parameters), {"lr": lr, "momentum": momentum})
@@ -34,18 +39,40 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-                buffer.lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(buffer, group["momentum"])
-                by_shape.setdefault(tuple(sorted(update.shape[-2:])), []).append((parameter, update))
+                rounding.lerp_(buffer, parameter.grad, 1 - group["momentum"])
+                parameter.grad.lerp_(buffer, group["momentum"])
+                for weight, update in _pieces(parameter, parameter.grad):
+                    by_shape.setdefault(tuple(sorted(update.shape[-2:])), []).append((weight, update))
             for (shortest, longest), members in by_shape.items():
-                # Of sharded ones (`shard`) each process orthogonalises the whole, and takes its shard of what comes out.
-                stacks = [_wide(full(update)).reshape(-1, shortest, longest) for _, update in members]
-                made = orthogonalize(torch.cat(stacks).to(training_dtype(stacks[0].device))).to(stacks[0].dtype)
-                updates = torch.split(made, [len(stack) for stack in stacks])
-                for (parameter, _), update in zip(members, updates, strict=True):
-                    update = update if parameter.shape[-2] <= parameter.shape[-1] else update.mT
-                    change = like(update.reshape(parameter.shape), parameter)
-                    parameter.add_(change, alpha=-group["lr"] * 0.2 * longest**0.5)
+                for some in _stacks(members):
+                    # Of sharded ones (`shard`) each process orthogonalises the whole, and takes its shard of what comes out.
+                    stacks = [_wide(full(update)).reshape(-1, shortest, longest) for _, update in some]
+                    sizes, device = [len(stack) for stack in stacks], stacks[0].device
+                    stacks = [torch.cat(stacks).to(training_dtype(device))]
+                    made = orthogonalize(stacks.pop()).float()
+                    for (weight, _), update in zip(some, torch.split(made, sizes), strict=True):
+                        update = update if weight.shape[-2] <= weight.shape[-1] else update.mT
+                        change = like(update.reshape(weight.shape), weight)
+                        rounding.add_(weight, change, -group["lr"] * 0.2 * longest**0.5)
+
+
+def _pieces(parameter: Tensor, update: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """A parameter's weights and their update; of a stack of experts, pieces that are not too large."""
+    if parameter.ndim < 3 or isinstance(parameter, DTensor):
+        return [(parameter, update)]
+    count = max(1, STACK // parameter[0].numel())
+    return list(zip(torch.split(parameter, count), torch.split(update, count), strict=True))
+
+
+def _stacks(members: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Members in groups of STACK numbers, or one alone."""
+    group: list[tuple[Tensor, Tensor]] = []
+    for member in members:
+        if group and sum(update.numel() for _, update in group) + member[1].numel() > STACK:
+            yield group
+            group = []
+        group.append(member)
+    yield group
 
 
 def _wide(matrix: Tensor) -> Tensor:
@@ -56,9 +83,10 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """[n, rows, columns] with rows ≤ columns → matrices with the same singular vectors and singular values near 1."""
     a, b, c = COEFFICIENTS
     x: Tensor = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    del matrices
     for _ in range(STEPS):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
 
 

@@ -1,13 +1,13 @@
-"""The texts of a Parquet file, read by a process of its own: `python parquet.py FILE COLUMNS LONGEST MEMORY`.
+"""The texts of a Parquet file, read by a process of its own: `python parquet.py FILE COLUMNS LONGEST MEMORY SECONDS`.
 
 What decodes Parquet is a large library in C++ that takes a page at once, however large, and all that a file says of its sizes
-may be a lie: kilobytes can stand for terabytes. So nothing is believed. This process is shut in (`sandbox`), has MEMORY bytes and
-some time, and may crash: who started it (`documents`) sees that and says so. It needs nothing else of Narrow, so that it starts
-quickly.
+may be a lie: kilobytes can stand for terabytes. So nothing is believed. This process is shut in (`sandbox`), has MEMORY bytes
+and SECONDS of a processor, and may crash: who started it (`documents`) sees that and says so. It needs nothing else of Narrow,
+so that it starts quickly.
 
-COLUMNS are a list in JSON. On stdout are their values, row by row: of each its length (4 bytes, signed) and so many bytes, which
-should be UTF-8. A negative length stands for itself: NULL; TOO_LONG, more than LONGEST bytes; after the last row END; or FAILED
-and two more values, a code and a sentence.
+COLUMNS are a list in JSON. On stdout is how many rows the file says that it has (8 bytes), and then their values, row by row. Of
+each comes its length (4 bytes, signed) and so many bytes, which should be UTF-8. A negative length stands for itself: NULL;
+TOO_LONG, more than LONGEST bytes; after the last row END; or FAILED and two more values, a code and a sentence.
 """
 
 import json
@@ -18,8 +18,8 @@ from contextlib import suppress
 from typing import Any
 
 NULL, TOO_LONG, END, FAILED = -1, -2, -3, -4
-SECONDS = 900
-"""Of a processor. 8 GiB of long texts took 50, and so many rows as may be 150."""
+SECONDS, RATE = 900, 2**22
+"""Of a processor, and one more for so many bytes of the file. 8 GiB of long texts took 50, and 50 million rows 150."""
 _ROWS = 64
 """Decoded at once: few, since each may be as long as LONGEST."""
 
@@ -28,9 +28,9 @@ class _Refused(Exception):
     """With a code and a sentence."""
 
 
-def main(path: str, columns: list[str], longest: int, memory: int) -> None:
+def main(path: str, columns: list[str], longest: int, memory: int, seconds: int) -> None:
     try:
-        _limit(memory)
+        _limit(memory, seconds)
         for row in _rows(path, columns):
             _say(*(TOO_LONG if value is not None and len(value) > longest else value for value in row))
         _say(END)
@@ -44,8 +44,8 @@ def main(path: str, columns: list[str], longest: int, memory: int) -> None:
     sys.stdout.flush()
 
 
-def _limit(memory: int) -> None:
-    for kind, limit in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, memory)):
+def _limit(memory: int, seconds: int) -> None:
+    for kind, limit in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, memory)):
         with suppress(ValueError, OSError):  # a lower one holds already, or there is none of this kind, as on macOS
             resource.setrlimit(kind, (limit, limit))
 
@@ -58,6 +58,7 @@ def _rows(path: str, columns: list[str]) -> Iterator[tuple[bytes | None, ...]]:
     file = ParquetFile(path, pre_buffer=False, buffer_size=2**16)
     for column in columns:
         _check(pyarrow, file.schema_arrow, column)
+    _say(file.metadata.num_rows.to_bytes(8, "big", signed=True))
     for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
         yield from zip(*(_as_bytes(pyarrow, batch.column(column)) for column in columns), strict=True)
 
@@ -93,4 +94,4 @@ def _say(*values: bytes | str | int | None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], json.loads(sys.argv[2]), *map(int, sys.argv[3:]))

@@ -1,7 +1,7 @@
 """The line from a spec to a narrow model: stages that each write a folder, once.
 
 A stage reads what the stages before it wrote and writes into a temporary folder, which is renamed when it is complete;
-then its record (input hash, seconds, notices) is written. A stage whose record carries the hash of today's inputs is not
+then its record (input hash, seconds, memory, notices) is written. A stage whose record carries the hash of today's inputs is not
 run again. Resuming a run that was killed is nothing more than running it again, plus the checkpoint inside training.
 
 The first stages depend on little of the spec, so runs that differ in the rest can share them: see `shelf`. A run of several
@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from narrow_engine import earlier, measures, shard, shelf, stages
+from narrow_engine import earlier, measures, memory, shard, shelf, stages
 from narrow_engine.events import Sink
 from narrow_engine.model_files import inspect_model
+from narrow_engine.models import device
 from narrow_engine.report.model import Notice
 from narrow_engine.run import Run, write_json
 from narrow_engine.sizing import leaves_a_choice, vocabulary_is_fixed
@@ -264,15 +265,15 @@ def _run_stage(context: Run, stage: Stage, key: str) -> None:
         stamp.write_text(key)
 
     context.sink("started", stage.name, "", {})
-    first, started = len(context.notices), time.monotonic()
+    first, started, highest = len(context.notices), time.monotonic(), memory.begin(device())
     if context.mesh is not None and stage.together:
         shard.tell(stage.name)
     stage.run(context, temporary)
-    seconds = round(time.monotonic() - started, 3)
+    seconds, taken = round(time.monotonic() - started, 3), memory.peak(device(), highest)
     _sync(temporary)
     temporary.rename(out)
     notices = [notice.model_dump() for notice in context.notices[first:]]
-    write_json(context.record(stage.name), {"key": key, "seconds": seconds, "notices": notices})
+    write_json(context.record(stage.name), {"key": key, "seconds": seconds, "memory": taken, "notices": notices})
     shutil.rmtree(context.folder / "work" / stage.name)
     context.sink("finished", stage.name, "", {"seconds": seconds, "reused": False})
 

@@ -46,14 +46,15 @@ class Run:
         if self.stop.is_set():
             raise Cancelled
 
-    def progress(self, phase: str) -> Callable[[int, int], None]:
-        """A callback (done, total) that tells, at most twice a second, and stops the run if it was asked to."""
+    def progress(self, phase: str, of: str = "") -> Callable[[int, int], None]:
+        """A callback (done, total) that tells, at most twice a second, and stops the run if it was asked to. `of` says what is
+        counted, if not steps."""
 
         def tell(done: int, total: int) -> None:
             self.check()
             if done == total or time.monotonic() - self.told > PROGRESS_SECONDS:
                 self.told = time.monotonic()
-                self.sink("progress", phase, "", {"done": done, "total": total})
+                self.sink("progress", phase, of, {"done": done, "total": total})
 
         return tell
 

@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -84,21 +85,20 @@ def mean(mesh: DeviceMesh | None, value: float) -> float:
 
 
 class Part(NamedTuple):
-    """What a process takes of a batch: `rows` from number `first` on. Times `weight`, the mean over them has the mean over the
-    whole batch as its mean over the processes."""
+    """What a process takes of a batch at a time: `rows` from number `first` on. Times `weight`, the sum of its parts' means has
+    the mean over the whole batch as its mean over the processes."""
 
     first: int
     rows: int
     weight: float
 
 
-def part(mesh: DeviceMesh | None, rows: int) -> Part:
-    """Where there are fewer rows than processes, some take a row of weight 0: all must run the same passes."""
-    if mesh is None:
-        return Part(0, rows, 1.0)
-    rank, size = mesh.get_local_rank(), mesh.size()
-    first, end = rows * rank // size, rows * (rank + 1) // size
-    return Part(first, max(1, end - first), (end - first) * size / rows)
+def parts(mesh: DeviceMesh | None, rows: int, pieces: int) -> list[Part]:
+    """This process's part of a batch, in pieces. Where there are too few rows, some take a row of weight 0: all processes must
+    run the same passes."""
+    rank, size = (mesh.get_local_rank(), mesh.size()) if mesh is not None else (0, 1)
+    ends = [rows * number // (size * pieces) for number in range(rank * pieces, (rank + 1) * pieces + 1)]
+    return [Part(first, max(1, end - first), (end - first) * size / rows) for first, end in pairwise(ends)]
 
 
 class Whole(nn.Module):

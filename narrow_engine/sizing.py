@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from narrow_engine import footprint
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import Dimensions, Family, dimensions, family_of, present, tensor_shapes
 from narrow_engine.report.model import Size
@@ -62,10 +63,17 @@ class Sizes:
     before: Size
     after: Size
     keep: Keep
-    memory_bytes: int
+    memory: dict[str, int]
+    """Bytes at the peak of each stage, by name."""
+    least_memory_bytes: int
+    """What the job can be done in, with training done in slower ways (`footprint`)."""
     flops: float
     seconds: float
     notices: list[str]
+
+    @property
+    def memory_bytes(self) -> int:
+        return max(self.memory.values())
 
 
 def parameters(config: dict[str, Any], dims: Dimensions) -> int:
@@ -306,10 +314,12 @@ def plan_sizes(
     bytes_per_parameter: int = 2,
     roles: Sequence[Role] = (),
     teacher: dict[str, Any] | None = None,
+    low: bool = False,
 ) -> Sizes:
     """The dry run of a job: shapes, bytes, FLOPs, memory and a rough time. Raises like `solve`.
 
-    `roles` are those of the skills beside the target; `teacher` is the config of one that is not the base.
+    `roles` are those of the skills beside the target; `teacher` is the config of one that is not the base; `low`
+    says whether training multiplies in bfloat16, as on a GPU.
     """
     dims = dimensions(config)
     keep, notices = solve(config, options, bytes_per_parameter)
@@ -354,14 +364,9 @@ def plan_sizes(
         flops += curves * (trimmed.flops_per_token + 6.0 * after.flops_per_token) * TRIAL_TOKENS
         flops += whole_shapes * refit_flops * method.calibration_tokens / 2
         flops += whole_shapes * (3.0 * after.flops_per_token + told) * recover.tokens / part
-    # fp32 base, gradients of a pass over it, Gram matrices; or student with gradients and two moments beside the base;
-    # and in either case the activations of a batch.
-    grams = 8 * small.layers * (dims.experts * dims.width**2 + dims.axis("q") ** 2)
-    activations = 4 * recover.batch_tokens * (small.layers * (10 * dims.hidden + 4 * small.active * small.width) + 256)
-    beside = teaching.bytes if teacher and not recover.cache else 0
-    training = 4 * before.parameters + 16 * after.parameters + beside
-    memory = 600 * 2**20 + max(8 * before.parameters + grams, training) + activations
-    return Sizes(before, after, keep, memory, flops, FIXED_SECONDS + flops * SECONDS_PER_FLOP, notices)
+    job = footprint.Job(config, options, dims, shrink(dims, {"token": small.vocab}), small, teaching.bytes if teacher else 0, low)
+    memory = footprint.stages(job)
+    return Sizes(before, after, keep, memory, footprint.least(job), flops, FIXED_SECONDS + flops * SECONDS_PER_FLOP, notices)
 
 
 def _candidates(

@@ -6,17 +6,21 @@ transformers model with an ordinary config: it loads anywhere and knows nothing 
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
+from narrow_engine import layerwise
 from narrow_engine.families import PARTS, Axis, Dimensions, Family, dimensions, present
 from narrow_engine.families import Tensor as Parameter
 from narrow_engine.models import config_dict, family, head, hidden_states, layers, neuron_readers, output_weight
-from narrow_engine.plan import Plan
+from narrow_engine.parked import brought, resident
+from narrow_engine.plan import Plan, whole_plan
 from narrow_engine.report.model import Parity
 from narrow_engine.vocabulary import renumber_config
 
@@ -29,18 +33,21 @@ def slice_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """A new model with the kept units only. `model` is left as it is."""
     table, config = family(model), config_dict(model)
     dims = dimensions(config)
-    small = AutoModelForCausalLM.from_config(
-        type(model.config).from_dict({**config, **_sliced_config(table, config, plan, dims)}),
-        attn_implementation=model.config._attn_implementation,
-    ).to(device=model.device, dtype=model.dtype)
-    old, new = model.state_dict(), dict(small.state_dict())
+    like = model.get_input_embeddings().weight
+    with no_init_weights():
+        small = AutoModelForCausalLM.from_config(
+            type(model.config).from_dict({**config, **_sliced_config(table, config, plan, dims)}),
+            dtype=torch.float32,
+            attn_implementation=model.config._attn_implementation,
+        ).to(device=like.device, dtype=like.dtype)
+    old, new = model.state_dict(), small.state_dict()
     for tensor in present(table.outer_tensors, table, config):
-        new[tensor.name] = slice_tensor(old[tensor.name], tensor, table, plan, dims)
+        new[tensor.name].copy_(slice_tensor(old[tensor.name], tensor, table, plan, dims))
     for position, layer in enumerate(plan.layers):
         for tensor in present(table.layer_tensors, table, config):
-            value = old[f"{table.layers}.{layer}.{tensor.name}"]
-            new[f"{table.layers}.{position}.{tensor.name}"] = slice_tensor(value, tensor, table, plan, dims, position)
-    small.load_state_dict(new)
+            # As it computes: a parked layer's weights may be stored in fewer bits than what is made of them needs.
+            value = brought(old[f"{table.layers}.{layer}.{tensor.name}"], like)
+            new[f"{table.layers}.{position}.{tensor.name}"].copy_(slice_tensor(value, tensor, table, plan, dims, position))
     small.tie_weights()
     small.config.use_cache = model.config.use_cache
     if model.generation_config is not None:
@@ -48,6 +55,30 @@ def slice_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         for key, numbers in _renumbered(small.generation_config.to_dict(), plan, dims).items():
             setattr(small.generation_config, key, numbers)
     return small.eval()
+
+
+def trim_vocabulary(model: PreTrainedModel, tokens: list[int]) -> PreTrainedModel:
+    """The model with these of its tokens only. It shares all other weights with `model`, which is left as it is: neither may
+    be trained."""
+    table, config = family(model), config_dict(model)
+    plan, dims = whole_plan(config, tokens), dimensions(config)
+    small = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for tensor in present(table.outer_tensors, table, config):
+        if "vocab" in tensor.axes:
+            module = small.get_submodule(tensor.module)
+            value = slice_tensor(small.get_parameter(tensor.name).detach(), tensor, table, plan, dims)
+            setattr(module, tensor.name.rpartition(".")[2], nn.Parameter(value))
+    for module in (small, small.get_submodule(table.body)):
+        if hasattr(module, "vocab_size"):
+            module.vocab_size = len(tokens)
+    small.get_input_embeddings().num_embeddings = small.get_output_embeddings().out_features = len(tokens)
+    small.tie_weights()
+    for kept in (small.config, small.generation_config):
+        for key, value in renumber_config(kept.to_dict(), tokens).items() if kept is not None else ():
+            setattr(kept, key, value)
+    small.config.vocab_size = len(tokens)
+    small.get_input_embeddings().padding_idx = None  # it is for training
+    return small
 
 
 def renew(model: PreTrainedModel, seed: int) -> None:
@@ -91,35 +122,60 @@ def _fold(tensor: Parameter, table: Family, plan: Plan, dims: Dimensions) -> flo
 
 
 def mask_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """The base with everything outside the plan silenced and nothing removed: what slicing must be equal to.
+    """The base with everything outside the plan silenced and nothing removed: what slicing must be equal to. A token that is
+    never fed is silent already: `compare` looks at the others."""
+    masked = copy.deepcopy(model)
+    dims = dimensions(config_dict(model))
+    with torch.no_grad():
+        masked.get_input_embeddings().weight[:, _gone(plan, dims)] = 0
+    for number, layer in enumerate(layers(masked)):
+        _mask_layer(model, layer, number, plan)
+    return masked
+
+
+@torch.no_grad()
+def masked_states(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
+    """What the head of `mask_model` reads of tokens [rows, length], with no copy of the model but that of a layer at a time."""
+    stream, calls = layerwise.enter(model, ids)
+    stream = stream.clone()
+    stream[..., _gone(plan, dimensions(config_dict(model)))] = 0
+    for number, call in enumerate(calls):
+        with resident(call.layer, stream):
+            layer = copy.deepcopy(call.layer)
+        _mask_layer(model, layer, number, plan)
+        stream = replace(call, layer=layer)(stream)
+    return layerwise.leave(model, ids, stream)
+
+
+def _gone(plan: Plan, dims: Dimensions) -> list[int]:
+    return sorted(set(range(dims.hidden)) - set(plan.residual))
+
+
+@torch.no_grad()
+def _mask_layer(model: PreTrainedModel, layer: nn.Module, number: int, plan: Plan) -> None:
+    """Silences in a copy of the model's layer `number` what is outside the plan.
 
     A neuron or head is silenced where it is read, a layer and a hidden dimension where the residual stream is written, an
-    expert by its logit in the router. A token that is never fed is silent already: `compare` looks at the others.
+    expert by its logit in the router.
     """
-    masked = copy.deepcopy(model)
-    table, dims = family(model), dimensions(config_dict(model))
-    for number, layer in enumerate(layers(masked)):
-        with torch.no_grad():
-            if number not in plan.layers:
-                for name in (table.attention_out, table.mlp):
-                    for parameter in layer.get_submodule(name).parameters():
-                        parameter.zero_()
-                continue
-            position = plan.layers.index(number)
-            _silence(output_weight(layer, table, table.attention_out), _kept("q", plan, position, dims))
-            for expert, weight in enumerate(neuron_readers(layer, table)):
-                _silence(weight, _kept("width", plan, position, dims, expert))
-            if table.router:
-                _never_route(layer.get_submodule(table.router), plan.experts[position])
-    if len(plan.residual) < dims.hidden:
-        gone = torch.tensor(sorted(set(range(dims.hidden)) - set(plan.residual)), device=model.device)
-        with torch.no_grad():
-            masked.get_input_embeddings().weight[:, gone] = 0
-            for layer in layers(masked):
-                for tensor in present(table.layer_tensors, table, config_dict(model)):
-                    if tensor.writes:
-                        layer.get_parameter(tensor.name).index_fill_(tensor.axes.index("hidden"), gone, 0.0)
-    return masked
+    table, config = family(model), config_dict(model)
+    dims = dimensions(config)
+    if number not in plan.layers:
+        for name in (table.attention_out, table.mlp):
+            for parameter in layer.get_submodule(name).parameters():
+                parameter.zero_()
+        return
+    position = plan.layers.index(number)
+    _silence(output_weight(layer, table, table.attention_out), _kept("q", plan, position, dims))
+    for expert, weight in enumerate(neuron_readers(layer, table)):
+        _silence(weight, _kept("width", plan, position, dims, expert))
+    if table.router:
+        _never_route(layer.get_submodule(table.router), plan.experts[position])
+    for tensor in present(table.layer_tensors, table, config):
+        if tensor.writes:
+            parameter = layer.get_parameter(tensor.name)
+            gone = torch.tensor(_gone(plan, dims), dtype=torch.int64, device=parameter.device)
+            parameter.index_fill_(tensor.axes.index("hidden"), gone, 0.0)
 
 
 def _silence(weight: Tensor, kept: list[int] | None) -> None:
@@ -142,14 +198,18 @@ def _never_route(router: nn.Module, kept: list[int]) -> None:
 
 
 @torch.no_grad()
-def compare(one: PreTrainedModel, other: PreTrainedModel, ids: Tensor, tokens: list[int] | None = None) -> Parity:
+def compare(
+    one: PreTrainedModel, other: PreTrainedModel, ids: Tensor, tokens: list[int] | None = None, plan: Plan | None = None
+) -> Parity:
     """The largest difference between the logits of two models on tokens [rows, length].
 
-    Where the vocabulary of `other` is trimmed, `tokens` are its tokens in `one`, and `ids` are numbers of `other`.
+    Where the vocabulary of `other` is trimmed, `tokens` are its tokens in `one`, and `ids` are numbers of `other`. With a `plan`,
+    what is outside of it is silenced in `one`: what slicing by the plan must be equal to.
     """
     kept = torch.arange(one.config.vocab_size) if tokens is None else torch.tensor(tokens)
     kept = kept.to(ids.device)
-    first = head(one).logits(hidden_states(one, kept[ids]).flatten(0, 1))[:, kept]
+    states = masked_states(one, plan, kept[ids]) if plan else hidden_states(one, kept[ids])
+    first = head(one).logits(states.flatten(0, 1))[:, kept]
     second = head(other).logits(hidden_states(other, ids).flatten(0, 1))
     error = (first - second).abs().max().item()
     return Parity(max_error=error, relative_error=error / max(first.abs().max().item(), 1e-9))

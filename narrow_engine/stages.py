@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from narrow_engine import corpus, earlier, importance, matching, model_files, speed, teacher, train, vocabulary
+from narrow_engine import corpus, earlier, footprint, importance, matching, memory, model_files, speed, teacher, train, vocabulary
 from narrow_engine import locality as sharing
 from narrow_engine import reconstruct as least_squares
 from narrow_engine import skills as measuring
@@ -32,7 +33,8 @@ from narrow_engine.export import formats, gguf, matrix, runtimes
 from narrow_engine.export import safetensors as safetensors_export
 from narrow_engine.families import dimensions
 from narrow_engine.model_files import DTYPES, ModelInfo, check_teacher, inspect_model
-from narrow_engine.models import along, config_dict, device, family, layers, load_model
+from narrow_engine.models import along, config_dict, device, family, is_parked, layers, load_model, size_in_memory
+from narrow_engine.muon import training_dtype
 from narrow_engine.plan import cuts, make_plan, unscored, whole_plan
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.report.card import render_card
@@ -51,8 +53,8 @@ from narrow_engine.report.model import (
 )
 from narrow_engine.report.page import render_page
 from narrow_engine.run import Run, write_json
-from narrow_engine.sizing import leaves_a_choice, saved_bytes, size_of, solve, vocabulary_is_fixed
-from narrow_engine.slice import compare, mask_model, renew, slice_model
+from narrow_engine.sizing import Keep, leaves_a_choice, saved_bytes, shrink, size_of, solve, vocabulary_is_fixed
+from narrow_engine.slice import compare, renew, slice_model
 from narrow_engine.spec import INPUTS, ROUNDED, TOP, DatasetPath, Format, ModelPath, chooses, relearned, taught
 
 HELD_OUT_FACTOR = 16
@@ -79,15 +81,30 @@ def load(run: Run, out: Path) -> None:
         readings = model_files.reading(spec.base.path), model_files.reading(spec.teacher.path)
         check_teacher(info.config, taught_by.config, readings, "token" in spec.method.units, spec.block_tokens)
     room, _ = solve(info.config, spec, DTYPES[info.dtype])
+    _require_memory(run, info, taught_by, room)
     if any(form in formats.GGUF for form in spec.export):
         gguf.require_gguf(spec.base.path)
-    model = load_model(spec.base.path)
+    model = earlier.load_base(run)
+    if is_parked(model):
+        _tell_parked(run, info)
     reader = narrow = earlier.reader(spec.base.path, info.config)
+    tell = run.progress("load", "bytes of text read")
+    trimmed = "token" in spec.method.units
+    read, total = 0, (1 + trimmed) * sum(data.path.stat().st_size for data in spec.data)
+
+    def tokenized(data: DatasetPath, name: str, reads: earlier.Reader) -> corpus.Tokenized:
+        nonlocal read
+        before, side = read, "narrow" if reads is not reader else "base"
+        read += data.path.stat().st_size
+        return _tokenize(run, data, f"{name}.{side}", reads, lambda done, _: tell(before + done, total))
+
     # What must be kept decides about the vocabulary; the other skills are read one at a time, below.
-    needed = {name: _tokenize(run, skill.data, reader) for name, skill in earlier.skills(run).items() if skill.role == "keep"}
-    target, tokens = needed[spec.target_name], None
-    if "token" in spec.method.units:
-        tokens = _trim(run, model, reader, list(needed.values()), room["token"])
+    needed = {
+        name: tokenized(skill.data, skill.file, reader) for name, skill in earlier.skills(run).items() if skill.role == "keep"
+    }
+    target, tokens = needed[spec.target_name].documents, None
+    if trimmed:
+        tokens = _trim(run, model, reader, [text.counts for text in needed.values()], room["token"])
         solve(info.config, spec, DTYPES[info.dtype], len(tokens) if tokens else reader.size)
         if taught_by and not tokens:
             # It could not be trimmed after all, and has all its rows.
@@ -99,39 +116,79 @@ def load(run: Run, out: Path) -> None:
 
     widths = tuple(vocabulary.widths(r.tokenizer, r.size) for r in (reader, narrow)) if tokens else ()
 
-    def reading(data: DatasetPath, found: corpus.Documents) -> corpus.Reading:
+    def reading(data: DatasetPath, name: str, found: corpus.Documents) -> corpus.Reading:
         """A dataset, `found` as the base reads it, also as the result will."""
-        return corpus.Reading(found, _tokenize(run, data, narrow, quiet=True) if tokens else found, widths)
+        return corpus.Reading(found, tokenized(data, name, narrow).documents if tokens else found, widths)
 
-    texts = reading(spec.target, target)
+    skills = earlier.skills(run)
+    texts = reading(spec.target, skills[spec.target_name].file, target)
     _tell_difference(run, texts, tokens)
     room_to_measure = HELD_OUT_FACTOR * spec.skill_tokens
-    training, held_out = corpus.hold_out(target.places(), room_to_measure, HELD_OUT, "The target", run.emit)
-    trained_on = texts.at(training)[1]
+    training, held_out = corpus.hold_out(target, room_to_measure, HELD_OUT, "The target", run.emit)
+    trained_on = texts.at(training, run.check)[1]
     corpus.Blocks(trained_on.tokens, spec.block_tokens, spec.seed)
-    corpus.save(trained_on, out, "training")
+    corpus.save(trained_on, out, "training", run.check)
     measured = []
-    for name, skill in earlier.skills(run).items():
+    for name, skill in skills.items():
         of_target = name == spec.target_name
-        read = texts if of_target else reading(skill.data, needed[name] if name in needed else _tokenize(run, skill.data, reader))
-        places = held_out if of_target else read.base.places()
+        if of_target:
+            read_so, chosen = texts, held_out
+        else:
+            found = needed[name] if name in needed else tokenized(skill.data, skill.file, reader)
+            read_so, chosen = reading(skill.data, skill.file, found.documents), found.documents
         if name in relearned(spec):
-            rest, kept = corpus.hold_out(places, room_to_measure, HELD_OUT_OF_FORGOTTEN, name, run.emit)
-            places = kept if _keep_to_relearn(run, read.at(rest)[1], name, skill.file, out) else places
-        sides = read.at(corpus.sample(places, spec.skill_tokens, spec.block_tokens, spec.seed))
+            rest, kept = corpus.hold_out(chosen, room_to_measure, HELD_OUT_OF_FORGOTTEN, name, run.emit)
+            chosen = kept if _keep_to_relearn(run, read_so.at(rest, run.check)[1], name, skill.file, out) else chosen
+        sides = read_so.at(corpus.sample(chosen, spec.skill_tokens, spec.block_tokens, spec.seed))
         measured.append(sides[0].hashes)
         for side, documents in zip(("base", "narrow"), sides, strict=True):
             corpus.save(documents, out, f"{skill.file}.{side}")
     if spec.broad:
-        broad = reading(spec.broad, _tokenize(run, spec.broad, reader)).narrow
+        broad = reading(spec.broad, "broad", tokenized(spec.broad, "broad", reader).documents).narrow
         broad = _without(run, broad, np.concatenate(measured))
         try:
             corpus.Blocks(broad.tokens, spec.block_tokens, spec.seed)
         except NarrowError as error:
             raise NarrowError(error.code, f"The broad text is too short. {error}") from error
-        corpus.save(broad, out, "broad")
+        corpus.save(broad, out, "broad", run.check)
     write_json(out / "info.json", {"model": info.model_dump(), "teacher": taught_by and taught_by.model_dump(), "tokens": tokens})
     run.models["untouched" if tokens else "base"] = model
+
+
+def _tell_parked(run: Run, info: ModelInfo) -> None:
+    """What it means that the base does not fit. Raises NarrowError (base_too_large) for what cannot be done then."""
+    taken, there = 4e-9 * info.parameters, 1e-9 * memory.limit(device())
+    where = "the GPU's memory" if device().type == "cuda" else "the memory"
+    if run.spec.budget and run.spec.budget.latency is not None:
+        raise NarrowError(
+            "base_too_large",
+            f"A budget of latency is found by timing the base, which takes {taken:,.1f} GB in float32, more than half of {where} "
+            f"({there:,.1f} GB): give the budget in parameters, bytes or FLOPs, or take a machine with more.",
+        )
+    run.emit(
+        "notice",
+        "load",
+        f"The base takes {taken:,.1f} GB in float32, more than half of {where} ({there:,.1f} GB): the weights of its layers stay "
+        "in their file, and those of one layer at a time are brought in as it runs. No figure changes by that, but every pass "
+        "over the base reads the file; text that it writes token by token (answers, samples) takes the longest.",
+        {"code": "parked"},
+    )
+
+
+def _require_memory(run: Run, info: ModelInfo, taught_by: ModelInfo | None, keep: Keep) -> None:
+    """Refuses at the start what could not be trained here after hours. Raises NarrowError (too_little_memory).
+
+    A vocabulary whose size the text decides is counted without its tokens: what they add is judged when training begins.
+    """
+    dims, spec, where = dimensions(info.config), run.spec, device()
+    if "token" in keep and not vocabulary_is_fixed(spec):
+        dims, keep = replace(dims, vocab=1), {**keep, "token": 1}
+    size = size_of(taught_by.config, dimensions(taught_by.config), DTYPES[taught_by.dtype]).bytes if taught_by else 0
+    fixed = footprint.FIXED if where.type == "cpu" else 0
+    low = training_dtype(where) != torch.float32
+    job = footprint.Job(info.config, spec, dims, dims, shrink(dims, keep), size, low, fixed)
+    if run.mesh is None:
+        footprint.check(job, memory.limit(where))
 
 
 def _keep_to_relearn(run: Run, text: corpus.Documents, name: str, file: str, out: Path) -> bool:
@@ -146,32 +203,44 @@ def _keep_to_relearn(run: Run, text: corpus.Documents, name: str, file: str, out
             {"code": "not_relearned"},
         )
         return False
-    corpus.save(text, out, f"{file}.relearn")
+    corpus.save(text, out, f"{file}.relearn", run.check)
     return True
 
 
-def _tokenize(run: Run, data: DatasetPath, reader: earlier.Reader, quiet: bool = False) -> corpus.Documents:
-    emit = (lambda *_: None) if quiet else run.emit
-    answer = data.answer.column if data.answer else None
+def _tokenize(
+    run: Run, data: DatasetPath, name: str, reader: earlier.Reader, progress: Callable[[int, int], None]
+) -> corpus.Tokenized:
     found = corpus.tokenize(
-        data.path, data.column, reader.tokenizer, reader.start, run.check, emit, answer, skip=data.bad_rows == "skip"
+        data.path,
+        data.column,
+        reader.tokenizer,
+        reader.start,
+        answer=data.answer.column if data.answer else None,
+        skip=data.bad_rows == "skip",
+        folder=run.work("load") / name,
+        progress=progress,
+        # What is wrong with the text is told when the base reads it, and not again.
+        emit=run.emit if name.endswith(".base") else lambda *_: None,
     )
-    if int(found.tokens.max()) >= reader.size:
-        raise NarrowError("bad_tokenizer", f"The tokenizer makes token {found.tokens.max()}, which the model does not have.")
+    largest = len(found.counts) - 1
+    if largest >= reader.size:
+        raise NarrowError("bad_tokenizer", f"The tokenizer makes token {largest}, which the model does not have.")
     return found
 
 
-def _trim(run: Run, model: PreTrainedModel, reader: earlier.Reader, texts: list[corpus.Documents], room: int) -> list[int] | None:
+def _trim(
+    run: Run, model: PreTrainedModel, reader: earlier.Reader, counts: list[NDArray[np.int64]], room: int
+) -> list[int] | None:
     """The tokens of the base to keep: all that the texts need, or as many as the budget says outright.
 
     None, with a notice, where the tokenizer is of a kind that cannot be trimmed and the budget does not insist.
     """
     fixed = vocabulary_is_fixed(run.spec)
-    counts = np.sum([np.bincount(text.tokens, minlength=reader.size) for text in texts], 0)
+    every = np.sum([np.pad(count, (0, reader.size - len(count))) for count in counts], 0)
     configs = [config_dict(model), model.generation_config.to_dict() if model.generation_config else {}]
     named = {number for number in vocabulary.named_ids(*configs) if 0 <= number < reader.size}
     try:
-        tokens = vocabulary.choose(reader.tokenizer, counts, named, room if fixed else None)
+        tokens = vocabulary.choose(reader.tokenizer, every, named, room if fixed else None)
     except NarrowError as error:
         if fixed:
             raise
@@ -191,7 +260,11 @@ def _trim(run: Run, model: PreTrainedModel, reader: earlier.Reader, texts: list[
 def _tell_difference(run: Run, texts: corpus.Reading, tokens: list[int] | None) -> None:
     """A notice where the kept tokens cut the target's text in another way than the base's. What is measured counts it in."""
     before, after, old = texts.base, texts.narrow, np.array(tokens)
-    changed = 0 if tokens is None else sum(not np.array_equal(before[i], old[after[i]]) for i in range(len(before)))
+    changed = 0
+    for i in range(len(before)) if tokens else ():
+        changed += not np.array_equal(before[i], old[after[i]])
+        if i % 4096 == 0:
+            run.check()
     if changed:
         run.emit(
             "notice",
@@ -204,7 +277,7 @@ def _tell_difference(run: Run, texts: corpus.Reading, tokens: list[int] | None) 
 
 def _without(run: Run, documents: corpus.Documents, hashes: NDArray[np.uint64]) -> corpus.Documents:
     """The broad text without what is measured on, of which training must see nothing."""
-    rest = np.flatnonzero(~np.isin(documents.hashes, hashes))
+    rest = np.flatnonzero(~corpus.among(documents.hashes, hashes))
     gone = len(documents) - len(rest)
     if gone:
         message = f"{gone:,} of the {len(documents):,} documents of the broad text are left out: skills are measured on them."
@@ -282,6 +355,7 @@ def sparsify(run: Run, out: Path) -> None:
         validate=earlier.validator(run, run.spec.target_name),
         after_step=groups,
         mesh=run.mesh,
+        resident=size_in_memory(base(run)),
     )
     run.models["sparsify"] = model
     earlier.save_weights(model, out)
@@ -315,9 +389,11 @@ def cut(run: Run, out: Path) -> None:
         renew(small, run.spec.seed)
         earlier.save_weights(small, out)
         return
-    masked = mask_model(whole, chosen)
-    parity = compare(masked, small, earlier.probe(run))
-    parity = _despite_ties(run, "slice", parity, PARITY_BOUND, lambda ids: compare(masked, small, ids))
+
+    def compared(ids: torch.Tensor) -> Parity:
+        return compare(whole, small, ids, plan=chosen)
+
+    parity = _despite_ties(run, "slice", compared(earlier.probe(run)), PARITY_BOUND, compared)
     require_exact(parity, "slicing")
     earlier.save_weights(small, out)
     write_json(out / "parity.json", parity.model_dump())
@@ -385,7 +461,7 @@ def recover(run: Run, out: Path) -> None:
     The result is rounded to the base's type here, so that every figure is of the model that is delivered.
     """
     options = run.spec.method.recover
-    small = earlier.copy(run, "reconstruct")
+    small, whole = earlier.copy(run, "reconstruct"), size_in_memory(base(run))
     curve: list[CurvePoint] = []
     if options.tokens:
         blocks, count = earlier.recovery_blocks(run)
@@ -418,6 +494,8 @@ def recover(run: Run, out: Path) -> None:
                 teacher=told,
                 beside=beside,
                 mesh=run.mesh,
+                # The base, unless it is who teaches, and the cut model as it was.
+                resident=size_in_memory(small) + (0 if isinstance(told, teacher.Live) and told.model is base(run) else whole),
             )
         run.models.pop("correct", None)
         harm = _harm(curve)
@@ -541,7 +619,11 @@ def _speed(run: Run, form: Format, out: Path) -> Speed | None:
     small = config_dict(earlier.model(run, "recover"))
     sizes = size_of(config, dimensions(config), 4), size_of(small, dimensions(small), 4)
     of_base = run.spec.base.path if form == "safetensors" else run.out("export_base") / form
-    folders = of_base if of_base.exists() else None, out / ("model" if form == "safetensors" else form)
+    fits = 4 * sizes[0].parameters <= earlier.room()
+    if form == "safetensors" and not fits:
+        told = f"The base has {4 * sizes[0].parameters:,} bytes in float32, too many to be held whole: it is not timed."
+        run.emit("notice", "export", told, {"code": "base_not_timed"})
+    folders = of_base if of_base.exists() and fits else None, out / ("model" if form == "safetensors" else form)
     return speed.measure_speed(form, folders, sizes, dimensions(config).context, run.check)
 
 
@@ -583,6 +665,7 @@ def report(run: Run, out: Path) -> None:
     }
     parity |= json.loads((run.out("export") / "parity.json").read_text())
     options = spec.method
+    records = {path.stem: json.loads(path.read_text()) for path in sorted((run.folder / "stages").glob("*.json"))}
     speeds = [Speed.model_validate(s) for s in json.loads((run.out("export") / "speed.json").read_text())]
     made = Report(
         target=spec.target_name,
@@ -610,9 +693,8 @@ def report(run: Run, out: Path) -> None:
             seed=spec.seed,
             versions={name: version(name) for name in ("narrow", "torch", "transformers", "tokenizers", "onnx", "onnxruntime")},
             machine=_machine(run.mesh),
-            seconds={
-                path.stem: json.loads(path.read_text())["seconds"] for path in sorted((run.folder / "stages").glob("*.json"))
-            },
+            seconds={name: record["seconds"] for name, record in records.items()},
+            memory={name: record["memory"] for name, record in records.items() if record.get("memory")},
             recovery_tokens=next((p.tokens for p in reversed(earlier.curve(run, "recover"))), 0),
             regularizer_tokens=next((p.tokens for p in reversed(earlier.curve(run, "sparsify"))), 0),
             correction_tokens=next((p.tokens for p in reversed(earlier.curve(run, "correct"))), 0),
@@ -631,7 +713,7 @@ def _teacher(run: Run) -> teacher.Live:
     info = earlier.info(run)
     dtype = torch.bfloat16 if info["teacher"]["dtype"] == "BF16" else torch.float32
     tokens = info["tokens"] or range(info["model"]["config"]["vocab_size"])
-    return teacher.Live(load_model(run.spec.teacher.path, dtype), torch.tensor(tokens))
+    return teacher.Live(load_model(run.spec.teacher.path, dtype, earlier.room()), torch.tensor(tokens))
 
 
 def train_base(
@@ -650,6 +732,7 @@ def train_base(
         check=run.check,
         validate=earlier.validator(run, run.spec.target_name),
         mesh=mesh,
+        resident=2 * size_in_memory(base(run)),  # it and, where they are made already, the cut models
     )
     return model, curve
 

@@ -13,6 +13,7 @@ the system lets go of what has been used, and a pass costs a reading of the file
 import json
 import os
 import time
+from array import array
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 
 from narrow_engine.corpus import Blocks, Mixture
 from narrow_engine.losses import Head, Told, Top, likeliest
-from narrow_engine.models import head, hidden_states
+from narrow_engine.models import head, hidden_states, size_in_memory
 from narrow_engine.muon import training_dtype
 from narrow_engine.run import write_json
 
@@ -52,7 +53,7 @@ class Live:
 
     def __init__(self, model: PreTrainedModel, tokens: Tensor | None = None) -> None:
         self.model, self.tokens = model, None if tokens is None else tokens.to(model.device)
-        self.bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.bytes = size_in_memory(model)
         of_model = head(model)
         self.head = of_model if tokens is None else Head(of_model.weight.detach()[self.tokens], of_model.softcap)
 
@@ -69,7 +70,9 @@ class Cached:
 
     def __init__(self, folder: Path, blocks: Blocks | Mixture, device: torch.device) -> None:
         self.blocks, self.bytes = blocks, 0
-        self.entry = {place: entry for entry, place in enumerate(np.load(folder / "places.npy").tolist())}
+        places = np.load(folder / "places.npy")
+        self.entry = np.full(blocks.count, -1)
+        self.entry[places] = np.arange(len(places))
         meta = json.loads((folder / "meta.json").read_text())
         self.arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in meta["arrays"]}
         self.device, self.low = device, training_dtype(device)
@@ -126,7 +129,7 @@ def write(
     progress(len(first), len(first))
     if top is None:
         save_file({"weight": teacher.head.weight.detach().cpu().contiguous()}, folder / "head.safetensors")
-    np.save(folder / "places.npy", np.array(places, np.int64))
+    np.save(folder / "places.npy", places)
     write_json(folder / "meta.json", {"arrays": list(shapes), "softcap": teacher.head.softcap})
     # From here on there is nothing to go on from: a run that is killed now begins anew.
     (work / DONE).unlink()
@@ -144,16 +147,22 @@ def _said(teacher: Live, ids: Tensor, top: int | None, temperature: float) -> di
     return {"tokens": found.tokens.to(torch.uint32), "log_probability": found.log_probability.half()}
 
 
-def _distinct(blocks: Blocks | Mixture, count: int, progress: Callable[[int, int], None]) -> tuple[list[int], list[int]]:
+def _distinct(
+    blocks: Blocks | Mixture, count: int, progress: Callable[[int, int], None]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The places in the text that the first `count` blocks come from, and the number of the first block from each."""
-    seen: dict[int, int] = {}
+    seen, places, numbers = bytearray(blocks.count), array("q"), array("q")
     for index in range(count):
         if index % 4096 == 0:
             progress(0, count)
-        seen.setdefault(blocks.place(index), index)
-        if len(seen) == blocks.count:
-            break
-    return list(seen), list(seen.values())
+        place = blocks.place(index)
+        if not seen[place]:
+            seen[place] = 1
+            places.append(place)
+            numbers.append(index)
+            if len(places) == blocks.count:
+                break
+    return np.frombuffer(places, np.int64), np.frombuffer(numbers, np.int64)
 
 
 def _resume(work: Path, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> tuple[int, dict[str, NDArray[Any]]]:
@@ -173,9 +182,9 @@ def _resume(work: Path, shapes: Mapping[str, tuple[tuple[int, ...], Any]]) -> tu
 
 
 def _flush(work: Path, arrays: dict[str, NDArray[Any]], done: int) -> None:
-    for name, array in arrays.items():
-        assert isinstance(array, np.memmap)
-        array.flush()
+    for name, values in arrays.items():
+        assert isinstance(values, np.memmap)
+        values.flush()
         with (work / f"{name}.npy").open("rb") as file:
             os.fsync(file.fileno())
     write_json(work / DONE, done)

@@ -4,7 +4,9 @@ A run that was killed resumes to the same weights: the order of the blocks depen
 checkpoint holds everything else (weights, optimizer state, the state of what runs after each step, the curve so far).
 Checkpoints are safetensors, written under a temporary name and renamed.
 
-On several processes (`shard`) each has a part of every batch, and the loop is the same for all of them.
+On several processes (`shard`) each has a part of every batch, and the loop is the same for all of them. What does not fit into
+memory is done in another way, which is chosen before training begins (`footprint.choose`): a batch in pieces whose gradients are
+added up, activations computed again, weights in bfloat16.
 """
 
 import json
@@ -12,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -24,12 +27,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from narrow_engine import memory, shard
+from narrow_engine import footprint, memory, rounding, shard
 from narrow_engine.corpus import Blocks, Mixture
 from narrow_engine.errors import Cancelled
 from narrow_engine.events import Sink
+from narrow_engine.families import dimensions
 from narrow_engine.losses import objective
-from narrow_engine.models import family, head, hidden_states, sampled
+from narrow_engine.models import config_dict, family, head, hidden_states, sampled
 from narrow_engine.muon import Muon, training_dtype
 from narrow_engine.report.model import CurvePoint
 from narrow_engine.spec import Divergence, Method, Objective
@@ -42,8 +46,6 @@ LEARNING_RATE = {"muon": 2e-3, "adamw": 1e-3}
 FRESH_RATE = {"muon": 1.6e-2, "adamw": 1e-3}
 """Of weights that have learned nothing yet. Muon's was the best of six, to distill or not: experiments/frontier/run.py --tune."""
 WARM_UP = 0.02
-ROOM = 0.8
-"""Share of the memory that a step may fill."""
 CHECKPOINT_SECONDS = 30.0
 POINTS = 40
 """Points on the curve, at most; at the first two, where it falls fastest, and at every fourth the held-out loss is measured."""
@@ -113,25 +115,31 @@ def train(
     after_step: AfterStep | None = None,
     enough: float = -math.inf,
     mesh: DeviceMesh | None = None,
+    resident: int = 0,
 ) -> list[CurvePoint]:
     """Trains `model` in place and returns the curve; its first point is the model as it came, at 0 tokens.
 
     `folder` holds the checkpoint, and a later call with the same arguments goes on from it. `check` raises Cancelled to
     stop: a checkpoint is written first. `validate` gives the held-out loss; at one of `enough` training ends. `beside` adds
     a term to the loss. The processes of a `mesh` must all call it with the same; a checkpoint of theirs is as one alone would
-    write it.
+    write it. `resident` is what other models take of the memory, the teacher's aside. Raises NarrowError (too_little_memory).
     """
     rows, steps = shape(settings, blocks)
-    part = shard.part(mesh, rows)
-    recomputes = _must_recompute(model, teacher, part.rows, blocks.length, mesh, partial(emit, "notice", phase))
+    way = _way(model, teacher, settings, rows, blocks.length, mesh, after_step is None, resident, phase, emit)
+    parts = shard.parts(mesh, rows, way.pieces)
     place = model.device
+    if way.bfloat16:
+        rounding.narrow_(model)
     if mesh is not None and after_step is None:
         model.cpu()  # until the end: `after_step` has views of its weights
     whole = shard.spread(model, mesh)
     trained = whole.model
-    if recomputes:
+    if way.recompute:
         trained.activation_checkpointing_enable({"use_reentrant": False})
-    optimizers = _optimizers(trained, settings)
+    in_float32 = ExitStack()
+    if way.bfloat16:
+        in_float32.enter_context(rounding.computed_in_float32(trained))
+    optimizers = _optimizers(trained, settings, way.bfloat16)
     parameters = dict(trained.named_parameters())
     checkpoint = folder / "checkpoint.safetensors"
     done, curve = _restore(checkpoint, parameters, optimizers, after_step)
@@ -154,20 +162,25 @@ def train(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
-        first = step * rows + part.first
-        batch = blocks.batch(first, part.rows).to(trained.device)
-        own = settings.on_policy and float(torch.rand(())) < settings.on_policy
+        first = step * rows
+        own = bool(settings.on_policy and float(torch.rand(())) < settings.on_policy)
         if mesh is not None:
             torch.manual_seed(step * mesh.size() + mesh.get_local_rank())  # what is drawn for other rows is other
+        batches = [blocks.batch(first + part.first, part.rows).to(trained.device) for part in parts]
         if own:
-            assert isinstance(teacher, Live)
-            loss = whole(partial(_own_loss, batch=batch, settings=settings, teacher=teacher))
-        else:
-            loss = whole(partial(_loss, first=first, batch=batch, settings=settings, teacher=teacher, beside=beside))
-        if mesh is not None:
+            batches = whole(partial(_sampled, batches=batches))
+        total = 0.0
+        for part, batch in zip(parts, batches, strict=True):
+            if own:
+                assert isinstance(teacher, Live)
+                loss = whole(partial(_own_loss, made=batch, settings=settings, teacher=teacher))
+            else:
+                at = first + part.first
+                loss = whole(partial(_loss, first=at, batch=batch, settings=settings, teacher=teacher, beside=beside))
             loss = loss * part.weight
-        loss.backward()
-        losses.append(loss.item())
+            loss.backward()
+            total += loss.item()
+        losses.append(total)
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -203,9 +216,13 @@ def train(
         if shard.any_of(mesh, time.monotonic() - saved > CHECKPOINT_SECONDS):
             _save(checkpoint, step + 1, parameters, optimizers, after_step, curve)
             saved = time.monotonic()
-    if recomputes:
+    if way.recompute:
         trained.activation_checkpointing_disable()
         trained.disable_input_require_grads()
+    in_float32.close()
+    del optimizers
+    if way.bfloat16:
+        rounding.widen_(model)
     if mesh is not None:
         shard.pull(whole, model)
         model.to(place)
@@ -227,30 +244,30 @@ def shape(settings: Settings, blocks: Blocks | Mixture) -> tuple[int, int]:
     return rows, max(1, settings.tokens // (rows * blocks.length))
 
 
-def _must_recompute(
+def _way(
     model: PreTrainedModel,
     teacher: Teacher | None,
+    settings: Settings,
     rows: int,
     length: int,
     mesh: DeviceMesh | None,
-    notice: Callable[[str, dict[str, str]], None],
-) -> bool:
-    """Whether each layer's activations are computed again in the backward pass (Chen et al., arXiv 1604.06174), since all of
-    them would not fit beside weights, gradients, two moments and the teacher: what this process has of them."""
-    size = mesh.size() if mesh is not None else 1
-    there = memory.limit(model.device)
+    may_round: bool,
+    resident: int,
+    phase: str,
+    emit: Sink,
+) -> footprint.Way:
+    """How a step is done on this machine, and a notice of whatever is not the plain way."""
+    processes, config = mesh.size() if mesh is not None else 1, config_dict(model)
+    there, beside = memory.limit(model.device), resident + (teacher.bytes if teacher is not None else 0)
     if model.device.type == "cpu":
-        there //= size  # of the machine that all are on
-    weights = 16 * model.num_parameters() // size + (teacher.bytes if teacher is not None else 0)
-    needed = memory.activations(model, rows, length)
-    if not shard.any_of(mesh, weights + needed > ROOM * there):
-        return False
-    notice(
-        f"Of {there / 1e9:.1f} GB of memory a step would take {(weights + needed) / 1e9:.1f}, {needed / 1e9:.1f} of them for "
-        "activations: they are computed again in the backward pass, which gives the same result about a third later.",
-        {"code": "recomputed"},
-    )
-    return True
+        # Of the machine that all are on, and that libraries are in as well.
+        there, beside = there // processes, beside + footprint.FIXED
+    low = training_dtype(model.device) != torch.float32
+    task = footprint.Task(config, dimensions(config), rows, length, settings.optimizer, low, beside, processes)
+    way = footprint.choose(task, there, phase, may_round and mesh is None)
+    for code, sentence in footprint.told(task, way, there):
+        emit("notice", phase, sentence, {"code": code})
+    return way
 
 
 def _loss(
@@ -280,14 +297,19 @@ def _loss(
     return loss + beside.loss() if beside else loss
 
 
-def _own_loss(model: PreTrainedModel, batch: Tensor, settings: Settings, teacher: Live) -> Tensor:
-    """The same on what the model itself makes of the first half of each block: it learns what the teacher says to that
-    (GKD, arXiv 2306.13649, algorithm 1)."""
-    given = batch.shape[1] // 2
+def _sampled(model: PreTrainedModel, batches: list[Tensor]) -> list[Tensor]:
+    """What the model itself makes of the first half of each block, for all pieces of a batch together."""
+    given = batches[0].shape[1] // 2
     low = training_dtype(model.device)
     with torch.autocast(model.device.type, low, enabled=low != torch.float32):
-        made = sampled(model.eval(), batch[:, :given], batch.shape[1] - given)
+        made = sampled(model.eval(), torch.cat(batches)[:, :given], batches[0].shape[1] - given)
     model.train()
+    return list(torch.split(made, [len(batch) for batch in batches]))
+
+
+def _own_loss(model: PreTrainedModel, made: Tensor, settings: Settings, teacher: Live) -> Tensor:
+    """The same on what was sampled: it learns what the teacher says to that (GKD, arXiv 2306.13649, algorithm 1)."""
+    given = made.shape[1] // 2
     ids, targets = made[:, :-1], made[:, given:].flatten()
     states, of_teacher = teacher(0, ids)
     told = states.view(*ids.shape, -1)[:, given - 1 :].flatten(0, 1), of_teacher
@@ -307,7 +329,7 @@ def _rate(step: int, steps: int, schedule: str) -> float:
     return min(1.0, (step + 1) / warm) * (1.0 if schedule == "constant" else 1 - step / steps)
 
 
-def _optimizers(model: PreTrainedModel, settings: Settings) -> list[torch.optim.Optimizer]:
+def _optimizers(model: PreTrainedModel, settings: Settings, rounded: bool = False) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers and AdamW for the rest, or AdamW for all.
 
     Experts' matrices and routers are matrices like others: a mixture of 16 experts cut to 8 ended within 0.003 nats of this
@@ -322,7 +344,12 @@ def _optimizers(model: PreTrainedModel, settings: Settings) -> list[torch.optim.
     for name, parameter in model.named_parameters():
         chosen = settings.optimizer == "muon" and name.startswith(prefix) and parameter.ndim >= 2
         (matrices if chosen else rest).append(parameter)
-    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=peak, betas=(0.9, 0.95), weight_decay=0.0)]
+    betas = (0.9, 0.95)
+    found: list[torch.optim.Optimizer] = (
+        [rounding.AdamW(rest, peak, betas)]
+        if rounded
+        else [torch.optim.AdamW(rest, lr=peak, betas=betas, weight_decay=0.0, fused=True)]  # the one without copies of all states
+    )
     if matrices:
         found.insert(0, Muon(matrices, lr=peak))
     for optimizer in found:
@@ -382,7 +409,9 @@ def _restore(
                 if key.startswith(prefix):
                     value = file.get_tensor(key)
                     own = parameters[name]
-                    state[key.removeprefix(prefix)] = value if value.ndim == 0 else shard.like(value.to(own.device), own)
+                    state[key.removeprefix(prefix)] = (
+                        value.to(own.device) if value.ndim == 0 else shard.like(value.to(own.device), own)
+                    )
         if after_step is not None:
             after_step.restore({k.removeprefix("after/"): file.get_tensor(k) for k in names if k.startswith("after/")})
         metadata = file.metadata()

@@ -28,7 +28,7 @@ class Settings(BaseSettings):
         "auto", description="Whether requests need an API key; `auto`: everywhere but on loopback."
     )
     max_model_bytes: int = Field(64 * 2**30, gt=0, description="Largest upload of a model, all files together.")
-    max_dataset_bytes: int = Field(4 * 2**30, gt=0, description="Largest upload of a dataset.")
+    max_dataset_bytes: int = Field(64 * 2**30, gt=0, description="Largest upload of a dataset.")
     max_body_bytes: int = Field(2**20, gt=0, description="Largest body of every other request.")
     sandbox: Literal["auto", "require"] = Field(
         "auto", description="Jobs are shut in as far as the system allows it, which is said at start; or not started at all."

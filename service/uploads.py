@@ -144,6 +144,11 @@ def store_dataset(
     if (file is None) == (upload is None):
         raise ApiError(422, "invalid_request", "Send the dataset as 'file', or name with 'upload' one that is complete.")
     complete = [_complete(session, storage, upload)] if upload else []
+    for before in complete:
+        if before.bytes > settings.max_dataset_bytes:
+            detail = f"The file has {before.bytes:,} bytes, and the server takes {settings.max_dataset_bytes:,} of a dataset."
+            raise ApiError(413, "too_large", detail)
+        require_space(settings, before.bytes)  # for the file that is made of its pieces
     given = complete[0].name if complete else check_name((file and file.filename) or "")
     known = ending(given)
     # Without an ending that is known the name stays, for the sentence that says so.

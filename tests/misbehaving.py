@@ -144,4 +144,5 @@ SIZE = {
 }
 SIZE |= {"vocabulary": 64}
 PLAN = {"family": "llama", "before": SIZE, "after": {**SIZE, "parameters": 500}, "keep": {"neuron": 8, "token": 1200}}
+PLAN |= {"memory": {"recover": 2_500_000_000}, "least_memory_bytes": 1_000_000_000}
 PLAN |= {"memory_bytes": 2_500_000_000, "seconds": 90.0, "notices": ["Rounded.\x1b[31m"]}

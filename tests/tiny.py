@@ -105,6 +105,29 @@ def tiny_model(family: str, seed: int = 0, **changes):
     return model
 
 
+def kept(model, rows: int, length: int) -> int:
+    """Bytes that autograd keeps of a forward pass of the body on blocks [rows, length], beside the weights: counted."""
+    import torch
+    from torch.autograd.graph import saved_tensors_hooks
+
+    from narrow_engine.models import hidden_states
+
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found: dict[int, int] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.arange(rows * length).view(rows, length) % model.config.vocab_size
+    with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = hidden_states(model, ids)  # the graph holds what is counted until all of it is
+    del hidden
+    return sum(found.values())
+
+
 def documents(domain: str = "python", count: int = 60) -> list[str]:
     """The beginnings of real documents that ship with the demo."""
     with gzip.open(ROOT / "demo" / "data" / f"{domain}.jsonl.gz", "rt", encoding="utf-8") as file:

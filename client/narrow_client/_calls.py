@@ -50,6 +50,8 @@ ANSWER_SECONDS = 60.0
 """Without a byte of an answer, after which a call counts as lost. It is never a limit of the whole call."""
 WORK_SECONDS = 600.0
 """The same where the service reads all of a file, or looks at many specs, before it answers."""
+READ_RATE = 2**23
+"""Bytes a second that a service reads of a dataset at the least: for a large one that is more."""
 FETCH_SECONDS = 4000.0
 """The same for a model from the hub: longer than a service, by default, takes to fetch one."""
 PAGE = 100
@@ -254,7 +256,8 @@ def delete_model(model_id: str) -> Call[None]:
 def upload_dataset(path: Path, upload: str | None, name: str | None, column: str, bad_rows: BadRows) -> Call[Dataset]:
     files = () if upload else (("file", path),)
     form = _given(name=name, column=column, bad_rows=bad_rows, upload=upload)
-    return Call("POST", "/datasets", _as(Dataset), files=files, form=form, safe=False, patience=WORK_SECONDS)
+    patience = WORK_SECONDS + path.stat().st_size / READ_RATE
+    return Call("POST", "/datasets", _as(Dataset), files=files, form=form, safe=False, patience=patience)
 
 
 def list_datasets(cursor: str | None, limit: int = PAGE) -> Call[PageDataset]:

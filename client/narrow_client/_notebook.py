@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from typing import Any, Self
 
-from narrow_client._render import WORDS, Display, ProgressDisplay, figures_of, plain, sizes_of, wanted_text
+from narrow_client._render import WORDS, Display, ProgressDisplay, figures_of, memory_text, plain, sizes_of, wanted_text
 from narrow_client.models import Event, Job, Plan, Report
 
 SECONDS = 0.2
@@ -151,7 +151,7 @@ def _job(job: Job) -> str:
 
 def _plan(plan: Plan) -> str:
     rows = [(name, f"{old:,}", f"{new:,}", f"{new / old:.2f}") for name, old, new in sizes_of(plan.before, plan.after)]
-    rows.append(("memory, estimated", "", f"{plan.memory_bytes / 1e9:.1f} GB", ""))
+    rows.append(("memory, estimated", "", memory_text(plan), ""))
     rows.append(("time, estimated", "", f"{plan.seconds / 60:.1f} minutes", ""))
     notes = "".join(f"<div>note: {_text(notice)}</div>" for notice in plan.notices)
     return _table(rows, "What would come out", ("", "base", "narrow", "ratio")) + notes

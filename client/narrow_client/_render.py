@@ -417,6 +417,14 @@ def _sample(report: Report) -> Panel:
     )
 
 
+def memory_text(plan: Plan) -> str:
+    """The peak, the stage that it is in, and what would do as well."""
+    stage = max(plan.memory, key=lambda name: plan.memory[name])
+    said = f"{plan.memory_bytes / 1e9:.1f} GB, in {plain(stage)}"
+    less = plan.least_memory_bytes < 0.95 * plan.memory_bytes
+    return f"{said}; {plan.least_memory_bytes / 1e9:.1f} GB do, more slowly" if less else said
+
+
 def plan_view(plan: Plan) -> RenderableType:
     """A dry run: what would come out and what the job would need."""
     whole = dict.fromkeys(("layer", "residual", "token"), "")
@@ -424,7 +432,7 @@ def plan_view(plan: Plan) -> RenderableType:
     kept = [f"{count:,} {unit}s{inside.get(unit, ' a layer')}" for unit, count in plan.keep.items()]
     table = Table.grid(padding=(0, 2))
     table.add_row(Text("kept", style="dim"), Text(plain(", ".join(kept))))
-    table.add_row(Text("memory, estimated", style="dim"), Text(f"{plan.memory_bytes / 1e9:.1f} GB"))
+    table.add_row(Text("memory, estimated", style="dim"), Text(memory_text(plan)))
     table.add_row(Text("time, estimated", style="dim"), Text(f"{plan.seconds / 60:.1f} minutes"))
     notices = [Text(f"note: {plain(notice)}", style="yellow") for notice in plan.notices]
     return Group(_size_table("What would come out", plan.before, plan.after), Text(), table, *notices)

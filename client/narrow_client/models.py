@@ -1161,6 +1161,13 @@ class Provenance(Resource):
     seconds: Annotated[
         dict[str, float], Field(description="Wall time of each stage.", title="Seconds")
     ]
+    memory: Annotated[
+        dict[str, int] | None,
+        Field(
+            description="The most bytes that the process had in each stage, of the GPU's memory where it ran on one. Where jobs are shut in, only the stages in which it had more than ever before are there.",
+            title="Memory",
+        ),
+    ] = {}
     recovery_tokens: Annotated[int, Field(title="Recovery Tokens")]
     regularizer_tokens: Annotated[int, Field(title="Regularizer Tokens")]
     correction_tokens: Annotated[
@@ -1991,7 +1998,25 @@ class Plan(Resource):
         ),
     ]
     memory_bytes: Annotated[
-        int, Field(description="Estimated peak of the job.", title="Memory Bytes")
+        int,
+        Field(
+            description="Estimated peak of the job: the most of `memory`.",
+            title="Memory Bytes",
+        ),
+    ]
+    memory: Annotated[
+        dict[str, int],
+        Field(
+            description="Estimated peak of each stage, in bytes, where there is enough.",
+            title="Memory",
+        ),
+    ]
+    least_memory_bytes: Annotated[
+        int,
+        Field(
+            description="What the job can be done in, with training in smaller pieces, activations computed again and weights in bfloat16, each where it has to be.",
+            title="Least Memory Bytes",
+        ),
     ]
     seconds: Annotated[
         float,

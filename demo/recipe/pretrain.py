@@ -68,7 +68,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(options.out / "tokenizer.json"))
     domains = {}
     for path in sorted(options.corpora.glob("*/train.jsonl.gz")):
-        tokens = corpus.tokenize(path, "text", tokenizer, 0, lambda: None, lambda *_: None).tokens
+        tokens = corpus.tokenize(path, "text", tokenizer, 0).documents.tokens
         domains[path.parent.name] = tokens
     share = np.array([WEIGHT.get(name, 1.0) * len(tokens) for name, tokens in domains.items()])
     streams = list(domains.values())

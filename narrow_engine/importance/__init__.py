@@ -4,7 +4,7 @@ Hidden dimensions belong to no layer: `residual` scores them, by every criterion
 an entry in CRITERIA (and one in `spec.Criterion`), what it needs of the statistics, and what it means in `residual`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from transformers import PreTrainedModel
 
@@ -13,7 +13,7 @@ from narrow_engine.importance.statistics import LayerStatistics, collect
 from narrow_engine.plan import Scores
 from narrow_engine.spec import Criterion
 
-CRITERIA: dict[Criterion, Callable[[PreTrainedModel, list[LayerStatistics], int], Scores]] = {
+CRITERIA: dict[Criterion, Callable[[PreTrainedModel, Iterable[LayerStatistics], int], Scores]] = {
     "reconstruction": reconstruction.score,
     "fisher": fisher.score,
     "attribution": attribution.score,
@@ -22,6 +22,6 @@ CRITERIA: dict[Criterion, Callable[[PreTrainedModel, list[LayerStatistics], int]
     "random": random.score,
 }
 NEEDS_GRADIENTS: set[Criterion] = {"fisher", "attribution"}
-NEEDS_GRAMS: set[Criterion] = {"reconstruction", "activation"}
+NEEDS_GRAMS: set[Criterion] = {"reconstruction"}
 
 __all__ = ["CRITERIA", "NEEDS_GRADIENTS", "NEEDS_GRAMS", "LayerStatistics", "collect", "random", "residual"]

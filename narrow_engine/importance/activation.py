@@ -5,6 +5,8 @@ of the residual stream's energy that it writes; an expert's the mean of gate · 
 it (REAP, Lasby et al., arXiv 2510.13999).
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,23 +17,25 @@ from narrow_engine.models import config_dict, family, layers, neuron_readers, ou
 from narrow_engine.plan import Scores
 
 
-def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Scores:
+def score(model: PreTrainedModel, found: Iterable[LayerStatistics], seed: int) -> Scores:
     table, dims = family(model), dimensions(config_dict(model))
-    neurons, heads = [], []
+    neurons, experts, heads, whole = [], [], [], []
     for layer, statistics in zip(layers(model), found, strict=True):
         readers = zip(neuron_readers(layer, table), statistics.mlp, strict=True)
-        neurons.append(torch.cat([_energy(weight, reader.gram).sqrt() for weight, reader in readers]))
-        attention = _energy(output_weight(layer, table, table.attention_out), statistics.attention.gram)
+        neurons.append(torch.cat([_energy(weight, reader.energy).sqrt() for weight, reader in readers]))
+        attention = _energy(output_weight(layer, table, table.attention_out), statistics.attention.energy)
         heads.append(attention.reshape(dims.heads, -1).sum(1))
+        experts.append(statistics.experts.mean_output)
+        whole.append(statistics.share)
     by_head = torch.stack(heads)
     return {
         "neuron": torch.stack(neurons),
-        "expert": torch.stack([statistics.experts.mean_output for statistics in found]),
+        "expert": torch.stack(experts),
         "head": by_head.sqrt(),
-        "kv_group": by_head.reshape(len(found), dims.kv_heads, -1).sum(2).sqrt(),
-        "layer": torch.stack([statistics.share for statistics in found]),
+        "kv_group": by_head.reshape(dims.layers, dims.kv_heads, -1).sum(2).sqrt(),
+        "layer": torch.stack(whole),
     }
 
 
-def _energy(weight: Tensor, gram: Tensor) -> Tensor:
-    return gram.diagonal() * weight.double().square().sum(0)
+def _energy(weight: Tensor, inputs: Tensor) -> Tensor:
+    return inputs * weight.double().square().sum(0)

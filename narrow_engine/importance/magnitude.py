@@ -1,5 +1,7 @@
 """The norm of all the weights that belong to a unit. Sees no data: the base line that scores must beat."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -10,7 +12,7 @@ from narrow_engine.models import along, config_dict, layers
 from narrow_engine.plan import Scores
 
 
-def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Scores:
+def score(model: PreTrainedModel, found: Iterable[LayerStatistics], seed: int) -> Scores:
     dims = dimensions(config_dict(model))
     groups = dims.kv_heads
     neurons = _norms(model, "width", dims.width).reshape(dims.layers, -1)
@@ -32,6 +34,6 @@ def _norms(model: PreTrainedModel, axis: Axis, units: int) -> Tensor:
     for views in along(model, axis):
         total = torch.zeros(units, dtype=torch.float64, device=model.device)
         for view in views:
-            total += view.double().reshape(units, -1).square().sum(1)
+            total += view.double().reshape(units, -1).square().sum(1).to(total.device)
         rows.append(total)
     return torch.stack(rows)

@@ -1,5 +1,7 @@
 """No score at all: the control. A criterion that is not clearly better than this has found nothing."""
 
+from collections.abc import Iterable
+
 import torch
 from transformers import PreTrainedModel
 
@@ -9,7 +11,7 @@ from narrow_engine.models import config_dict
 from narrow_engine.plan import Scores
 
 
-def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Scores:
+def score(model: PreTrainedModel, found: Iterable[LayerStatistics], seed: int) -> Scores:
     return draw(dimensions(config_dict(model)), seed)
 
 

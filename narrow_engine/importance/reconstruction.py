@@ -10,10 +10,14 @@ Neurons of experts go expert by expert. An expert's own score is Σ ‖what it w
 without it.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from narrow_engine import memory
+from narrow_engine.errors import NarrowError
 from narrow_engine.families import dimensions
 from narrow_engine.importance.statistics import LayerStatistics
 from narrow_engine.models import config_dict, family, layers, neuron_readers, output_weight
@@ -24,9 +28,12 @@ DAMPING = 1e-3
 STEPS = 256
 
 
-def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Scores:
+def score(model: PreTrainedModel, found: Iterable[LayerStatistics], seed: int) -> Scores:
     table, dims = family(model), dimensions(config_dict(model))
-    neurons, heads, groups, experts = [], [], [], []
+    width = max(dims.width, dims.axis("q"))
+    grams = dims.experts * dims.width**2 + dims.axis("q") ** 2
+    require_room("Scoring units", 8 * (grams + 4 * width**2 + 2 * width * dims.hidden), model.device)
+    neurons, heads, groups, experts, whole = [], [], [], [], []
     for layer, statistics in zip(layers(model), found, strict=True):
         readers = list(zip(neuron_readers(layer, table), statistics.mlp, strict=True))
         attention = output_weight(layer, table, table.attention_out)
@@ -34,13 +41,25 @@ def score(model: PreTrainedModel, found: list[LayerStatistics], seed: int) -> Sc
         experts.append(torch.stack([written_energy(weight, reader.gram) for weight, reader in readers]))
         heads.append(eliminate([attention], [statistics.attention.gram], dims.head_dim))
         groups.append(eliminate([attention], [statistics.attention.gram], dims.head_dim * dims.heads // dims.kv_heads))
+        whole.append(statistics.share)
     return {
         "neuron": torch.stack(neurons),
         "expert": torch.stack(experts),
         "head": torch.stack(heads),
         "kv_group": torch.stack(groups),
-        "layer": torch.stack([statistics.share for statistics in found]),
+        "layer": torch.stack(whole),
     }
+
+
+def require_room(what: str, size: int, device: torch.device) -> None:
+    """Raises NarrowError (out_of_memory) where an elimination would take more bytes than there are."""
+    there = memory.limit(device)
+    if size > there:
+        raise NarrowError(
+            "out_of_memory",
+            f"{what} by 'reconstruction' takes {size / 1e9:,.1f} GB for this base, and there are {there / 1e9:,.1f} GB: set "
+            "method.importance to 'fisher', 'attribution' or 'activation'.",
+        )
 
 
 def written_energy(weight: Tensor, gram: Tensor) -> Tensor:

@@ -10,17 +10,20 @@ A quarter of the embedded model's 256 dimensions cut for Python, nats above the 
 fisher 0.43, attribution 0.44, activation 0.45, random 0.52.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from narrow_engine import layerwise
 from narrow_engine.corpus import Blocks
 from narrow_engine.families import dimensions, present
-from narrow_engine.importance.reconstruction import eliminate, written_energy
-from narrow_engine.losses import objective
-from narrow_engine.models import along, config_dict, family, frozen, head, hidden_states, layers
+from narrow_engine.importance.reconstruction import eliminate, require_room, written_energy
+from narrow_engine.importance.statistics import ROWS, VALUES
+from narrow_engine.layerwise import Call, gradient_of
+from narrow_engine.models import along, config_dict, family, frozen, layers
 from narrow_engine.spec import Criterion
 
 
@@ -33,98 +36,111 @@ def score(
 ) -> Tensor:
     """Scores [hidden], float64, over about `tokens` calibration tokens, by all criteria but `random`, which draws them itself.
 
-    `progress` is called with (done, total) blocks.
+    `progress` is called with (done, total). Raises NarrowError (out_of_memory) where an elimination would take
+    more than there is.
     """
-    hidden = dimensions(config_dict(model)).hidden
+    dims = dimensions(config_dict(model))
+    hidden = dims.hidden
     if criterion == "magnitude":
         views = [view for layer in along(model, "hidden") for view in layer]
         views.append(model.get_input_embeddings().weight.detach().T)
-        return sum(view.double().reshape(hidden, -1).square().sum(1) for view in views).sqrt()  # type: ignore[union-attr]
+        return sum(view.double().reshape(hidden, -1).square().sum(1).cpu() for view in views).sqrt()  # type: ignore[union-attr]
+    rows = max(1, min(ROWS, VALUES // ((8 * hidden + dims.active * dims.width) * blocks.length)))
+    batches = layerwise.cut_batches(blocks, tokens, rows)
     if criterion in ("fisher", "attribution"):
-        effect, squared = _effects(model, blocks, tokens, progress)
+        effect, squared = _effects(model, batches, progress)
         return squared if criterion == "fisher" else effect.abs()
-    weights, grams = _readers(model), _moments(model, blocks, tokens, progress)
     if criterion == "activation":
-        energies = [gram.diagonal() * weight.square().sum(0) for weight, gram in zip(weights, grams, strict=True)]
+        places = _places(model, batches, _energy, progress)
+        energies = [energy * weight.square().sum(0) for weight, energy in places]
         return torch.stack([energy / energy.sum() for energy in energies]).sum(0).sqrt()
+    _require_room(model)
     # Each place counts alike, as a share of what is computed there.
-    whole = [written_energy(weight, gram).sqrt() for weight, gram in zip(weights, grams, strict=True)]
-    return eliminate([weight / scale for weight, scale in zip(weights, whole, strict=True)], grams, 1)
+    weights, grams = [], []
+    for weight, gram in _places(model, batches, _gram, progress):
+        weights.append(weight / written_energy(weight, gram).sqrt())
+        grams.append(gram)
+    return eliminate(weights, grams, 1)
 
 
-def _readers(model: PreTrainedModel) -> list[Tensor]:
-    """The weights [outputs, hidden] that read the stream at each place, in order, the head's last."""
+def _require_room(model: PreTrainedModel) -> None:
+    """An elimination has at every place what reads there and two matrices [hidden, hidden], all in float64, and once more while
+    they shrink."""
+    table, config = family(model), config_dict(model)
+    dims = dimensions(config)
+    reading = [[dims.axis(axis) for axis in t.axes[:-1]] for t in present(table.layer_tensors, table, config) if t.reads]
+    rows = dims.layers * sum(math.prod(lengths) for lengths in reading) + dims.vocab
+    size = 8 * 2 * dims.hidden * (rows + 2 * dims.hidden * (2 * dims.layers + 1))
+    require_room("Scoring hidden dimensions", size, model.device)
+
+
+def _energy(rows: Tensor) -> Tensor:
+    return rows.square().sum(0).double()
+
+
+def _gram(rows: Tensor) -> Tensor:
+    return (rows.T @ rows).double()
+
+
+def _places(
+    model: PreTrainedModel, batches: list[Tensor], moment: Callable[[Tensor], Tensor], progress: Callable[[int, int], None]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The weights [outputs, hidden] that read the stream at each place, float64, and a moment of what they read, summed over
+    tokens; in order, the head's last."""
     table, config = family(model), config_dict(model)
     reading = [tensor for tensor in present(table.layer_tensors, table, config) if tensor.reads]
-    found = [
-        torch.cat([layer.get_parameter(t.name).detach().double().flatten(0, -2) for t in reading if t.module in place])
-        for layer in layers(model)
-        for place in table.readers
-    ]
-    return [*found, model.get_output_embeddings().weight.detach().double()]
+    sums: list[Tensor] = []
+
+    def run(call: Call, stream: Tensor) -> Tensor:
+        # What reads at one place reads the same.
+        end, *read = call.tap(stream, *(place[0] for place in table.readers))
+        add([tapped.inputs for tapped in read])
+        return end  # type: ignore[no-any-return]
+
+    def add(read: list[Tensor]) -> None:
+        moments = [moment(x.flatten(0, -2).float()) for x in read]
+        sums[:] = [old + new for old, new in zip(sums, moments, strict=True)] if sums else moments
+
+    for number in layerwise.forwards(model, [batch[:, :-1] for batch in batches], run, progress, lambda hidden: add([hidden])):
+        layer = layers(model)[number]
+        for place, total in zip(table.readers, sums, strict=True):
+            parts = [layer.get_parameter(t.name).detach().double().flatten(0, -2) for t in reading if t.module in place]
+            yield torch.cat(parts), total
+        sums.clear()
+    yield model.get_output_embeddings().weight.detach().double(), sums[0]
 
 
-@torch.no_grad()
-def _moments(model: PreTrainedModel, blocks: Blocks, tokens: int, progress: Callable[[int, int], None]) -> list[Tensor]:
-    """Σ x xᵀ over tokens at each place, float64 [hidden, hidden]."""
-    grams: list[Tensor] = []
-    for read, _ in _passes(model, blocks, tokens, progress):
-        rows = [x.flatten(0, -2) for x in read]
-        found = [(x.T @ x).double() for x in rows]
-        grams = [old + new for old, new in zip(grams, found, strict=True)] if grams else found
-    return grams
-
-
-def _effects(model: PreTrainedModel, blocks: Blocks, tokens: int, progress: Callable[[int, int], None]) -> tuple[Tensor, Tensor]:
+def _effects(model: PreTrainedModel, batches: list[Tensor], progress: Callable[[int, int], None]) -> tuple[Tensor, Tensor]:
     """Σ e and Σ e² over tokens, [hidden]."""
-    effect = squared = torch.zeros((), dtype=torch.float64, device=model.device)
-    start = model.get_input_embeddings().register_forward_hook(lambda _, args, out: out.requires_grad_(True))
-    try:
-        with frozen(model):
-            for read, targets in _passes(model, blocks, tokens, progress, every=True):
-                for x in read:
-                    x.retain_grad()
-                stream = read[-1].flatten(0, -2)
-                (objective(stream, head(model), targets).total * stream.shape[0]).backward()  # type: ignore[no-untyped-call]
-                each = torch.stack([-(x * _gradient(x)).flatten(0, -2).double() for x in read]).sum(0).detach()
-                effect = effect + each.sum(0)
-                squared = squared + each.square().sum(0)
-    finally:
-        start.remove()
+    names = [name for place in family(model).readers for name in place]
+    # Of each token, e so far.
+    effects = layerwise.room([batch[:, 1:].shape + model.get_input_embeddings().weight.shape[1:] for batch in batches])
+
+    def at_head(batch: int, hidden: Tensor) -> None:
+        effects[batch].copy_((-(hidden * gradient_of(hidden))).detach())
+
+    def there_and_back(_: int, batch: int, call: Call, stream: Tensor, gradient: Tensor) -> None:
+        read: list[Tensor] = []
+
+        def tap(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            # Projections at one place read the same: each gets its own copy, whose gradient is its own alone.
+            read.append(args[0].view_as(args[0]))
+            read[-1].retain_grad()
+            return (read[-1], *args[1:])  # experts are called with their routing as well
+
+        hooks = [call.layer.get_submodule(name).register_forward_pre_hook(tap) for name in names]
+        try:
+            end = call(stream)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        end.backward(gradient.to(end.dtype))  # type: ignore[no-untyped-call]
+        for x in read:
+            each = (-(x.float() * gradient_of(x).float())).detach()
+            effects[batch] += each.view_as(effects[batch]).to(effects[batch].device)
+
+    with frozen(model):
+        layerwise.backwards(model, batches, there_and_back, at_head, progress)
+    sums = [(each.sum(0), each.square().sum(0)) for each in (batch.flatten(0, -2).double() for batch in effects)]
+    effect, squared = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
     return effect, squared
-
-
-def _gradient(x: Tensor) -> Tensor:
-    assert x.grad is not None
-    return x.grad
-
-
-def _passes(
-    model: PreTrainedModel, blocks: Blocks, tokens: int, progress: Callable[[int, int], None], every: bool = False
-) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """For each batch: what is read of the stream at each place, [..., hidden], and the next tokens.
-
-    Projections at one place read the same; with `every` each gives its own copy, whose gradient is its own alone.
-    """
-    read: list[Tensor] = []
-
-    def tap(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        read.append(args[0].view_as(args[0]))
-        return (read[-1], *args[1:])  # experts are called with their routing as well
-
-    names = [name for place in family(model).readers for name in place[: None if every else 1]]
-    hooks = [layer.get_submodule(name).register_forward_pre_hook(tap) for layer in layers(model) for name in names]
-    dims, total = dimensions(config_dict(model)), max(1, tokens // blocks.length)
-    # What is read lives at once, with its gradients and what the layers keep for them: about 256 MiB of it.
-    rows = max(1, min(8, 2**25 // (dims.layers * (8 * dims.hidden + dims.active * dims.width) * blocks.length)))
-    try:
-        for first in range(0, total, rows):
-            progress(first, total)
-            batch = blocks.batch(first, min(rows, total - first)).to(model.device)
-            last = hidden_states(model, batch[:, :-1])
-            yield [*read, last], batch[:, 1:].flatten()
-            read.clear()
-        progress(total, total)
-    finally:
-        for hook in hooks:
-            hook.remove()

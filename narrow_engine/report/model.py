@@ -249,6 +249,11 @@ class Provenance(BaseModel):
     versions: dict[str, str] = Field(description="Of Narrow and of the libraries that matter.")
     machine: dict[str, Any] = Field(description="System, Python, threads, GPU, processes.")
     seconds: dict[str, float] = Field(description="Wall time of each stage.")
+    memory: dict[str, int] = Field(
+        {},
+        description="The most bytes that the process had in each stage, of the GPU's memory where it ran on one. Where jobs are "
+        "shut in, only the stages in which it had more than ever before are there.",
+    )
     recovery_tokens: int
     regularizer_tokens: int
     correction_tokens: int = Field(0, description="That the teacher was trained on.")

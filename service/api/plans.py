@@ -23,6 +23,8 @@ def create_plan(spec: JobSpec, request: Request, session: ReadDb) -> Plan:
         after=sizes.after,
         keep=sizes.keep,
         memory_bytes=sizes.memory_bytes,
+        memory=sizes.memory,
+        least_memory_bytes=sizes.least_memory_bytes,
         seconds=round(sizes.seconds),
         notices=sizes.notices,
     )

@@ -192,7 +192,12 @@ class Plan(BaseModel):
     before: Size = Field(description="The base.")
     after: Size = Field(description="The result.")
     keep: dict[Unit, int] = Field(description="Units kept in each layer; for `layer`, `residual` and `token`, in the model.")
-    memory_bytes: int = Field(description="Estimated peak of the job.")
+    memory_bytes: int = Field(description="Estimated peak of the job: the most of `memory`.")
+    memory: dict[str, int] = Field(description="Estimated peak of each stage, in bytes, where there is enough.")
+    least_memory_bytes: int = Field(
+        description="What the job can be done in, with training in smaller pieces, activations computed again and weights in "
+        "bfloat16, each where it has to be."
+    )
     seconds: float = Field(description="Rough estimate of the job's time on this server's machine.")
     notices: list[str] = Field(description="What would be rounded, or is not known before the job runs.")
 

@@ -65,7 +65,7 @@ def weights(out):
     return (out / "result" / "model" / "model.safetensors").read_bytes()
 
 
-def test_a_whole_run_with_every_part(spec, tmp_path):
+def test_a_whole_run_with_every_part(spec, tmp_path, python_file, german_file):
     method = {**OPTIONS["method"], "units": ["neuron", "layer", "residual"], "regularizer": {"tokens": 2560}}
     options = {"export": ["safetensors", "onnx"], "controls": ["trained", "random"], "budget": {"parameters": 0.7}}
     code, told = finish(start(spec(method=method, **options), tmp_path / "run"))
@@ -109,6 +109,9 @@ def test_a_whole_run_with_every_part(spec, tmp_path):
     for title in ("Gone or hidden?", "What the skills share"):
         assert title in page
     assert (result / "model" / "README.md").exists()
+    told = [e for e in read_events(tmp_path / "run" / "events.jsonl") if (e.kind, e.phase) == ("progress", "load")]
+    read = python_file.stat().st_size + german_file.stat().st_size
+    assert (told[-1].data, told[-1].message) == ({"done": read, "total": read}, "bytes of text read")
     numbered(tmp_path / "run")
 
 

@@ -17,7 +17,7 @@ from ports import free_port
 from runs import CONTEXT, Run, wait_for
 from tiny import tiny_model
 
-from narrow_engine import matching, memory, muon, shard, teacher, train
+from narrow_engine import footprint, matching, muon, shard, teacher, train
 from narrow_engine.corpus import Blocks
 from narrow_engine.errors import Cancelled
 from narrow_engine.events import read_events
@@ -70,10 +70,10 @@ def told_of(rank, count, port):
 def learn(mesh, folder, case, stop_at=None):
     """A training in float32, so that little is left to rounding; what a process has in the end."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train, muon, memory, teacher):
+        for module in (train, muon, teacher):
             patch.setattr(module, "training_dtype", lambda device: torch.float32)
-        if case.get("little"):
-            patch.setattr(memory, "limit", lambda device: 100_000)
+        if "way" in case:
+            patch.setattr(footprint, "choose", lambda *_: footprint.Way(*case["way"]))
         return _learn(mesh, folder, case, stop_at)
 
 
@@ -162,7 +162,9 @@ def assert_learned_alike(one, other):
         pytest.param(3, {"rows": 1}, marks=slow),
         pytest.param(3, {"rows": 7, "lasso": True}, marks=slow),
         pytest.param(2, {"match": True}, marks=slow),
-        pytest.param(2, {"match": True, "little": True}, marks=slow),
+        (2, {"rows": 7, "way": (2,)}),
+        pytest.param(3, {"rows": 4, "way": (3, True)}, marks=slow),
+        pytest.param(2, {"match": True, "way": (1, True)}, marks=slow),
         *(pytest.param(2, {"family": family}, marks=slow) for family in ("gemma2", "gpt_neox", "cohere2", "mixtral")),
         pytest.param(2, {"family": "qwen3_moe", "lasso": True}, marks=slow),
     ],
@@ -232,10 +234,14 @@ def assert_same(one, other, rel=NEAR):
         assert skill.recovered.loss == pytest.approx(other.skills[name].recovered.loss, rel=rel)
 
 
+@pytest.mark.parametrize("pieces", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_parts_of_a_batch_have_the_gradient_of_the_whole(size):
+def test_parts_of_a_batch_have_the_gradient_of_the_whole(size, pieces):
     for rows in range(1, 12):
-        parts = [shard.part(SimpleNamespace(get_local_rank=lambda r=r: r, size=lambda: size), rows) for r in range(size)]
+        meshes = [SimpleNamespace(get_local_rank=lambda r=r: r, size=lambda: size) for r in range(size)]
+        own = [shard.parts(mesh, rows, pieces) for mesh in meshes]
+        assert {len(parts) for parts in own} == {pieces}, "all processes run the same passes"
+        parts = [part for each in own for part in each]
         assert all(part.rows >= 1 and part.first + part.rows <= rows for part in parts)
         shares = [0.0] * rows
         for part in parts:
@@ -345,7 +351,7 @@ def test_a_model_with_experts_is_spread_as_well(spec, tmp_path, tokenizer_file):
 @slow
 @pytest.mark.parametrize("recover", [{"objective": "distill", "on_policy": 0.5}, {"match": {"hidden": 1.0, "attention": 0.0}}])
 def test_what_is_not_the_same_on_two_processes_works_as_well(spec, tmp_path, recover):
-    """What the student samples is drawn anew, and the streams' term is relative to the rows that a process has."""
+    """What the student samples is drawn anew."""
     path = spec(recover=recover)
     one, two = done(path, tmp_path / "one", 1), done(path, tmp_path / "two")
     assert all(math.isfinite(point.loss) for point in two.curve[1:])

@@ -89,6 +89,11 @@ def test_a_file_in_pieces_becomes_a_dataset(service, body):
     assert made.status_code == 201, made.text
     assert (made.json()["sha256"], made.json()["name"]) == (hashlib.sha256(body).hexdigest(), "pieces")
     refused(service.http.get(f"/uploads/{upload}"), 404, "upload_not_found")
+    # A form may have a million bytes here, and pieces no more.
+    large = begin(service, body := body * (1_000_000 // len(body) + 1))
+    assert send(service, large, 0, body).status_code == 204
+    refused(service.http.post("/datasets", data={"upload": large}), 413, "too_large")
+    assert service.http.delete(f"/uploads/{large}", headers={"Tus-Resumable": "1.0.0"}).status_code == 204
 
 
 def test_what_came_before_a_break_is_kept(service, body):

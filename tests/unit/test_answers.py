@@ -116,7 +116,7 @@ def test_only_held_out_rows_are_asked(tmp_path, reader):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"text": "{n} + 1 =", "answer": " {n + 1}"}}\n' for n in range(40)))
     data = DatasetPath(path=path, answer=Answer(prompts=5))
-    found = corpus.tokenize(path, "text", reader.tokenizer, 0, lambda: None, lambda *_: None, "answer")
+    found = corpus.tokenize(path, "text", reader.tokenizer, 0, answer="answer").documents
     held = found.take(np.arange(20, 40))
     # One document stands on both sides, as where the last part of a text is held out.
     training = found.take(np.arange(0, 22))

@@ -374,7 +374,7 @@ def test_a_dry_run_is_a_table_of_the_whole_spec(uploads, local):
     uploads.script["/plans"] = [plan]
     options = (*local, "--dry-run", "--skill", "a=ds_1:keep", "--export", "onnx", "--seed", "7", "--unit", "head")
     result = run_cli("compress", *options)
-    for said in ("0.50", "8 neurons a layer, 1,200 tokens\n", "2.5 GB", "1.5 minutes", "note: Rounded."):
+    for said in ("0.50", "8 neurons a layer, 1,200 tokens ", "2.5 GB", "1.5 minutes", "note: Rounded."):
         assert said in result.stdout, result.stdout
     assert "\x1b" not in result.stdout
     assert sent["skills"] == [{"name": "a", "dataset": "ds_1", "role": "keep"}]

@@ -6,6 +6,7 @@ import json
 import struct
 import tracemalloc
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from pyarrow.parquet import write_table
 
 from narrow_engine import documents, parquet
-from narrow_engine.documents import Skipped, ending, read_answers, read_documents
+from narrow_engine.documents import Position, Skipped, ending, read_answers, read_documents
 from narrow_engine.errors import NarrowError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
@@ -303,6 +304,44 @@ def test_a_bomb_costs_no_more_than_its_cap(tmp_path, monkeypatch, name, make, co
         tracemalloc.stop()
     assert raised.value.code == code, raised.value
     assert peak < 8 * documents.LINE_LIMIT
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.parquet"])
+def test_what_a_file_may_hold_grows_with_it(tmp_path, monkeypatch, name):
+    """Its own bytes had to be sent, and a bomb's have not: here they are text that cannot be packed."""
+    random = np.random.default_rng(0)
+    texts = [random.bytes(3000).hex() for _ in range(100)]
+    path = tmp_path / name
+    if name == "a.txt":
+        path.write_text("\n\n".join(texts))
+    else:
+        write(path, texts)
+    monkeypatch.setattr(documents, "TOTAL_LIMIT", 1000)
+    monkeypatch.setattr(documents, "ROW_LIMIT", 1)
+    assert len(list(read_documents(path))) == 100
+    for name, value, words in (("ROW_BYTES", 2**20, "more than 1 rows"), ("TOTAL_FACTOR", 0, "GiB of text")):
+        with monkeypatch.context() as changed:
+            changed.setattr(documents, name, value)
+            with pytest.raises(NarrowError, match=words):
+                list(read_documents(path))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_reading_tells_where_in_the_file_it_is(tmp_path, name):
+    random = np.random.default_rng(0)
+    path = tmp_path / name
+    texts = [random.bytes(3000).hex() for _ in range(200)]
+    if name == "a.txt":
+        path.write_text("\n\n".join(texts))
+    else:
+        write(path, texts)
+    position = Position()
+    places = [position.tell() for _ in read_documents(path, position=position)]
+    size = path.stat().st_size
+    assert places == sorted(places)
+    assert 0 < places[0] < 0.4 * size
+    assert abs(places[len(places) // 2] / size - 0.5) < 0.2
+    assert places[-1] <= size == position.tell()
 
 
 def test_a_bomb_in_parquet_costs_no_more_than_its_cap(tmp_path, monkeypatch):

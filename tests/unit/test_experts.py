@@ -37,7 +37,7 @@ def expert_plan(model, kept):
 
 
 def collected(model):
-    return importance.collect(model, Blocks(TOKENS, 32, 0), 256, True, lambda *_: None)
+    return list(importance.collect(model, Blocks(TOKENS, 32, 0), 256, True, lambda *_: None))
 
 
 def block_as_the_papers_write_it(block, table, stream, kept, renormalise):

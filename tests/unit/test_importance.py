@@ -20,7 +20,7 @@ TOKENS = np.random.default_rng(0).integers(0, 320, 3000).astype(np.uint32)
 
 
 def collected(model, tokens=256):
-    return importance.collect(model, Blocks(TOKENS, 32, 0), tokens, True, lambda *_: None)
+    return list(importance.collect(model, Blocks(TOKENS, 32, 0), tokens, True, lambda *_: None))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
@@ -28,7 +28,7 @@ def collected(model, tokens=256):
 def test_what_needs_no_grams_is_the_same_without(criterion, family):
     model = tiny_model(family)
     with_grams, without = (
-        importance.collect(model, Blocks(TOKENS, 32, 0), 256, True, lambda *_: None, grams=grams) for grams in (True, False)
+        list(importance.collect(model, Blocks(TOKENS, 32, 0), 256, True, lambda *_: None, grams=grams)) for grams in (True, False)
     )
     assert all(not reader.gram.numel() for layer in without for reader in (*layer.mlp, layer.attention))
     expected = importance.CRITERIA[criterion](model, with_grams, 0)

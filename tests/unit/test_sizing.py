@@ -120,7 +120,8 @@ def test_the_dry_run_counts_who_teaches():
 
     base, alone = sizes({}), sizes({"objective": "next_token"})
     assert alone.flops < base.flops < sizes({}, larger).flops
-    assert base.memory_bytes < sizes({}, larger).memory_bytes > sizes({"cache": "hidden"}, larger).memory_bytes
+    taught = [sizes(recover, larger).memory["recover"] for recover in ({}, {"cache": "hidden"})]
+    assert base.memory["recover"] < taught[0] > taught[1]
     assert sizes({"correction": {"tokens": 10**6}}).flops > base.flops
     assert sizes({"cache": "hidden"}).notices == ["The cache of what the teacher says takes up to 0.1 GB of disk."]
     assert "0.3 GB" in sizes({"cache": "hidden"}, larger).notices[0]

@@ -1,21 +1,23 @@
 """The training loop: what was interrupted ends as if it had not been, and group lasso reaches exact zeros."""
 
 import itertools
+from contextlib import ExitStack
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, tiny_model
+from tiny import FAMILIES, kept, tiny_model
 
-from narrow_engine import memory
+from narrow_engine import footprint, matching
 from narrow_engine.corpus import Blocks
 from narrow_engine.errors import Cancelled
 from narrow_engine.families import dimensions
 from narrow_engine.models import along, config_dict
+from narrow_engine.plan import whole_plan
 from narrow_engine.regularize import GroupLasso
-from narrow_engine.spec import Divergence
-from narrow_engine.teacher import Live
+from narrow_engine.spec import Divergence, Match
+from narrow_engine.teacher import Cached, Live, write
 from narrow_engine.train import Settings, shape, train
 
 TOKENS = np.random.default_rng(0).integers(0, 320, 6000).astype(np.uint32)
@@ -155,28 +157,51 @@ def test_blocks_cover_an_epoch_once_and_follow_the_seed():
     assert not torch.equal(one.batch(one.count, 3), first[:3]), "the next epoch has another order"
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "qwen3_moe"])
-def test_the_memory_of_activations_is_told_from_short_blocks(family):
-    model = tiny_model(family).train()
-    assert memory.activations(model, 6, 512) == pytest.approx(memory.kept(model, 6, 512), rel=0.05)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_activations_that_do_not_fit_are_computed_again_with_the_same_result(family, tmp_path, monkeypatch):
     settings, teacher = Settings(32 * 4 * 4, 128, "mixed", 1.0, "muon", 3e-3), tiny_model(family, seed=1)
     models, told = [tiny_model(family), tiny_model(family)], []
     run(models[0], settings, tmp_path / "whole", teacher=Live(teacher), emit=lambda *event: told.append(event))
-    monkeypatch.setattr(memory, "limit", lambda device: 100_000)
-    kept = []
+    monkeypatch.setattr(footprint, "choose", lambda *_: footprint.Way(recompute=True))
+    found = []
     run(
         models[1],
         settings,
         tmp_path / "again",
         teacher=Live(teacher),
         emit=lambda *event: told.append(event),
-        watch=lambda model: kept.append(memory.kept(model.train(), 4, 32)),
+        watch=lambda model: found.append(kept(model.train(), 4, 32)),
     )
-    assert kept[0] < 0.5 * memory.kept(models[1].train(), 4, 32)
+    assert found[0] < 0.5 * kept(models[1].train(), 4, 32)
     for (name, a), (_, b) in zip(*(m.named_parameters() for m in models), strict=True):
         assert torch.equal(a, b), name
     assert [data["code"] for kind, _, _, data in told if kind == "notice"] == ["recomputed"]
+
+
+@pytest.mark.parametrize("pieces", [3, 5])
+@pytest.mark.parametrize("case", ["next_token", "mixed", "cached", "on_policy", "match"])
+def test_a_batch_in_pieces_is_the_batch(case, pieces, tmp_path, monkeypatch):
+    """To the order of sums; five rows in three pieces are of two lengths."""
+    objective = "next_token" if case == "next_token" else "distill" if case == "on_policy" else "mixed"
+    settings = Settings(32 * 5 * 6, 160, objective, 1.0, "adamw", 3e-3, on_policy=0.5 if case == "on_policy" else 0.0)
+    base = tiny_model("llama", seed=1, initializer_range=0.1)
+    models, curves, told = [tiny_model("llama"), tiny_model("llama")], [], []
+    for model, parts in zip(models, (1, pieces), strict=True):
+        way = footprint.Way(parts)
+        monkeypatch.setattr(footprint, "choose", lambda *_, way=way: way)
+        folder, extra = tmp_path / str(parts), {"emit": lambda *event: told.append(event)}
+        teacher = Live(base)
+        if case == "cached":
+            for part in ("cache", "work"):
+                (folder / part).mkdir(parents=True)
+            write(folder / "cache", folder / "work", teacher, blocks(), 30, None, 1.0, lambda done, total: None)
+            teacher = Cached(folder / "cache", blocks(), torch.device("cpu"))
+        with ExitStack() as stack:
+            if case == "match":
+                weights = Match(hidden=1.0, attention=1.0)
+                extra["beside"] = stack.enter_context(matching.beside(base, model, whole_plan(config_dict(model)), weights))
+            curves.append(run(model, settings, folder, teacher=None if case == "next_token" else teacher, **extra))
+    assert [p.loss for p in curves[0]][1:] == pytest.approx([p.loss for p in curves[1]][1:], rel=1e-4)
+    for (name, a), (_, b) in zip(*(m.named_parameters() for m in models), strict=True):
+        assert torch.allclose(a, b, atol=2e-4), name
+    assert [data["code"] for kind, _, _, data in told if kind == "notice"] == ["micro_batches"]

@@ -276,7 +276,7 @@ def test_stretches_of_both_readings_are_the_same_text(kind):
     widths = (vocabulary.widths(tokenizer, tokenizer.get_vocab_size()), vocabulary.widths(small, len(kept)))
     texts = corpus.Reading(*sides, widths)
     assert len(sides[1].tokens) > 1.2 * len(sides[0].tokens)
-    drawn = corpus.sample(sides[0].places(), 1000, 8, 0)
+    drawn = corpus.sample(sides[0], 1000, 8, 0)
     first, second = texts.at(drawn)
     assert len(first) == len(second) == len(drawn)
     assert len(first.tokens) > 0.8 * len(drawn.tokens)
@@ -284,7 +284,7 @@ def test_stretches_of_both_readings_are_the_same_text(kind):
         assert tokenizer.decode(one[1:].tolist()) == small.decode(other[1:].tolist())
         assert len(one) >= 1
         assert len(other) >= 1
-    whole = texts.at(sides[0].places())
+    whole = texts.at(sides[0])
     assert np.array_equal(whole[0].tokens, sides[0].tokens)
     assert np.array_equal(whole[1].tokens, sides[1].tokens)
 
@@ -293,7 +293,7 @@ def test_two_tokenizers_that_spell_differently_are_refused():
     one = corpus.Documents(np.array([0, 1], np.uint32), np.array([0, 2]), np.zeros(1, np.uint64))
     texts = corpus.Reading(one, corpus.Documents(one.tokens, one.offsets, one.hashes), (np.array([1, 2]), np.array([1, 3])))
     with pytest.raises(NarrowError, match="does not spell the text"):
-        texts.at(one.places())
+        texts.at(one)
 
 
 def test_added_tokens_that_normalise_stay():

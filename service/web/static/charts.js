@@ -104,7 +104,7 @@ function follow(section) {
     });
   }
   source.addEventListener("progress", (message) => {
-    const { phase, time, data } = JSON.parse(message.data);
+    const { phase, time, data, message: more } = JSON.parse(message.data);
     const measured = Number.isFinite(data.loss) || Number.isFinite(data.validation);
     if (measured && Number.isFinite(data.tokens) && ["sparsify", "recover"].includes(phase)) {
       losses.add(phase, data);
@@ -115,7 +115,8 @@ function follow(section) {
     const bar = place.querySelector("progress");
     bar.max = data.total;
     bar.value = data.done;
-    place.querySelector(".figure").textContent = `${data.done.toLocaleString("en")} of ${data.total.toLocaleString("en")}`;
+    const figure = `${data.done.toLocaleString("en")} of ${data.total.toLocaleString("en")}`;
+    place.querySelector(".figure").textContent = more ? `${figure}, ${more}` : figure;
     // What began before this page was opened, the server has told.
     const since = began[phase] ?? (place.dataset.phase === phase ? Date.parse(place.dataset.began) : NaN);
     const seconds = ((Date.parse(time) - since) / 1000) * (data.total / data.done - 1);

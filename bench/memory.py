@@ -1,0 +1,175 @@
+"""How much memory stages take at their peak, predicted and measured.
+
+    python bench/memory.py [--only TEXT]
+    python bench/memory.py --table     # what is predicted for models of 1B, 8B and 70B; nothing is run
+
+Trainings of random models in processes of their own, two steps each. Predicted is what the dry run and the planner say
+(`narrow_engine/footprint.py`); measured is VmHWM of /proc/self/status, reset before the training by writing 5 to
+/proc/self/clear_refs. glibc keeps freed memory for later, the more the longer a process runs, and that is no need of the
+training: MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are fixed at 64 KiB, so that it gives back at once.
+Writes bench/results/memory.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+HERE = Path(__file__).resolve().parent
+BASE, DATA = HERE.parent / "demo" / "base", HERE.parent / "demo" / "data"
+STEADY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_WAIT_POLICY": "passive"}
+
+# Millions of parameters in the name, about. `head` is the size of a head.
+SHAPES = {
+    "llama 8M": {"family": "llama", "hidden": 256, "width": 1024, "layers": 6, "heads": 8, "kv": 4, "vocab": 8192},
+    "llama 46M, vocabulary of 128k": {
+        "family": "llama", "hidden": 256, "width": 1024, "layers": 12, "heads": 8, "kv": 4, "vocab": 131_072,
+    },
+    "qwen3 110M": {"family": "qwen3", "hidden": 768, "width": 2304, "layers": 10, "heads": 12, "kv": 4, "vocab": 32_768},
+    "mixtral 120M": {"family": "mixtral", "hidden": 512, "width": 1024, "layers": 8, "heads": 8, "kv": 4, "vocab": 16_384},
+    "llama 300M": {"family": "llama", "hidden": 1024, "width": 3584, "layers": 18, "heads": 16, "kv": 8, "vocab": 32_768},
+}  # fmt: skip
+CASES = [
+    ("llama 8M", {"tokens": 2048}),
+    ("llama 8M", {"tokens": 2048, "pieces": 4, "recompute": True}),
+    ("llama 8M", {"tokens": 2048, "pieces": 4, "recompute": True, "bfloat16": True}),
+    ("llama 46M, vocabulary of 128k", {"tokens": 512}),
+    ("llama 46M, vocabulary of 128k", {"tokens": 512, "objective": "next_token", "optimizer": "adamw"}),
+    ("llama 46M, vocabulary of 128k", {"tokens": 1024, "pieces": 2, "recompute": True, "bfloat16": True}),
+    ("qwen3 110M", {"tokens": 1024, "objective": "next_token", "optimizer": "adamw"}),
+    ("mixtral 120M", {"tokens": 512, "objective": "next_token"}),
+    ("llama 300M", {"tokens": 512, "objective": "next_token", "optimizer": "adamw"}),
+    ("qwen3 110M", {"tokens": 1024}),
+    ("llama 300M", {"tokens": 512, "optimizer": "adamw", "recompute": True, "bfloat16": True}),
+    ("llama 8M", {"tokens": 16_384}),
+    ("llama 8M", {"tokens": 16_384, "recompute": True}),
+]
+LENGTH = 512
+
+KNOWN = {
+    "1B (Llama 3.2)": {"hidden": 2048, "width": 8192, "layers": 16, "heads": 32, "kv": 8, "vocab": 128_256, "tied": True},
+    "8B (Llama 3.1)": {"hidden": 4096, "width": 14_336, "layers": 32, "heads": 32, "kv": 8, "vocab": 128_256, "tied": False},
+    "70B (Llama 3.1)": {"hidden": 8192, "width": 28_672, "layers": 80, "heads": 64, "kv": 8, "vocab": 128_256, "tied": False},
+}
+"""Shapes that are predicted alone."""
+
+
+def table() -> None:
+    """Prints what is predicted for KNOWN, half of whose parameters are kept, by stage and by way of training; GB, no torch."""
+    from narrow_engine import footprint
+    from narrow_engine.families import dimensions
+    from narrow_engine.sizing import plan_sizes, shrink, solve
+    from narrow_engine.spec import Options
+
+    ways = {
+        "plain": footprint.Way(),
+        "recomputed": footprint.Way(recompute=True),
+        "and in bfloat16": footprint.Way(recompute=True, bfloat16=True),
+    }
+    stages = ("load", "measure_base", "score", "reconstruct", "measure", "export")
+    print("| base | device | " + " | ".join(stages) + " | " + " | ".join(f"recover, {way}" for way in ways) + " |")
+    print("|---" * (2 + len(stages) + len(ways)) + "|")
+    for name, shape in KNOWN.items():
+        config = {"model_type": "llama", **config_of(shape), "tie_word_embeddings": shape["tied"]}
+        options = Options.model_validate({"budget": {"parameters": 0.5}, "method": {"units": ["neuron"]}})
+        dims = dimensions(config)
+        for device, low in (("CPU", False), ("GPU", True)):
+            small = shrink(dims, solve(config, options, 2)[0])
+            fixed = 0 if low else footprint.FIXED
+            task = footprint.trainings(footprint.Job(config, options, dims, dims, small, 0, low, fixed))["recover"]
+            memory = plan_sizes(config, options, 2, low=low).memory
+            found = [memory[stage] for stage in stages] + [footprint.training(task, way) for way in ways.values()]
+            print(f"| {name} | {device} | " + " | ".join(f"{value / 1e9:,.0f}" for value in found) + " |")
+
+
+def config_of(shape: dict) -> dict:
+    return {
+        "vocab_size": shape["vocab"],
+        "hidden_size": shape["hidden"],
+        "intermediate_size": shape["width"],
+        "num_hidden_layers": shape["layers"],
+        "num_attention_heads": shape["heads"],
+        "num_key_value_heads": shape["kv"],
+        "head_dim": shape["hidden"] // shape["heads"],
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "use_cache": False,
+        "pad_token_id": 0,
+    }
+
+
+def one(name: str, options: dict) -> None:
+    """Trains two steps and prints predicted and measured bytes."""
+    import numpy as np
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from narrow_engine import footprint, memory, train
+    from narrow_engine.corpus import Blocks
+    from narrow_engine.families import dimensions
+    from narrow_engine.models import config_dict
+    from narrow_engine.teacher import Live
+
+    torch.set_num_threads(1)
+    cpu, shape = torch.device("cpu"), SHAPES[name]
+    way = footprint.Way(options.get("pieces", 1), options.get("recompute", False), options.get("bfloat16", False))
+    rows, objective, optimizer = options["tokens"] // LENGTH, options.get("objective", "mixed"), options.get("optimizer", "muon")
+
+    def model() -> object:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(shape["family"], **config_of(shape))).float()
+
+    student, teacher = model(), Live(model()) if objective == "mixed" else None
+    low = train.training_dtype(cpu) != torch.float32
+    config, beside = config_dict(student), footprint.FIXED + (teacher.bytes if teacher else 0)
+    task = footprint.Task(config, dimensions(config), rows, LENGTH, optimizer, low, beside)
+    tokens = np.random.default_rng(0).integers(0, shape["vocab"], 40_000).astype(np.uint32)
+    before = memory.begin(cpu)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(footprint, "choose", return_value=way):
+        train.train(
+            student,
+            Blocks(tokens, LENGTH, 0),
+            train.Settings(2 * rows * LENGTH, rows * LENGTH, objective, 2.0, optimizer),
+            phase="bench",
+            folder=Path(folder),
+            emit=lambda *_: None,
+            check=lambda: None,
+            validate=lambda model: 0.0,
+            teacher=teacher,
+        )
+    print(json.dumps({"predicted": footprint.training(task, way), "measured": memory.peak(cpu, before)}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--table", action="store_true", help="predictions for known shapes")
+    options = parser.parse_args()
+    if options.table:
+        table()
+        return
+    if options.one:
+        one(options.one[0], json.loads(options.one[1]))
+        return
+    rows = []
+    print("| training | predicted, MB | measured, MB | ratio |\n|---|---|---|---|")
+    for name, asked in CASES:
+        said = f"{name}: " + ", ".join(f"{key} {value}" for key, value in asked.items())
+        if options.only not in said:
+            continue
+        command = [sys.executable, __file__, "--one", name, json.dumps(asked)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **STEADY})
+        row = {"case": said, **json.loads(done.stdout.splitlines()[-1])}
+        rows.append(row)
+        ratio = row["predicted"] / row["measured"]
+        print(f"| {said} | {row['predicted'] / 1e6:,.0f} | {row['measured'] / 1e6:,.0f} | {ratio:.2f} |", flush=True)
+        if not options.only:
+            (HERE / "results" / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,338 @@
+"""How much memory each stage of a job takes at its peak, and how training is done where it is little. From configs; no torch.
+
+A step of training holds weights, optimizer states and, by its end, gradients; in the forward pass the activations that the
+backward pass reads; around the loss the logits of a chunk of positions and the gradient of the head. Activations are counted by
+what autograd keeps of each kind of tensor in a layer (`kept_per_token`, held against real models by
+tests/unit/test_footprint.py), and all of it against measured runs by bench/memory.py (docs/explanation/memory.md).
+
+The dry run tells what is predicted here, and training chooses by it (`choose`): the same numbers, so what was promised is done.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from narrow_engine.errors import NarrowError
+from narrow_engine.families import Dimensions, family_of, present, tensor_shapes
+from narrow_engine.spec import Options, controls, taught
+
+ROOM = 0.9
+"""Share of the memory that may be filled, by predictions that are within a tenth of what is measured."""
+FIXED = 380 * 2**20
+"""What a process has of libraries and code before any model."""
+SMALL_PIECE = 4096
+"""Tokens of a piece of a batch, below which matrix products lose speed: recomputing comes first."""
+CHUNK, LOGITS = 256, 5
+"""Positions whose logits exist at once (`losses.CHUNK`), and how many arrays of their size the loss has at its peak: two
+distributions, their ratio, and what is being made of them."""
+STACK = 5 * 64 * 2**20
+"""What an orthogonalisation takes (`muon.STACK`), at most, where no matrix is larger."""
+DROPPED = 3
+"""Numbers of every pair of positions in every head that attention keeps where it has dropout, which is not fused on a CPU."""
+PIECE = 6 * 4 * 2**22
+"""What rounding by chance takes (`rounding.PIECE`)."""
+
+MEASURED, REFIT_BATCH, STREAMS = 4096, 4096, 10
+"""Tokens of a batch that is measured, and of one that the refit trains a layer on, at most; and how many arrays of the size of a
+stream the refit holds of all its tokens."""
+ORDER = (
+    *("load", "measure_base", "score", "sparsify", "slice", "reconstruct"),
+    *("correct", "recover", "controls", "measure", "export"),
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a step is done. The plain way is the fastest."""
+
+    pieces: int = 1
+    """Parts of a batch that are run one after the other; their gradients are added up."""
+    recompute: bool = False
+    """Whether the backward pass computes each layer's activations again."""
+    bfloat16: bool = False
+    """Whether weights, gradients and optimizer states are bfloat16, rounded by chance."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A training: the model, blocks in a batch and their length, the optimizer, whether products run in bfloat16, what else takes
+    memory (`beside`: other models, libraries), and how many processes share the training."""
+
+    config: dict[str, Any]
+    dims: Dimensions
+    rows: int
+    length: int
+    optimizer: str
+    low: bool
+    beside: int = 0
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters of a model: in one layer, outside the layers, and of both those in matrices of layers, which Muon takes."""
+
+    layer: int
+    outer: int
+    layers: int
+    layer_matrices: int
+    largest_matrix: int
+    """Of a layer; of experts, one."""
+
+    @property
+    def all(self) -> int:
+        return self.outer + self.layers * self.layer
+
+
+def counts(config: dict[str, Any], dims: Dimensions) -> Counts:
+    prefix = family_of(config).layers + "."
+    one_layer = tensor_shapes(config, replace(dims, layers=1))
+    sizes = {name: math.prod(shape) for name, shape in one_layer.items()}
+    own = [name for name in sizes if name.startswith(prefix)]
+    matrices = [name for name in own if len(one_layer[name]) > 1]
+    return Counts(
+        layer=sum(sizes[name] for name in own),
+        outer=sum(size for name, size in sizes.items() if name not in own),
+        layers=dims.layers,
+        layer_matrices=sum(sizes[name] for name in matrices),
+        largest_matrix=max(math.prod(one_layer[name][-2:]) for name in matrices),
+    )
+
+
+def training(task: Task, way: Way) -> int:
+    """Bytes of a process at the peak of training."""
+    dims = task.dims
+    n = counts(task.config, dims)
+    size = 2 if way.bfloat16 else 4
+    tokens = math.ceil(task.rows / (way.pieces * task.processes)) * task.length
+    low = task.low
+
+    matrices = n.layers * n.layer_matrices if task.optimizer == "muon" else 0
+    states = size * (matrices + 2 * (n.all - matrices))
+    weights = gradients = size * n.all
+    held, extra = (weights + states) // task.processes, 0
+    if task.processes > 1:
+        # The whole model waits on the CPU; a layer and the next, and all that is outside of layers, are gathered.
+        extra = size * (n.all + 2 * n.outer + 2 * n.layer)
+        gradients //= task.processes
+    before = gradients if way.pieces > 1 else 0
+
+    one, outside = kept_per_token(task.config, dims, task.length, low)
+    layers = tokens * n.layers * (4 * dims.hidden if way.recompute else one)
+    again = tokens * one if way.recompute else 0
+    activations = layers + tokens * outside
+    # Copies of the weights in the type of the products: of all layers, or of the one that runs.
+    copies = 2 * n.layers * n.layer if low and not way.bfloat16 else 0
+    running = 8 * n.layer if way.bfloat16 and not low else 0
+    head = dims.vocab * dims.hidden
+    head_copy = (2 if low else 4) * head if low != way.bfloat16 else 0
+    logits = LOGITS * 4 * CHUNK * dims.vocab
+    said = 2 * tokens * dims.hidden * (2 if low else 4)
+
+    backward = 4 * tokens * (3 * dims.active * dims.width + 2 * dims.hidden)
+    forward_end = (
+        before
+        + activations
+        + max(
+            copies,
+            said + head_copy + 4 * head + logits,
+            said + size * head + again + backward + running,
+        )
+    )
+    backward_end = gradients + size * head + again // 2 + running
+    iteration = max(STACK, 5 * (2 if low else 4) * n.largest_matrix + 4 * n.largest_matrix) if task.optimizer == "muon" else 0
+    stepping = (
+        gradients
+        + min(iteration, 4 * 4 * n.layers * n.layer_matrices)
+        + (min(PIECE, 24 * max(head, n.largest_matrix)) if way.bfloat16 else 0)
+    )
+    return task.beside + held + extra + max(forward_end, backward_end, stepping)
+
+
+def kept_per_token(config: dict[str, Any], dims: Dimensions, length: int, low: bool) -> tuple[int, int]:
+    """Bytes that autograd keeps of a token: in a layer, and outside the layers. With products in bfloat16 what they read and
+    make has half of the size; the stream and norms do not."""
+    family = family_of(config)
+    tensors = present(family.layer_tensors, family, config)
+    hidden, q, kv, part = dims.hidden, dims.axis("q"), dims.axis("kv"), 0.5 if low else 1.0
+    axes, names = {axis for tensor in tensors for axis in tensor.axes}, {tensor.name for tensor in tensors}
+    norms = [tensor for tensor in tensors if tensor.is_norm and tensor.axes == ("hidden",)]
+    fused_norms = not norms or any(tensor.name.removesuffix("weight") + "bias" in names for tensor in norms)
+    # What two projections read, and what norms are made of: LayerNorm is one operation, RMSNorm is two.
+    floats: float = 2 * hidden + (1 if fused_norms else 2) * (len(norms) or 2) * hidden
+    # Queries, keys, values, and what attention makes; of fused projections what they were cut out of as well.
+    floats += part * (2 * q + 2 * kv)
+    if "q_k_v" in axes:
+        floats += part * (2 * q + kv)
+    if "qkv" in axes:
+        floats += part * (q + kv)
+    if family.qk_normed:
+        floats += (1 + part) * (q + kv)
+    dropout = any(config.get(key) for key in ("attention_dropout", "attn_pdrop"))
+    floats += (DROPPED if dropout else family.pairs) * dims.heads * length
+    if family.router:
+        floats += dims.active * (4 * dims.width + 2 * hidden) + 4 * dims.shared + (hidden if dims.shared else 0)
+    else:
+        gated = any(f"{family.mlp}.gate" in name for name in names)
+        composed = 3 if config.get("activation_function") == "gelu_new" else 0
+        floats += part * (4 if gated else 2 + composed) * dims.width
+    return round(4 * (floats + dims.heads)), 4 * 4 * hidden
+
+
+def ways(rows: int, length: int, may_round: bool) -> Iterator[Way]:
+    """From the fastest to the one that takes the least memory."""
+    halved = [1]
+    while halved[-1] < rows:
+        halved.append(min(rows, 2 * halved[-1]))
+    for pieces in halved:
+        if pieces == 1 or math.ceil(rows / pieces) * length >= SMALL_PIECE:
+            yield Way(pieces)
+    for rounded in (False, True) if may_round else (False,):
+        for pieces in halved:
+            yield Way(pieces, recompute=True, bfloat16=rounded)
+
+
+def choose(task: Task, there: int, phase: str, may_round: bool) -> Way:
+    """The fastest way that fits into the memory that there is. Raises NarrowError (too_little_memory)."""
+    found = list(ways(math.ceil(task.rows / task.processes), task.length, may_round))
+    for way in found:
+        if training(task, way) <= ROOM * there:
+            return way
+    least = min(training(task, way) for way in found)
+    raise NarrowError(
+        "too_little_memory",
+        f"Training in {phase} takes {least:,} bytes of memory at least, {round(least - ROOM * there):,} more than the "
+        f"{round(ROOM * there):,} that may be filled of {there:,}: lower block_tokens or the budget"
+        ", or take a machine with more.",
+    )
+
+
+def told(task: Task, way: Way, there: int) -> list[tuple[str, str]]:
+    """What is not done in the plain way, as codes and sentences."""
+    plain = training(task, Way())
+    found = []
+    for code, chosen, sentence in (
+        (
+            "micro_batches",
+            way.pieces > 1,
+            f"each batch is taken in {way.pieces} parts whose gradients are added up, which gives the same result",
+        ),
+        (
+            "recomputed",
+            way.recompute,
+            "activations are computed again in the backward pass, which gives the same result about a third later",
+        ),
+        (
+            "bfloat16",
+            way.bfloat16,
+            "weights, gradients and momenta are in bfloat16 and rounded by chance, which costs a little of the loss",
+        ),
+    ):
+        if chosen:
+            found.append((code, f"Of {there / 1e9:.1f} GB of memory plain training would take {plain / 1e9:.1f}: {sentence}."))
+    return found
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job's stages have to do with: the base's config; its lengths as it was brought, with its vocabulary trimmed, and
+    cut; bytes of the teacher, where it is not the base; and the kind of device."""
+
+    config: dict[str, Any]
+    options: Options
+    whole: Dimensions
+    base: Dimensions
+    small: Dimensions
+    teacher: int = 0
+    low: bool = False
+    fixed: int = FIXED
+
+
+def trainings(job: Job) -> dict[str, Task]:
+    """The stages that train, and how."""
+    method, length = job.options.method, job.options.block_tokens
+    rows = max(1, method.recover.batch_tokens // length)
+    base, small = (4 * counts(job.config, dims).all for dims in (job.base, job.small))
+
+    def task(dims: Dimensions, optimizer: str, beside: int) -> Task:
+        return Task(job.config, dims, rows, length, optimizer, job.low, job.fixed + beside)
+
+    found = {}
+    if method.regularizer:
+        found["sparsify"] = task(job.base, "adamw", base)
+    if taught(method) and method.recover.correction:
+        found["correct"] = task(job.base, method.recover.optimizer, 2 * base)
+    if method.recover.tokens:
+        beside = base + small + (job.teacher if taught(method) and not method.recover.cache else 0)
+        found["recover"] = task(job.small, method.recover.optimizer, beside)
+    if "trained" in controls(job.options):
+        found["controls"] = task(job.base, method.recover.optimizer, 2 * base)
+    return found
+
+
+def stages(job: Job) -> dict[str, int]:
+    """Bytes of the process at the peak of each stage that matters, with training done in the plain way."""
+    method, dims, small = job.options.method, job.base, job.small
+    whole, base, cut = (4 * counts(job.config, d).all for d in (job.whole, dims, small))
+    trimmed = base if job.whole.vocab != dims.vocab else 0
+    found = {
+        "load": job.fixed + whole,
+        "measure_base": job.fixed + whole + trimmed + _forward(job.whole, MEASURED),
+        "score": job.fixed + base + _scoring(job),
+        "slice": job.fixed + 2 * base + cut,
+        "reconstruct": job.fixed + base + cut + _refit(job) if method.refit else 0,
+        "measure": job.fixed + base + 2 * cut + _forward(dims, MEASURED, 3),
+        "export": job.fixed + base + 4 * cut,
+    }
+    for name, task in trainings(job).items():
+        found[name] = training(task, Way())
+    return {name: found[name] for name in ORDER if found.get(name)}
+
+
+def _forward(dims: Dimensions, tokens: int, models: int = 1) -> int:
+    """A pass without gradients: what a layer holds, each model's hidden states, and the logits of a chunk."""
+    layer = tokens * (3 * dims.active * dims.width + 6 * dims.hidden)
+    return 4 * (layer + models * tokens * dims.hidden + LOGITS * CHUNK * dims.vocab)
+
+
+def _scoring(job: Job) -> int:
+    """The Gram matrices of all layers in float64, with what one elimination takes; and the activations of a pass."""
+    method, dims = job.options.method, job.base
+    grams = method.importance in ("reconstruction", "activation")
+    squares = dims.layers * (dims.experts * dims.width**2 + dims.axis("q") ** 2) if grams else 0
+    widest = max(dims.width, dims.axis("q")) if method.importance == "reconstruction" else 0
+    length = job.options.block_tokens
+    taps = dims.layers * (dims.active * dims.width + dims.axis("q") + 2 * dims.hidden) * length
+    rows = max(1, min(8, 2**26 // taps))
+    if method.importance in ("fisher", "attribution"):
+        kept, outside = kept_per_token(job.config, dims, length, job.low)
+        pass_bytes = rows * length * (dims.layers * kept + outside) + 4 * LOGITS * CHUNK * dims.vocab + 8 * taps * rows
+    else:
+        pass_bytes = 4 * rows * taps + _forward(dims, rows * length)
+    return 8 * squares + max(pass_bytes, 8 * 5 * widest**2)
+
+
+def _refit(job: Job) -> int:
+    """The calibration tokens' streams in both models, a layer's Gram matrix and its solution, and the layer's training."""
+    method, dims, small = job.options.method, job.base, job.small
+    tokens, n = method.calibration_tokens, counts(job.config, job.small)
+    batch = max(1, min(REFIT_BATCH, tokens // 8))
+    kept, _ = kept_per_token(job.config, small, job.options.block_tokens, job.low)
+    solving = 8 * (4 * max(small.width, small.axis("q")) ** 2 + 3 * small.width * small.hidden)
+    layer = 4 * 5 * n.layer + batch * (kept + 4 * (3 * small.active * small.width + 2 * small.hidden)) + min(STACK, 16 * n.layer)
+    return 4 * STREAMS * tokens * dims.hidden + max(solving, layer)
+
+
+def check(job: Job, there: int) -> None:
+    """Whether each training has a way that fits into the memory that there is. Raises NarrowError (too_little_memory)."""
+    for name, task in trainings(job).items():
+        choose(task, there, name, name != "sparsify")
+
+
+def least(job: Job) -> int:
+    """Bytes of the job at its peak where training is done in whatever way takes the least."""
+    found = stages(job)
+    for name, task in trainings(job).items():
+        found[name] = min(training(task, way) for way in ways(task.rows, task.length, name != "sparsify"))
+    return max(found.values())

@@ -1,0 +1,140 @@
+"""What is predicted of memory is what is taken, and training takes the fastest way that fits."""
+
+import tempfile
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import run
+from tiny import FAMILIES, kept, tiny_config, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from narrow_engine import footprint, memory, pipeline
+from narrow_engine.errors import NarrowError
+from narrow_engine.families import dimensions
+from narrow_engine.footprint import Task, Way
+from narrow_engine.models import config_dict
+from narrow_engine.sizing import plan_sizes
+from narrow_engine.spec import CompressionSpec, Options
+from narrow_engine.train import Settings
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"cohere2", "gemma3_text"}))
+def test_the_activations_of_every_family_are_known_from_its_config(family):
+    """All but two with windows of eight positions, whose masks are larger than anything else in models so small."""
+    model = tiny_model(family, hidden_size=64, intermediate_size=160).train()
+    config = config_dict(model)
+    dims = dimensions(config)
+
+    def predicted(length):
+        layer, outside = footprint.kept_per_token(config, dims, length, False)
+        return length * (dims.layers * layer + outside)
+
+    assert predicted(96) - predicted(48) == pytest.approx(kept(model, 1, 96) - kept(model, 1, 48), rel=0.08)
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, and the most of them."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.live = self.peak = before
+        self.known = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()).data_ptr() not in self.known:
+                self.known[storage.data_ptr()] = storage.nbytes()
+                weakref.finalize(storage, self.let_go, storage.data_ptr())
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+        return out
+
+    def let_go(self, place):
+        self.live -= self.known.pop(place, 0)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "way"),
+    [("adamw", Way()), ("muon", Way(4)), ("muon", Way(recompute=True)), ("adamw", Way(4, recompute=True, bfloat16=True))],
+)
+def test_a_step_takes_what_is_predicted(optimizer, way, monkeypatch):
+    model = tiny_model("llama", hidden_size=128, intermediate_size=384, num_hidden_layers=6, head_dim=32)
+    monkeypatch.setattr(footprint, "choose", lambda *_: way)
+    task = Task(config_dict(model), dimensions(config_dict(model)), 32, 32, optimizer, False)
+    with tempfile.TemporaryDirectory() as folder, Allocated(4 * model.num_parameters()) as allocated:
+        run(model, Settings(2 * 1024, 1024, "next_token", 1.0, optimizer), Path(folder))
+    assert footprint.training(task, way) == pytest.approx(allocated.peak, rel=0.25)
+
+
+def test_slower_ways_take_less():
+    config = tiny_config("llama", vocab_size=8192, hidden_size=512, intermediate_size=2048).to_dict()
+    task = Task(config, dimensions(config), 64, 512, "muon", False)
+    ways = list(footprint.ways(64, 512, True))
+    assert ways[:2] == [Way(), Way(2)]
+    assert ways[-1] == Way(64, recompute=True, bfloat16=True)
+    assert all(64 // way.pieces * 512 >= footprint.SMALL_PIECE for way in ways if not way.recompute)
+    whole, again, rounded = (footprint.training(task, Way(1, *way)) for way in ((), (True,), (True, True)))
+    assert whole > again > rounded > footprint.training(task, ways[-1])
+    for way in ways:
+        there = round(footprint.training(task, way) / footprint.ROOM) + 1
+        chosen = footprint.choose(task, there, "recover", True)
+        assert ways.index(chosen) <= ways.index(way)
+        assert footprint.training(task, chosen) <= there
+
+
+def test_what_fits_in_no_way_is_refused_with_what_is_short():
+    config = tiny_config("llama").to_dict()
+    task = Task(config, dimensions(config), 4, 32, "muon", False)
+    least = min(footprint.training(task, way) for way in footprint.ways(4, 32, True))
+    with pytest.raises(NarrowError, match=f"recover takes {least:,} bytes") as caught:
+        footprint.choose(task, 1000, "recover", True)
+    assert (caught.value.code, f"{least - 900:,} more" in str(caught.value)) == ("too_little_memory", True)
+
+
+def test_a_job_that_cannot_train_here_is_refused_at_its_start(tiny_folder, python_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "limit", lambda device: 2**20)
+    spec = {
+        "base": {"path": tiny_folder},
+        "target": {"path": python_file},
+        "budget": {"parameters": 0.85},
+        "target_name": "python",
+    }
+    told = []
+    with pytest.raises(NarrowError, match="Training in recover takes"):
+        pipeline.run(CompressionSpec.model_validate(spec), tmp_path, lambda kind, phase, *_: told.append((kind, phase)))
+    assert told == [("started", "load")]
+
+
+def test_the_dry_run_tells_memory_by_stage_and_what_the_job_can_be_done_in():
+    config = tiny_config("llama", vocab_size=8192, hidden_size=512, intermediate_size=2048, num_hidden_layers=8).to_dict()
+    asked = {"budget": {"keep": {"neuron": 0.5}}, "method": {"recover": {"batch_tokens": 65536}, "regularizer": {}}}
+    sizes = plan_sizes(config, Options.model_validate(asked))
+    assert sizes.memory_bytes == max(sizes.memory.values()) == sizes.memory["sparsify"]
+    assert {"load", "score", "reconstruct", "recover", "export"} < sizes.memory.keys()
+    assert sizes.least_memory_bytes < 0.7 * sizes.memory_bytes
+    without = plan_sizes(config, Options.model_validate({**asked, "method": {"recover": {"tokens": 0}}}))
+    assert not {"sparsify", "recover"} & without.memory.keys()
+
+
+@pytest.mark.skipif(not memory.CLEAR.exists(), reason="Linux tells it")
+def test_the_peak_is_that_since_it_was_last_asked_for():
+    cpu = torch.device("cpu")
+    before = memory.begin(cpu)
+    held = torch.ones(2**26)
+    most = memory.peak(cpu, before)
+    del held
+    before = memory.begin(cpu)
+    assert memory.peak(cpu, before) < most - 2**27
+
+
+def test_where_the_peak_cannot_be_forgotten_only_a_new_one_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "CLEAR", tmp_path / "missing" / "clear_refs")
+    cpu = torch.device("cpu")
+    before = memory.begin(cpu)
+    assert before > 2**25
+    assert memory.peak(cpu, before) is None
+    assert memory.peak(cpu, before - 1) == before
