@@ -137,8 +137,8 @@ def _format(path: Path) -> str:
     if not found:
         raise NarrowError(
             "unknown_format",
-            f"{path.name} has no ending that tells its format: name it .jsonl, .csv, .tsv or .txt, with .gz or .zst behind it if "
-            "packed, or .parquet.",
+            f"{path.name} has no ending that tells its format: name it {', '.join((*_JSONL, *_TABLES, *_TEXT))}, with .gz or "
+            ".zst behind it if packed, or .parquet.",
         )
     return found.removesuffix(".gz").removesuffix(".zst")
 

@@ -460,10 +460,16 @@ class Answer(Model):
         return self
 
 
+Called = Annotated[
+    str | None, Field(max_length=200, description="Its name in the report, where it is not the file's or folder's.")
+]
+
+
 class ModelPath(Model):
     path: Path = Field(description="A folder in the Hugging Face layout: config.json, *.safetensors, tokenizer.json.")
     hub: HubName | None = Field(None, description="Its name on the hub that it is from, for the report.")
     commit: Commit | None = Field(None, description="And of which commit its files are.")
+    called: Called = None
 
 
 Answered = Annotated[
@@ -476,6 +482,7 @@ class DatasetPath(Model):
     column: str = Field("text", min_length=1, max_length=200, description="The field of a row that holds its text.")
     bad_rows: BadRows = Field("stop", description="What a bad row does: stop the run, or be left out and counted.")
     answer: Answered = None
+    called: Called = None
 
 
 SkillName = Annotated[Name, Field(description="Its row in the report.")]
@@ -734,6 +741,7 @@ def _teacher_where_of_use(teacher: Any, recover: Recover) -> None:
         raise ValueError(f"'method.recover.{of_base}' is about the base as the teacher: leave 'teacher' or that out")
 
 
+NOT_A_NAME = "is not a name: it takes letters, digits, spaces and . + - _, and begins with a letter, a digit or _"
 _NAME_PATTERN = TypeAdapter(Name).json_schema()["pattern"]
 
 
@@ -747,7 +755,7 @@ def wording(error: Mapping[str, Any]) -> str:
     if kind == "string_pattern_mismatch" and pattern.startswith(("^mdl_", "^ds_")):
         return f"is not an id like {pattern[1:].partition('[')[0]}01h455vb4pex5vsknk084sn02q"
     if kind == "string_pattern_mismatch" and pattern == _NAME_PATTERN:
-        return "is not a name: it takes letters, digits, spaces and . + - _, and begins with a letter, a digit or _"
+        return NOT_A_NAME
     if kind == "string_pattern_mismatch" and pattern == _HUB_NAME:
         return "is not the name of a model on a hub, like HuggingFaceTB/SmolLM2-135M"
     text = str(error["msg"])
@@ -767,12 +775,14 @@ def sentence(where: str, words: str) -> str:
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first thing that pydantic found wrong, as a sentence that begins with where it is.
-
-    A misspelt option is also a missing one: the spelling is what helps.
-    """
-    first = min(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
+    """The first thing that pydantic found wrong, as a sentence that begins with where it is."""
+    first = first_of(error)
     return sentence(".".join(clear(part) for part in first["loc"] if part != "[key]"), wording(first))
+
+
+def first_of(error: ValidationError) -> Mapping[str, Any]:
+    """What of pydantic's errors is told. A misspelt option is also a missing one: the spelling is what helps."""
+    return min(error.errors(include_url=False), key=lambda fault: fault["type"] != "extra_forbidden")
 
 
 def clear(key: Any) -> str:

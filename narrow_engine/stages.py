@@ -797,7 +797,7 @@ def _inputs(run: Run) -> list[Input]:
     return found + [
         Input(
             part=part,
-            name=item.path.name,
+            name=item.called or item.path.name,
             sha256=earlier.dataset_sha256(item.path),
             skill=skill,
             column=item.column,
@@ -809,7 +809,7 @@ def _inputs(run: Run) -> list[Input]:
 
 
 def _model_input(part: Literal["base", "teacher"], model: ModelPath, sha256: str) -> Input:
-    return Input(part=part, name=model.path.name, sha256=sha256, hub=model.hub, commit=model.commit)
+    return Input(part=part, name=model.called or model.path.name, sha256=sha256, hub=model.hub, commit=model.commit)
 
 
 def _hub_name(config: dict[str, Any]) -> str | None:

@@ -47,6 +47,9 @@ def create_app(settings: Settings, keys_needed: bool = False, host: str | None =
         generate_unique_id_function=_operation_id,
         # It would send clients to whatever they have called this host.
         redirect_slashes=False,
+        # FastAPI's own pages of the contract load theirs from other hosts.
+        docs_url=None,
+        redoc_url=None,
         # Its logs have what was raised, in which there may be what a user sent.
         telemetry={"logs": False, "metrics": False, "operation_spans": False},
     )

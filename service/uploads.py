@@ -20,9 +20,9 @@ from sqlmodel import Session, select
 from narrow_engine.documents import Skipped, ending, nothing_left, read_documents
 from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import accepted_name, refuse_name
-from narrow_engine.spec import BadRows, Name
+from narrow_engine.spec import NOT_A_NAME, BadRows, Name
 from service import quotas
-from service.api.schemas import Dataset, Model, Page, Source
+from service.api.schemas import Dataset, FieldError, Model, Page, Source
 from service.db.tables import DatasetRow, ModelRow, UploadRow, new_id, now
 from service.problems import ApiError, not_found
 from service.runners import local
@@ -31,7 +31,7 @@ from service.storage import Storage
 
 PREVIEW_DOCUMENTS, PREVIEW_CHARACTERS = 3, 300
 NAME_BYTES = 200
-_NAME = TypeAdapter(Name)
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
 _READING = threading.BoundedSemaphore(4)
 """Datasets that are read at a time, each of which may take a core and, as Parquet, 2 GiB."""
 
@@ -50,6 +50,7 @@ def store_model(
     session: Session, settings: Settings, storage: Storage, files: Sequence[UploadFile], uploads: Sequence[str], name: str | None
 ) -> Model:
     """Keeps a model that was uploaded as its files, in the form or before. Raises NarrowError for what is wrong with it."""
+    _require_name(name)
     complete = [_complete(session, storage, upload) for upload in uploads]
     names = [*(check_name(file.filename or "") for file in files), *(upload.name for upload in complete)]
     for given in names:
@@ -139,6 +140,7 @@ def store_dataset(
     bad_rows: BadRows,
 ) -> Dataset:
     """Keeps a dataset that came in the form or before, read through once: every row is checked before a job can meet it."""
+    _require_name(name)
     if (file is None) == (upload is None):
         raise ApiError(422, "invalid_request", "Send the dataset as 'file', or name with 'upload' one that is complete.")
     complete = [_complete(session, storage, upload)] if upload else []
@@ -164,7 +166,7 @@ def store_dataset(
                         continue
                     documents, size = documents + 1, size + len(text.encode())
                     if len(preview) < PREVIEW_DOCUMENTS:
-                        preview.append(text[:PREVIEW_CHARACTERS])
+                        preview.append(text if len(text) <= PREVIEW_CHARACTERS else f"{text[:PREVIEW_CHARACTERS]}…")
         except NarrowError as error:
             raise NarrowError(error.code, str(error).replace(stored, given)) from error
         skipped.first = skipped.first.replace(stored, given)
@@ -320,6 +322,14 @@ def check_name(name: str) -> str:
         detail = f"The file name {name[:40]!r}... is longer than {NAME_BYTES} bytes in UTF-8: shorten it."
         raise NarrowError("unexpected_file", detail)
     return name
+
+
+def _require_name(name: str | None) -> None:
+    """Refuses a name that was given and cannot be kept as it is. One that is made of a file's is cleaned instead."""
+    if name and name.strip() and _clean(name) != " ".join(unicodedata.normalize("NFC", name).split()):
+        raise ApiError(
+            422, "invalid_request", f"The name {name[:40]!r} {NOT_A_NAME}.", [FieldError(pointer="/name", detail=NOT_A_NAME)]
+        )
 
 
 def _clean(name: str | None) -> str:

@@ -27,6 +27,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import NoResultFound
 from sqlmodel import Session
 
+from narrow_engine.documents import ending
 from narrow_engine.errors import NarrowError
 from narrow_engine.events import Event
 from narrow_engine.spec import INPUTS, PLACING, CompressionSpec, DatasetId, JobSpec, ModelId, first_fault
@@ -462,12 +463,19 @@ class _Execution:
                 row = session.get_one(DatasetRow, given.dataset)
                 path = self.storage.folder(f"datasets/{row.id}").resolve() / row.file
                 answer = given.answer and given.answer.model_dump()
-                return {"path": str(path), "column": row.text_column, "answer": answer, "bad_rows": row.bad_rows}
+                called = f"{row.name}{ending(row.file)}"
+                return {
+                    "path": str(path),
+                    "called": called,
+                    "column": row.text_column,
+                    "answer": answer,
+                    "bad_rows": row.bad_rows,
+                }
 
             def model(reference: ModelId) -> dict[str, Any]:
                 row = session.get_one(ModelRow, reference.model)
                 path = self.storage.folder(f"models/{row.id}").resolve()
-                return {"path": str(path), "hub": row.hub, "commit": row.hub_commit}
+                return {"path": str(path), "called": row.name, "hub": row.hub, "commit": row.hub_commit}
 
             options = spec.model_dump(exclude={*INPUTS, *PLACING})
             made = CompressionSpec.model_validate(

@@ -223,7 +223,9 @@ def is_large(path: Path) -> bool:
 def upload_model(folder: Path, uploads: list[str], name: str | None) -> Call[Model]:
     """With the ids of `uploads` in the place of its large files."""
     files = tuple(("files", path) for path in model_files(folder) if not is_large(path))
-    form = _given(name=name or folder.resolve().name, uploads=uploads or None)
+    # A folder may be called what no model can be.
+    called = name or re.sub(r"[^\w.+-]+", " ", folder.resolve().name).strip(" .+-")[:100]
+    form = _given(name=called or None, uploads=uploads or None)
     return Call("POST", "/models", _as(Model), files=files, form=form, safe=False, patience=WORK_SECONDS)
 
 

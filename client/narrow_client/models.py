@@ -104,7 +104,7 @@ class BodyUploadDataset(Resource):
     file: Annotated[
         str | None,
         Field(
-            description=".jsonl, .csv, .tsv or .txt, also .gz or .zst; .parquet",
+            description=".jsonl, .ndjson, .csv, .tsv, .txt, .text or .md, also .gz or .zst; .parquet",
             title="File",
         ),
     ] = None

@@ -36,6 +36,9 @@ def verdict(frontier: Frontier) -> str:
     methods = list(dict.fromkeys(point.method for point in best))
     if len({point.method for point in frontier.points}) == 1:
         return f"{frontier.target} at {_counted(len(frontier.points), 'size')}."
+    if len(best) == 1:
+        once = ", in one run each" if all(len(point.seeds) == 1 for point in frontier.points) else ""
+        return f"For {frontier.target}, {methods[0]} at {budget_words(best[0].budget)} is beaten by none{once}."
     if len(methods) == 1:
         return f"At every size on the frontier, {methods[0]} is the best for {frontier.target}."
     return f"On the frontier for {frontier.target}: {', '.join(methods[:-1])} and {methods[-1]}."

@@ -2,10 +2,11 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, File, Form, Request, UploadFile
+from fastapi import APIRouter, Depends, File, Form, Request, UploadFile
 from sqlmodel import col, select
 
 from narrow_engine.spec import BadRows
+from service.api.forms import only
 from service.api.paging import Cursor, Limit, page
 from service.api.schemas import Dataset, Page
 from service.api.sessions import Db, ReadDb
@@ -16,11 +17,16 @@ from service.uploads import as_dataset, forget, require_space, store_dataset
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 
 
-@router.post("", status_code=201, responses=responses(404, 409, 413, 507))
+FORM = only(("file", "upload", "name", "column", "bad_rows"))
+
+
+@router.post("", status_code=201, responses=responses(404, 409, 413, 507), dependencies=[Depends(FORM)])
 def upload_dataset(
     request: Request,
     session: Db,
-    file: Annotated[UploadFile | None, File(description=".jsonl, .csv, .tsv or .txt, also .gz or .zst; .parquet")] = None,
+    file: Annotated[
+        UploadFile | None, File(description=".jsonl, .ndjson, .csv, .tsv, .txt, .text or .md, also .gz or .zst; .parquet")
+    ] = None,
     upload: Annotated[str | None, Form(description="Instead, the id of an upload that is complete.")] = None,
     name: Annotated[str | None, Form(max_length=100)] = None,
     column: Annotated[str, Form(min_length=1, max_length=200, description="The field of the text in each row.")] = "text",

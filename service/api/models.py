@@ -2,9 +2,10 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, File, Form, Request, UploadFile
+from fastapi import APIRouter, Depends, File, Form, Request, UploadFile
 from sqlmodel import col, select
 
+from service.api.forms import only
 from service.api.paging import Cursor, Limit, page
 from service.api.schemas import Model, Page
 from service.api.sessions import Db, ReadDb
@@ -15,7 +16,10 @@ from service.uploads import as_model, forget, require_space, store_model
 router = APIRouter(prefix="/models", tags=["models"])
 
 
-@router.post("", status_code=201, responses=responses(404, 409, 413, 507))
+FORM = only(("name",), many=("files", "uploads"))
+
+
+@router.post("", status_code=201, responses=responses(404, 409, 413, 507), dependencies=[Depends(FORM)])
 def upload_model(
     request: Request,
     session: Db,

@@ -88,6 +88,16 @@ def delete_sweep(sweep_id: str, request: Request, session: Db) -> None:
 def get_frontier(sweep_id: str, request: Request, session: ReadDb) -> Response:
     """Loss against parameters and tokens, of what has finished so far: JSON or, by `Accept: text/html`, a page with plots."""
     queue.find_sweep(session, sweep_id)
+    found = frontier_of(session, sweep_id)
+    if "text/html" not in request.headers.get("accept", ""):
+        return Response(found.model_dump_json(), media_type="application/json", headers={"Vary": "Accept"})
+    # Imported here: it brings matplotlib, which the service needs for nothing else.
+    from narrow_engine.report.frontier_page import render_frontier
+
+    return HTMLResponse(render_frontier(found), headers={"Content-Security-Policy": PAGE, "Vary": "Accept"})
+
+
+def frontier_of(session: Session, sweep_id: str) -> Frontier:
     of = sum(_counts(session, sweep_id).values())
     finished = [
         Finished(
@@ -98,13 +108,7 @@ def get_frontier(sweep_id: str, request: Request, session: ReadDb) -> Response:
         )
         for job, row in session.exec(select(JobRow, OutcomeRow).join(OutcomeRow).where(JobRow.sweep == sweep_id))
     ]
-    found = frontier(finished, of)
-    if "text/html" not in request.headers.get("accept", ""):
-        return Response(found.model_dump_json(), media_type="application/json", headers={"Vary": "Accept"})
-    # Imported here: it brings matplotlib, which the service needs for nothing else.
-    from narrow_engine.report.frontier_page import render_frontier
-
-    return HTMLResponse(render_frontier(found), headers={"Content-Security-Policy": PAGE, "Vary": "Accept"})
+    return frontier(finished, of)
 
 
 def _check(session: Session, spec: SweepSpec, storage: Storage) -> None:

@@ -2,17 +2,39 @@
 be the template of another."""
 
 import json
+import re
 import secrets
+from collections.abc import Mapping
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field, ValidationError
 
-from narrow_engine.spec import DEFAULTS, JobSpec, first_fault
+from narrow_engine.errors import NarrowError
+from narrow_engine.spec import DEFAULTS, JobSpec, clear, first_of, sentence, wording
+from service.api.schemas import FieldError
 from service.problems import ApiError
 
 BUDGETS = ("parameters", "bytes", "flops", "latency", "retention")
 """Kinds of budget that are one number. Shapes (`keep`) are for the JSON below the form."""
+
+FIELDS = {
+    ("base",): ("base", "The base model"),
+    ("target",): ("target", "The target"),
+    ("budget",): ("amount", "The amount"),
+    ("method", "kind"): ("kind", "The method"),
+    ("method", "recover", "tokens"): ("tokens", "The number of tokens to train on"),
+    ("export",): ("export", "The choice of formats"),
+}
+"""Where parts of a spec are in the form: the name of the field, and what a person reads there."""
+FIELD_OF = {
+    "budget_too_small": "amount",
+    "model_not_found": "base",
+    "text_too_short": "target",
+    "unit_not_supported": "more",
+    "block_too_long": "more",
+}
+"""The same for what is found wrong later than by the spec itself, by its code."""
 
 
 class Draft(BaseModel):
@@ -41,24 +63,77 @@ class Draft(BaseModel):
         return f"{self.once[:40]}-{sha256(spec.model_dump_json().encode()).hexdigest()[:16]}"
 
 
+class Fault(NamedTuple):
+    """What is wrong with a form."""
+
+    sentence: str
+    field: str = ""
+    """The id of the field where it is, if it is in one."""
+
+
+def fault_of(error: ApiError | NarrowError, draft: Draft) -> Fault:
+    if isinstance(error, ApiError) and error.errors:
+        return Fault(str(error), error.errors[0].pointer.removeprefix("/"))
+    if error.code == "dataset_not_found":
+        ids = {draft.target: "target", **{row["dataset"]: f"skill_dataset-{n}" for n, row in enumerate(draft.skills)}}
+        return Fault(str(error), next((field for known, field in ids.items() if known and known in str(error)), ""))
+    return Fault(str(error), FIELD_OF.get(error.code, ""))
+
+
 def spec_of(draft: Draft) -> JobSpec:
-    """Raises ApiError, with the sentence that the API has for the same spec."""
+    """Raises ApiError, whose `errors` name the field of the form."""
     if not draft.base or not draft.target:
         missing = "base model" if not draft.base else "target dataset"
-        raise ApiError(422, "invalid_request", f"There is no {missing} yet: pick one, or upload one.")
+        raise _refusal("target" if draft.base else "base", f"There is no {missing} yet: pick one, or upload one.")
+    for number, skill in enumerate(draft.skills):
+        if not skill["name"]:
+            raise _refusal(f"skill_name-{number}", f"Skill {number + 1} has no name: give it one, or pick no dataset for it.")
+        if not skill["dataset"]:
+            raise _refusal(
+                f"skill_dataset-{number}", f"The skill {skill['name'][:40]!r} has no dataset: pick one, or empty its name."
+            )
     given: dict[str, Any] = {"base": {"model": draft.base}, "target": {"dataset": draft.target}, "method": {"kind": draft.kind}}
     if draft.kind != "export":
-        given["budget"] = {draft.budget: _number(draft.amount, "the budget")}
+        given["budget"] = {draft.budget: _number(draft.amount, "amount")}
         if draft.tokens.strip():
-            given["method"]["recover"] = {"tokens": _number(draft.tokens, "the tokens to train on")}
+            given["method"]["recover"] = {"tokens": _number(draft.tokens, "tokens")}
     if draft.export:
         given["export"] = draft.export
     if draft.skills:
         given["skills"] = draft.skills
+    more = _more(draft.more)
     try:
-        return JobSpec.model_validate(_merged(given, _more(draft.more)))
+        return JobSpec.model_validate(_merged(given, more))
     except ValidationError as error:
-        raise ApiError(422, "invalid_request", first_fault(error)) from error
+        raise _misfit(first_of(error), more) from error
+
+
+def _misfit(fault: Mapping[str, Any], more: dict[str, Any]) -> ApiError:
+    """In the words of the form where the fault is in a field of it, and with its path where it is in the JSON below."""
+    path = tuple(part for part in fault["loc"] if part != "[key]")
+    if not path:
+        return ApiError(422, "invalid_request", sentence("", wording(fault)))
+    known = next((found for part, found in FIELDS.items() if path[: len(part)] == part), None)
+    if len(path) == 3 and path[0] == "skills":
+        known = f"skill_{path[2]}-{path[1]}", f"The {path[2]} of skill {path[1] + 1}"
+    if known is None or _has(more, path):
+        return _refusal("more", sentence(".".join(map(clear, path)), wording(fault)))
+    return _refusal(known[0], sentence(known[1], wording(fault)))
+
+
+def _has(options: Any, path: tuple[Any, ...]) -> bool:
+    """Whether the JSON says anything at a path, or of something that it is in."""
+    for part in path:
+        if not isinstance(options, dict):
+            return True
+        if part not in options:
+            return False
+        options = options[part]
+    return True
+
+
+def _refusal(field: str, words: str) -> ApiError:
+    return ApiError(422, "invalid_request", words, [FieldError(pointer=f"/{field}", detail=words)])
 
 
 def draft_of(spec: JobSpec) -> Draft:
@@ -87,11 +162,22 @@ def draft_of(spec: JobSpec) -> Draft:
     return draft
 
 
-def _number(text: str, name: str) -> float:
+_GROUPED = re.compile(r"[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
+"""A comma may also be a decimal one. Between whole groups of three it is taken for what it is in English."""
+
+
+def _number(text: str, field: str) -> float:
+    typed = text.strip()
+    if "," in typed and not _GROUPED.fullmatch(typed):
+        detail = (
+            f"{typed[:40]!r} can be read in two ways: write a fraction with a point, as 0.5, and a large number as 1,000,000."
+        )
+        raise _refusal(field, detail)
     try:
-        return float(text.replace(",", "").replace("_", ""))
+        return float(typed.replace(",", ""))
     except ValueError as error:
-        raise ApiError(422, "invalid_request", f"{text[:40]!r} is no number: give {name} as one.") from error
+        name = {"amount": "the budget", "tokens": "the tokens to train on"}[field]
+        raise _refusal(field, f"{text[:40]!r} is no number: give {name} as one.") from error
 
 
 def _more(text: str) -> dict[str, Any]:
@@ -99,9 +185,9 @@ def _more(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text) if text.strip() else {}
     except (ValueError, RecursionError) as error:
-        raise ApiError(422, "invalid_request", f"The advanced options are not JSON: {str(error)[:200]}.") from error
+        raise _refusal("more", f"The advanced options are not JSON: {str(error)[:200]}.") from error
     if not isinstance(found, dict):
-        raise ApiError(422, "invalid_request", 'The advanced options are not a JSON object: write them as {"block_tokens": 256}.')
+        raise _refusal("more", 'The advanced options are not a JSON object: write them as {"block_tokens": 256}.')
     return found
 
 

@@ -33,8 +33,8 @@ from service.db.tables import HELD, STATUSES, TERMINAL, DatasetRow, ModelRow, no
 from service.estimates import estimate
 from service.problems import ApiError
 from service.streams import TRAINED, story
-from service.uploads import as_model
-from service.web.draft import BUDGETS, Draft, draft_of, spec_of
+from service.uploads import as_dataset, as_model
+from service.web.draft import BUDGETS, Draft, Fault, draft_of, fault_of, spec_of
 from service.web.render import FILES, HEADERS, TYPES, VERSION, page
 
 router = APIRouter(prefix="/ui", include_in_schema=False)
@@ -91,6 +91,12 @@ def front(request: Request) -> Response:
 @open_router.get("/ui")
 def begin() -> Response:
     return RedirectResponse("/ui/jobs", 303)
+
+
+@open_router.get("/docs")
+def api_page(request: Request) -> Response:
+    """The contract, to read and to try. It says nothing of what is in the service, so it needs no key."""
+    return page(request, "api.html")
 
 
 @open_router.get("/ui/static/{version}/{name}")
@@ -173,7 +179,7 @@ def create_job(request: Request, session: Db, draft: Annotated[Draft, Form()]) -
         job = jobs.create_job(spec, request, Response(), session, draft.key(spec))
     except (ApiError, NarrowError) as error:
         session.rollback()
-        return _new_page(request, session, draft, refusal=str(error), status=getattr(error, "status", 422))
+        return _new_page(request, session, draft, fault=fault_of(error, draft), status=getattr(error, "status", 422))
     return _see(f"/ui/jobs/{job.id}")
 
 
@@ -213,19 +219,19 @@ def job_page(job_id: str, request: Request, session: ReadDb, kind: Annotated[str
 @router.post("/jobs/{job_id}/cancel")
 def cancel_job(job_id: str, request: Request, session: Db) -> Response:
     jobs.cancel_job(job_id, request, session)
-    return _see(f"/ui/jobs/{job_id}")
+    return _see(f"/ui/jobs/{job_id}#state")
 
 
 @router.post("/jobs/{job_id}/pause")
 def pause_job(job_id: str, session: Db) -> Response:
     jobs.pause_job(job_id, session)
-    return _see(f"/ui/jobs/{job_id}")
+    return _see(f"/ui/jobs/{job_id}#state")
 
 
 @router.post("/jobs/{job_id}/resume")
 def resume_job(job_id: str, session: Db) -> Response:
     jobs.resume_job(job_id, session)
-    return _see(f"/ui/jobs/{job_id}")
+    return _see(f"/ui/jobs/{job_id}#state")
 
 
 @router.post("/jobs/{job_id}/delete")
@@ -253,15 +259,15 @@ def new_page(
 @router.post("/plans")
 def create_plan(request: Request, session: ReadDb, draft: Annotated[Draft, Form()]) -> Response:
     """What the form would make: beside it as it is filled in or, for a browser without scripts, on the whole page."""
-    plan, refusal = None, ""
+    plan, fault = None, None
     if draft.base and draft.target:
         try:
             plan = plans.create_plan(spec_of(draft), request, session)
         except (ApiError, NarrowError) as error:
-            refusal = str(error)
+            fault = fault_of(error, draft)
     if "hx-request" in request.headers:
-        return page(request, "plan.html", plan=plan, refusal=refusal)
-    return _new_page(request, session, draft, plan, refusal)
+        return page(request, "plan.html", plan=plan, fault=fault)
+    return _new_page(request, session, draft, plan, fault)
 
 
 def _new_page(
@@ -269,27 +275,31 @@ def _new_page(
     session: Session,
     draft: Draft,
     plan: Plan | None = None,
-    refusal: str = "",
+    fault: Fault | None = None,
     status: int = 200,
     api: str = "/jobs",
 ) -> Response:
     bases, data = models.list_models(session, None, CHOICES).data, datasets.list_datasets(session, None, CHOICES).data
-    names = _names_of(session, [draft.base], [draft.target, *draft.skill_dataset])
+    # What was picked is there, however old it is.
+    picked = {draft.base, draft.target, *draft.skill_dataset}
+    older_models = select(ModelRow).where(col(ModelRow.id).in_(picked - {model.id for model in bases}))
+    older_data = select(DatasetRow).where(col(DatasetRow.id).in_(picked - {dataset.id for dataset in data}))
+    bases += [as_model(row) for row in session.exec(older_models)]
+    data += [as_dataset(row) for row in session.exec(older_data)]
     return page(
         request,
         "new.html",
         api=api,
         status=status,
         draft=draft,
-        # What was picked is there, however old it is.
-        models={**{known: name for known, name in names.items() if known.startswith("mdl_")}, **{m.id: m.name for m in bases}},
-        datasets={**{known: name for known, name in names.items() if known.startswith("ds_")}, **{d.id: d.name for d in data}},
+        models=bases,
+        datasets=data,
         budgets=BUDGETS,
         kinds=get_args(MethodKind),
         formats=get_args(Format),
         roles=get_args(SkillRole),
         plan=plan,
-        refusal=refusal,
+        fault=fault,
     )
 
 
@@ -432,12 +442,14 @@ def sweeps_page(request: Request, session: ReadDb, cursor: Cursor = None) -> Res
 def sweep_page(sweep_id: str, request: Request, session: ReadDb) -> Response:
     sweep = sweeps.get_sweep(sweep_id, session)
     figures = [point.figures for point in sweep.points if point.figures]
+    best = [(point.method, point.budget) for point in sweeps.frontier_of(session, sweep_id).points if not point.dominated]
     return page(
         request,
         "sweep.html",
         api=f"/sweeps/{sweep_id}",
         sweep=sweep,
         base=figures[0] if figures else None,
+        best={point.job for point in sweep.points if (point.method, point.budget) in best},
         names=_names(session, [sweep.spec]),
         spec=sweep.spec.model_dump_json(indent=1),
     )
@@ -446,7 +458,7 @@ def sweep_page(sweep_id: str, request: Request, session: ReadDb) -> Response:
 @router.post("/sweeps/{sweep_id}/cancel")
 def cancel_sweep(sweep_id: str, request: Request, session: Db) -> Response:
     sweeps.cancel_sweep(sweep_id, request, session)
-    return _see(f"/ui/sweeps/{sweep_id}")
+    return _see(f"/ui/sweeps/{sweep_id}#state")
 
 
 @router.post("/sweeps/{sweep_id}/delete")
@@ -485,7 +497,7 @@ def create_key(
 @router.post("/keys/{key_id}/revoke")
 def revoke_key(key_id: str, request: Request, session: Db) -> Response:
     keys.revoke_key(key_id, request, session)
-    return _see("/ui/keys")
+    return _see(f"/ui/keys#{key_id}")
 
 
 def _keys_page(
@@ -509,10 +521,7 @@ def _keys_page(
 
 def _names(session: Session, specs: Sequence[JobSpec | SweepSpec]) -> dict[str, str]:
     """Names of the bases and targets of jobs or sweeps, by their ids, as far as they are still there."""
-    return _names_of(session, [spec.base.model for spec in specs], [spec.target.dataset for spec in specs])
-
-
-def _names_of(session: Session, bases: list[str], data: list[str]) -> dict[str, str]:
+    bases, data = [spec.base.model for spec in specs], [spec.target.dataset for spec in specs]
     found = dict(session.exec(select(ModelRow.id, ModelRow.name).where(col(ModelRow.id).in_(bases))).all())
     return found | dict(session.exec(select(DatasetRow.id, DatasetRow.name).where(col(DatasetRow.id).in_(data))).all())
 
@@ -564,7 +573,8 @@ def _ran(job: Job, told: list[Event]) -> float:
 class CurveRow(NamedTuple):
     phase: str
     tokens: int
-    loss: float
+    loss: float | None
+    """None before the first step."""
     validation: float | None
 
 
@@ -573,10 +583,11 @@ def _curve(told: list[Event]) -> list[CurveRow]:
     found: dict[tuple[str, int], CurveRow] = {}
     for event in told:
         tokens, loss, held_out = (event.data.get(name) for name in ("tokens", "loss", "validation"))
-        if event.kind == "progress" and event.phase in TRAINED and isinstance(loss, int | float) and isinstance(tokens, int):
-            found[event.phase, tokens] = CurveRow(
-                event.phase, tokens, loss, held_out if isinstance(held_out, int | float) else None
-            )
+        trained, measured = (value if isinstance(value, int | float) else None for value in (loss, held_out))
+        if event.kind != "progress" or event.phase not in TRAINED or not isinstance(tokens, int):
+            continue
+        if trained is not None or measured is not None:
+            found[event.phase, tokens] = CurveRow(event.phase, tokens, trained, measured)
     return sorted(found.values(), key=lambda row: (TRAINED.index(row.phase), row.tokens))
 
 
@@ -591,4 +602,5 @@ def _path(path: str, **query: str | None) -> str:
 
 
 def _see(path: str) -> Response:
+    """The page that shows what was done. Behind a `#` is what gets the focus, in the place of the button that was pressed."""
     return RedirectResponse(path, 303, HEADERS)

@@ -58,6 +58,11 @@ def size(count: float) -> str:
     return f"{short}B" if " " in short else f"{short} B"
 
 
+def brief(identifier: str) -> str:
+    """The end of an id, which tells it from others of its kind: the beginning is the time."""
+    return f"…{identifier[-6:]}"
+
+
 def _number(data: dict[str, Any], name: str) -> float:
     """A figure of an event, which a job's process wrote: it may be anything."""
     found = data.get(name, 0)
@@ -71,7 +76,14 @@ _pages = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_pages.filters |= {**FILTERS, "size": size, "told": words, "budget": budget_words, "quoted": lambda text: quote(text, safe="/")}
+_pages.filters |= {
+    **FILTERS,
+    "size": size,
+    "told": words,
+    "budget": budget_words,
+    "quoted": lambda text: quote(text, safe="/"),
+    "brief": brief,
+}
 _pages.globals |= {"static": lambda name: f"/ui/static/{VERSION}/{name}"}
 
 
@@ -105,4 +117,6 @@ def problem_page(request: Request, problem: Problem) -> Response | None:
         return RedirectResponse(
             f"/ui/login?next={quote(_here(request) if request.method == 'GET' else '/ui/jobs')}", 303, HEADERS
         )
-    return page(request, "problem.html", status=problem.status, problem=problem)
+    kind = request.scope["path"].split("/")[2]
+    lists = kind if kind in ("sweeps", "models", "datasets", "keys") else "jobs"
+    return page(request, "problem.html", status=problem.status, problem=problem, lists=lists)

@@ -130,6 +130,11 @@ def test_static_files_are_kept_for_ever_under_their_digest(house):
     links = set(re.findall(r'"(/ui/static/[^"]+)"', browser.get("/ui/jobs").text))
     assert len(links) >= 6
     stranger = TestClient(house.app, SITE)
+    contract = stranger.get("/docs")
+    assert "unsafe" not in contract.headers["content-security-policy"]
+    assert "https://" not in contract.text
+    assert stranger.get("/redoc").status_code == 404
+    links |= set(re.findall(r'"(/ui/static/[^"]+)"', contract.text))
     for link in links:
         answer = stranger.get(link)
         assert answer.status_code == 200, link
@@ -239,6 +244,8 @@ def test_a_tenant_sees_nothing_of_another(house, sweep):
         else:
             assert not re.search(r"(job|mdl|ds|swp)_\w{26}", answer.text), path
             assert "llama" not in answer.text
+    for kind in ("jobs", "datasets", "models", "sweeps"):
+        assert f'<a href="/ui/{kind}">All {kind}</a>' in theirs.get(f"/ui/{kind}/x_1").text
     job = house.job()
     for path in (f"/ui/jobs/{job}/cancel", f"/ui/models/{house.model}/delete", f"/ui/sweeps/{sweep}/cancel"):
         assert theirs.post(path).status_code == 404
@@ -277,18 +284,24 @@ def test_a_job_is_made_with_a_form_alone(house):
     planned = browser.post("/ui/plans", data=house.form)
     assert planned.status_code == 200
     assert re.search(r"44.4\sk <i>→</i> 3\d\.?\d*\sk", planned.text), "the plan is on the page"
-    assert f'<option value="{house.model}" selected>' in planned.text
+    assert f' value="{house.model}" selected>' in planned.text
     for changes, sentence in (
         ({"amount": "half"}, "'half' is no number: give the budget as one."),
+        ({"amount": "0,5"}, "'0,5' can be read in two ways"),
+        ({"amount": "0,500"}, "'0,500' can be read in two ways"),
+        ({"amount": "-1"}, "The amount should be greater than 0."),
         ({"amount": "0.0001"}, "raise the budget"),
+        ({"tokens": "1.5"}, "The number of tokens to train on should be"),
         ({"target": ""}, "There is no target dataset yet"),
         ({"more": "{"}, "The advanced options are not JSON"),
         ({"more": "[]"}, "not a JSON object"),
         ({"more": "[" * 100_000}, "The advanced options are not JSON"),
         ({"more": '{"seeds": 1}'}, "there is no option 'seeds' here: is it misspelt?"),
         ({"more": '{"budget": {"retention": 2}}'}, "budget.retention should be less than or equal to 1."),
-        ({"kind": "bake"}, "method.kind should be"),
-        ({"skill_name": "a/b", "skill_dataset": house.dataset, "skill_role": "watch"}, "skills.0.name is not a name"),
+        ({"kind": "bake"}, "The method should be"),
+        ({"skill_name": "a/b", "skill_dataset": house.dataset, "skill_role": "watch"}, "The name of skill 1 is not a name"),
+        ({"skill_name": "", "skill_dataset": house.dataset, "skill_role": "watch"}, "Skill 1 has no name"),
+        ({"skill_name": "a", "skill_dataset": "", "skill_role": "watch"}, "The skill 'a' has no dataset"),
         ({"base": "mdl_" + "0" * 26}, "There is no model"),
     ):
         refused = browser.post("/ui/jobs", data={**house.form, **changes})
@@ -296,6 +309,15 @@ def test_a_job_is_made_with_a_form_alone(house):
         assert f'name="amount" inputmode="decimal" value="{changes.get("amount", "0.85")}"' in refused.text, (
             "nothing typed is lost"
         )
+        field = (
+            "skill_" + ("dataset" if changes["skill_name"] == "a" else "name") + "-0"
+            if "skill_name" in changes
+            else next(iter(changes))
+        )
+        assert re.findall(r' id="([\w-]+)" aria-invalid="true" aria-describedby="(?:[\w-]+ )?wrong"', refused.text) == [field]
+        assert f'autofocus><p><b>This has to be mended first:</b> <bdi><a href="#{field}">' in refused.text
+        assert refused.text.count('id="wrong"') == 1
+    assert "44,400 parameters" in browser.post("/ui/plans", data={**house.form, "amount": "44,400"}).text, "groups of three"
     made = browser.post("/ui/jobs", data=house.form)
     assert made.status_code == 303
     assert browser.post("/ui/jobs", data=house.form).headers["location"] == made.headers["location"], "pressed twice"
@@ -304,7 +326,7 @@ def test_a_job_is_made_with_a_form_alone(house):
     job = browser.get(made.headers["location"].removeprefix("/ui"), headers={"Accept": "application/json"}).json()
     assert (job["spec"]["budget"]["parameters"], job["spec"]["block_tokens"]) == (0.85, 64)
     cancelled = browser.post(f"/ui/jobs/{job['id']}/cancel")
-    assert cancelled.headers["location"] == f"/ui/jobs/{job['id']}"
+    assert cancelled.headers["location"] == f"/ui/jobs/{job['id']}#state"
     again = browser.post(f"/ui/jobs/{job['id']}/pause")
     assert (again.status_code, "there is nothing to pause" in again.text) == (409, True)
     assert browser.post(f"/ui/jobs/{job['id']}/delete").headers["location"] == "/ui/jobs"
@@ -352,8 +374,13 @@ def test_uploads_by_a_form_alone(house):
         "/ui/datasets", files=bad, data={"column": "text", "bad_rows": "skip", "to_new": "true", "base": house.model}
     )
     picked = browser.get(to_new.headers["location"])
-    assert f'<option value="{house.model}" selected>' in picked.text
-    assert len(re.findall(r'<option value="ds_\w+" selected>', picked.text)) == 1
+    assert f' value="{house.model}" selected>' in picked.text
+    assert len(re.findall(r' value="ds_\w+" selected>', picked.text)) == 1
+    choices = unescape(picked.text).partition('<select id="target"')[2].partition("</select>")[0]
+    alike = re.findall(r"\u2068bad\u2069 · ([^<]*)</option>", choices)
+    assert len(alike) == len(set(alike)) == 2, "two of one name are told apart"
+    unfit = browser.post("/ui/datasets", files=bad, data={"name": "a/b", "column": "text", "bad_rows": "skip"})
+    assert (unfit.status_code, "is not a name: it takes" in unfit.text) == (422, True)
     refused = browser.post("/ui/models", files={"files": ("model.bin", b"x")}, data={"name": "mine"})
     assert (refused.status_code, "model.bin" in refused.text, 'value="mine"' in refused.text) == (422, True, True)
     assert browser.post(f"{shown.url.path}/delete").headers["location"] == "/ui/datasets"
@@ -408,6 +435,7 @@ def test_a_job_tells_how_far_it_is(house):
         {"kind": "started", "phase": "load", "message": "", "data": {}},
         {"kind": "finished", "phase": "load", "message": "", "data": {"seconds": 1.5, "reused": False}},
         {"kind": "started", "phase": "recover", "message": "", "data": {}},
+        {"kind": "progress", "phase": "recover", "message": "", "data": {"done": 0, "total": 40, "tokens": 0, "validation": 4.0}},
         *(
             {
                 "kind": "progress",
@@ -426,12 +454,19 @@ def test_a_job_tells_how_far_it_is(house):
     assert '<li class="to-come"><b>Export</b>' in page
     assert 'max="40" value="10"' in page
     assert "left of this phase" in page
-    assert re.findall(r'data-tokens="(\d+)"', page) == ["256", "512", "768", "2560"]
+    assert re.findall(r'data-tokens="(\d+)"', page) == ["0", "256", "512", "768", "2560"]
     assert "10 of 40, loss 0.300" in page
     job = re.search(r"/jobs/(job_\w+)/events\?after=(\d+)", page)
     assert int(job[2]) == len(told) + 2
     only = browser.get(f"/ui/jobs/{job[1]}?kind=notice").text
     assert ("something fell back" in only, "10 of 40, loss" in only) == (True, False)
+    assert "as planned" in page
+    with tenant_session(house.engine, "ours") as session:
+        row = session.get(JobRow, job[1])
+        row.status, row.result_model = "succeeded", house.model
+        session.commit()
+    done = browser.get(f"/ui/jobs/{job[1]}").text
+    assert ("as planned" in done, bool(re.search(r"44.4\sk <i>→</i> 44.4\sk", done))) == (False, True), "only what came out"
     assert {"", *(phase for phases in STEPS.values() for phase in phases)} == set(get_args(Phase))
 
 

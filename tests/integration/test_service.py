@@ -214,6 +214,8 @@ def test_bad_models_are_refused_and_leave_nothing(service, tiny_folder, tmp_path
     deep = json.dumps(config)[:-1] + ', "x": ' + "[" * 500 + "]" * 500 + "}"
     problem(send(**{"config.json": deep.encode()}), 422, "bad_config")
     problem(service.http.post("/models", data={"name": "x"}), 422, "missing_file", "config.json is missing")
+    misnamed = service.http.post("/models", files={"file": ("config.json", b"{}")})
+    problem(misnamed, 422, "invalid_request", "there is no field 'file' here: it takes files, uploads, name")
     assert len(service.http.get("/models", params={"limit": 100}).json()["data"]) == before
     assert service.http.get("/readyz").status_code == 200
 
@@ -232,10 +234,19 @@ def test_bad_datasets_are_refused_by_line(service):
     problem(send(good, name="../../etc/d.jsonl"), 422, "unexpected_file")
     problem(send(gzip.compress(good * 10)[:-8], name="d.jsonl.gz"), 422, "bad_compression")
     problem(send(good * 20_000), 413, "too_large")
+    problem(
+        send(good, colour="red"), 422, "invalid_request", "no field 'colour' here: it takes file, upload, name, column, bad_rows"
+    )
+    twice = service.http.post("/datasets", files=[("file", ("a.jsonl", good)), ("file", ("b.jsonl", good))])
+    problem(twice, 422, "invalid_request", "file is there more than once: send it once.")
+    named = service.http.post("/datasets", files={"file": ("a.jsonl", good)}, data={"name": "日本 <b>x</b>"})
+    problem(named, 422, "invalid_request", "The name '日本 <b>x</b>' is not a name: it takes letters")
     made = send(gzip.compress(good), name="naïve <b>.jsonl.gz")
     assert made.status_code == 201
     assert made.json()["documents"] == 1
     assert "<" not in made.json()["name"]
+    assert made.json()["preview"] == ["hello"]
+    assert send(b'{"text": "%s"}' % (b"a" * 400)).json()["preview"] == ["a" * 300 + "…"]
     problem(send(good, name="字" * 150 + ".x"), 422, "unexpected_file", "200 bytes")
     for given in ("½ m²①.jsonl", "²①.jsonl", "-_ x" + "é" * 90 + ".jsonl"):
         TypeAdapter(Name).validate_python(send(good, name=given).json()["name"])
@@ -280,7 +291,10 @@ def test_bad_rows_are_left_out_where_that_is_asked_for(service, done, tmp_path, 
     notice = "2 bad rows of data.parquet were left out. The first: column 'body' in row 1 of data.parquet is not a text but null."
     report = service.http.get(f"/jobs/{job['id']}/report").json()
     assert notice in [told["message"] for told in report["notices"]]
-    assert [item["bad_rows"] for item in report["provenance"]["inputs"] if item["part"] == "target"] == ["skip"]
+    [target] = [item for item in report["provenance"]["inputs"] if item["part"] == "target"]
+    assert (target["name"], target["bad_rows"]) == ("d.parquet", "skip")
+    base = service.http.get(f"/models/{spec['base']['model']}").json()["name"]
+    assert [item["name"] for item in report["provenance"]["inputs"] if item["part"] == "base"] == [base]
     page = service.http.get(f"/jobs/{job['id']}/report", headers={"accept": "text/html"}).text
     assert notice in html.unescape(page)
 

@@ -393,7 +393,7 @@ def test_parquet_without_pyarrow_is_a_sentence(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["a.json", "a", "a.zst", "a.jsonl.xz", "a.parquet.gz"])
 def test_an_unknown_ending_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"PAR1")
-    with pytest.raises(NarrowError, match=r"\.jsonl, \.csv"):
+    with pytest.raises(NarrowError, match=r"\.jsonl, \.ndjson, \.csv, \.tsv, \.txt, \.text, \.md, "):
         list(read_documents(tmp_path / name))
     assert ending(name) == ""
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from narrow_engine.report.frontier import Finished, Outcome, frontier
-from narrow_engine.report.frontier_page import render_frontier
+from narrow_engine.report.frontier_page import render_frontier, verdict
 from narrow_engine.spec import Budget, SweepSpec, points
 
 
@@ -120,7 +120,14 @@ def test_the_page_names_what_is_on_the_frontier_and_draws_both_plots():
     seeds = [point("prune", 0.5, seed, loss=2.5 + seed / 10) for seed in (0, 1)]
     page = render_frontier(frontier([*seeds, point("_scratch", 0.5, parameters=1000, loss=4.0)], of=4))
     text = words(page)
-    assert "At every size on the frontier, prune is the best for python." in text
+    assert "For python, prune at 50% of parameters is beaten by none." in text
+    once = frontier([point("prune", budget, parameters=1000 * budget, loss=3 - budget) for budget in (0.25, 0.5)], of=2)
+    once.points.append(once.points[0].model_copy(update={"method": "scratch", "dominated": True}))
+    assert verdict(once) == "At every size on the frontier, prune is the best for python."
+    alone = [point for point in once.points if point.dominated or point.budget.parameters == 0.5]
+    assert verdict(once.model_copy(update={"points": alone})).endswith(
+        "prune at 50% of parameters is beaten by none, in one run each."
+    )
     assert "3 of 4 points have finished; 1 of the 2 combinations of method and budget is beaten by none" in text
     assert page.count("<svg") == 2
     assert "2.500 – 2.600" in text

@@ -4,7 +4,14 @@
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const COLOURS = ["--accent", "--warn", "--third", "--quiet", "--ink"];
-const LEGEND = { live: false, markers: { width: 0, fill: (plot, number) => plot.series[number].stroke(plot, number) } };
+const LEGEND = {
+  live: false,
+  markers: {
+    width: 2,
+    stroke: (plot, number) => plot.series[number].stroke(plot, number),
+    fill: (plot, number) => plot.series[number].points.fill(plot, number),
+  },
+};
 const HEIGHT = 250;
 const short = (number) => Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format(number);
 
@@ -35,12 +42,18 @@ function chart(place, make, data) {
 
 function curve(section) {
   const body = section.querySelector("tbody");
+  const number = (text) => (text === "" ? null : +text);
   const rows = [...body.rows].map(({ dataset }) => ({
     phase: dataset.phase,
     tokens: +dataset.tokens,
-    loss: +dataset.loss,
-    validation: dataset.validation === "" ? null : +dataset.validation,
+    loss: number(dataset.loss),
+    validation: number(dataset.validation),
   }));
+  // At least a twenty-fifth of the value, so that a change which is next to nothing does not fill the picture.
+  const range = (_, low, high) => {
+    const beyond = Math.max(0.05 * (high - low), (0.04 * Math.abs(high) - (high - low)) / 2) || 1;
+    return [low - beyond, high + beyond];
+  };
   // What is trained and what is measured are two things, each with a scale of its own.
   const draw = (place) => {
     const series = place.dataset.series;
@@ -51,7 +64,7 @@ function curve(section) {
       return [known.map(at), known.map((row) => row[series])];
     };
     const make = () => ({
-      scales: { x: { time: false } },
+      scales: { x: { time: false, range: (_, low, high) => [0, high || 1] }, y: { range } },
       legend: { show: false },
       cursor: { y: false },
       axes: axes("tokens trained on"),
@@ -61,14 +74,14 @@ function curve(section) {
   };
   const shown = [...section.querySelectorAll(".chart")].map(draw);
   return {
-    add(phase, { tokens, loss, validation = null }) {
+    add(phase, { tokens, loss = null, validation = null }) {
       // A job that goes on from a checkpoint tells again what it had told.
       const last = rows.findLastIndex((row) => row.phase !== phase || row.tokens < tokens);
       const again = rows.splice(last + 1).length;
       for (let number = 0; number < again; number++) body.lastElementChild.remove();
       rows.push({ phase, tokens, loss, validation });
       const row = body.insertRow();
-      for (const text of [phase, tokens.toLocaleString("en"), loss.toFixed(3), validation?.toFixed(3) ?? "–"]) {
+      for (const text of [phase, tokens.toLocaleString("en"), loss?.toFixed(3) ?? "–", validation?.toFixed(3) ?? "–"]) {
         row.insertCell().textContent = text;
       }
       section.hidden = false;
@@ -92,7 +105,8 @@ function follow(section) {
   }
   source.addEventListener("progress", (message) => {
     const { phase, time, data, message: more } = JSON.parse(message.data);
-    if (Number.isFinite(data.loss) && Number.isFinite(data.tokens) && ["sparsify", "recover"].includes(phase)) {
+    const measured = Number.isFinite(data.loss) || Number.isFinite(data.validation);
+    if (measured && Number.isFinite(data.tokens) && ["sparsify", "recover"].includes(phase)) {
       losses.add(phase, data);
     }
     const place = document.getElementById("progress");
@@ -124,22 +138,35 @@ function frontier(section) {
   const measure = document.getElementById("measure");
   const read = () =>
     [...document.querySelectorAll("#points tr[data-method]")]
-      .map(({ dataset, id }) => ({ id, method: dataset.method, x: +dataset.parameters, y: +dataset[measure.value] }))
+      .map(({ dataset, id }) => {
+        const series = "beaten" in dataset ? `${dataset.method}, beaten` : dataset.method;
+        return { id, method: dataset.method, series, x: +dataset.parameters, y: +dataset[measure.value] };
+      })
       .sort((a, b) => a.x - b.x);
   let points = read();
   const methods = () => [...new Set(points.map((point) => point.method))].sort();
+  const series = () => [...new Set(points.map((point) => point.series))].sort();
   const base = () => ({ x: +section.dataset.baseParameters, y: measure.value === "loss" ? +section.dataset.baseLoss : 1 });
   // uPlot's series share their xs: of each mark only its own series has a y.
   const data = () => {
-    const marks = [...points, { ...base(), method: null }];
-    return [marks.map((p) => p.x), ...[...methods(), null].map((name) => marks.map((p) => (p.method === name ? p.y : null)))];
+    const marks = [...points, { ...base(), series: null }];
+    return [marks.map((p) => p.x), ...[...series(), null].map((name) => marks.map((p) => (p.series === name ? p.y : null)))];
   };
-  const mark = (label, stroke, size) => ({ label, stroke, paths: () => null, points: { show: true, size, fill: stroke } });
+  const mark = (label, stroke, size, fill = stroke) => ({ label, stroke, paths: () => null, points: { show: true, size, fill, width: 2 } });
+  // A colour for each method; what is on the frontier is full, and what another run beats is hollow.
+  const marks = () =>
+    series().map((name) => {
+      const { method } = points.find((point) => point.series === name);
+      const own = colour(COLOURS[methods().indexOf(method) % COLOURS.length]);
+      return mark(name, own, 11, name === method ? own : colour("--page"));
+    });
   // By ratios where methods are far apart, as the frontier's own page has it, so that those near the base are told from each other.
   const far = () => {
     const losses = points.map((point) => point.y);
     return measure.value === "loss" && Math.max(...losses) >= 1.8 * Math.min(...losses);
   };
+  // As many as tell the ticks apart; by ratios they are far apart as they are.
+  const digits = (tick, step) => (far() ? +tick.toPrecision(3) : tick.toFixed(`${+step.toPrecision(3)}`.split(".")[1]?.length ?? 0));
   const beyond = (low, high) => 0.1 * (high - low || 1);
   const make = () => ({
     scales: {
@@ -150,8 +177,8 @@ function frontier(section) {
     },
     legend: LEGEND,
     cursor: { drag: { x: false, y: false } },
-    axes: axes("parameters", { filter: (_, ticks) => ticks, values: (_, ticks) => ticks.map((tick) => +tick.toPrecision(3)) }),
-    series: [{}, ...methods().map((name, n) => mark(name, colour(COLOURS[n % COLOURS.length]), 11)), mark("the base", colour("--soft"), 7)],
+    axes: axes("parameters", { filter: (_, ticks) => ticks, values: (_, ticks, axis, space, step) => ticks.map((tick) => digits(tick, step)) }),
+    series: [{}, ...marks(), mark("the base", colour("--soft"), 7)],
     hooks: {
       ready: [
         (plot) =>

@@ -17,9 +17,19 @@ function localTimes() {
       time.title = moment.toISOString();
     }
   }
+  for (const option of document.querySelectorAll("option[data-time]")) {
+    option.textContent = option.textContent.replace(/[-\d]{10} [:\d]{5} UTC/, form.format(new Date(option.dataset.time)));
+  }
 }
 localTimes();
 document.addEventListener("htmx:after:swap", localTimes);
+
+// Who was at a button that is gone now is at the state that took its place, not at the top of the page.
+let focused = null;
+document.addEventListener("htmx:before:swap", () => (focused = document.activeElement));
+document.addEventListener("htmx:after:swap", () => {
+  if (focused && !focused.isConnected && document.activeElement === document.body) document.getElementById("state")?.focus();
+});
 
 // What is shown stays when the server is away or somebody has logged out: then the whole page is asked for, which says so.
 document.addEventListener("htmx:before:swap", (event) => {
@@ -61,11 +71,12 @@ for (const form of document.querySelectorAll("form[data-upload]")) {
       else if (form.dataset.upload.startsWith("/")) location.assign(form.dataset.upload + made.id);
       else {
         const select = document.getElementById(form.dataset.upload);
-        select.add(new Option(made.name, made.id, true, true), 1);
+        const words = `${made.name} · new · …${made.id.slice(-6)}`;
+        select.add(new Option(words, made.id, true, true), 1);
         const others = '[name="skill_dataset"]';
         const row = document.querySelector("#skills template").content;
         for (const other of [...document.querySelectorAll(others), ...row.querySelectorAll(others)]) {
-          if (select.id === "target") other.add(new Option(made.name, made.id));
+          if (select.id === "target") other.add(new Option(words, made.id));
         }
         button.disabled = false;
         told.textContent = `${made.name} is here, and picked.`;
@@ -78,12 +89,35 @@ for (const form of document.querySelectorAll("form[data-upload]")) {
   });
 }
 
+// The form of a new job says at the field what its plan was refused for. What was wrong before is mended by then.
+function markWrong() {
+  const form = document.getElementById("new");
+  if (!form) return;
+  const said = form.parentElement.querySelector("#plan [data-field]");
+  for (const old of document.querySelectorAll("#refused, #wrong")) old.remove();
+  const describes = (field) => (field.getAttribute("aria-describedby") ?? "").split(" ").filter((id) => id && id !== "wrong");
+  for (const field of form.querySelectorAll("[aria-invalid]")) {
+    field.removeAttribute("aria-invalid");
+    field.setAttribute("aria-describedby", describes(field).join(" "));
+  }
+  const field = said?.dataset.field && document.getElementById(said.dataset.field);
+  if (!field) return;
+  const words = document.createElement("p");
+  words.id = words.className = "wrong";
+  words.textContent = said.textContent;
+  (field.closest(".row, label") ?? field).after(words);
+  field.setAttribute("aria-invalid", "true");
+  field.setAttribute("aria-describedby", [...describes(field), "wrong"].join(" "));
+}
+document.addEventListener("htmx:after:swap", markWrong);
+
 const adding = document.getElementById("add-skill");
 if (adding) {
   adding.hidden = false;
   adding.addEventListener("click", () => {
     const template = document.querySelector("#skills template");
     template.before(template.content.cloneNode(true));
+    localTimes();
     template.previousElementSibling.querySelector("input").focus();
   });
 }
