@@ -210,11 +210,111 @@ def test_a_url_that_is_none_is_one_sentence(monkeypatch, url):
             client()
 
 
-@pytest.mark.parametrize("key", ["schlüssel", "key\n"])
-def test_a_key_that_no_header_carries_is_one_sentence(monkeypatch, key):
+@pytest.mark.parametrize("key", ["nrw_schlüssel", "nrw_a\nb", "nrw_a\x7f"])
+def test_a_key_that_no_header_carries_is_one_sentence_without_it(monkeypatch, key):
     monkeypatch.setenv("NARROW_API_KEY", key)
-    with pytest.raises(narrow_client.NarrowClientError, match="NARROW_API_KEY"):
+    with pytest.raises(narrow_client.InvalidArgument, match="NARROW_API_KEY") as raised:
         narrow_client.Narrow()
+    result = run_cli("jobs")
+    assert (result.exit_code, "nrw_" in str(raised.value) + result.output) == (2, False)
+
+
+@pytest.mark.parametrize(("key", "sent"), [(" nrw_1 ", "Bearer nrw_1"), ("nrw_1\r\n", "Bearer nrw_1"), (" ", None), ("", None)])
+def test_the_space_around_a_key_is_not_sent(server, monkeypatch, key, sent):
+    server.script["/jobs"] = [answer({"data": [], "next_cursor": None})] * 2
+    monkeypatch.setenv("NARROW_API_KEY", key)
+    assert run_cli("jobs").exit_code == 0
+    monkeypatch.delenv("NARROW_API_KEY")
+    with narrow_client.Narrow(api_key=key) as client:
+        assert not list(client.jobs.list())
+    assert [headers.get("Authorization") for _, _, headers in server.asked] == [sent, sent]
+
+
+@pytest.mark.parametrize("client", [narrow_client.Narrow, narrow_client.AsyncNarrow])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"url": 5},
+        {"api_key": 5},
+        *({"timeout": value} for value in (-1, 0, float("nan"), "x", True)),
+        *({"max_retries": value} for value in (-1, 1.5, "x", None, True)),
+    ],
+)
+def test_what_a_client_cannot_be_made_of_is_one_sentence(client, wrong):
+    with pytest.raises(narrow_client.InvalidArgument, match=r"\.$"):
+        client(**wrong)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.plan("x"),
+        lambda client: client.plan({"seed": float("nan")}),
+        lambda client: client.jobs.create(["base"]),
+        lambda client: client.jobs.create({"base": object()}),
+        lambda client: client.sweeps.create(None),
+        lambda client: client.jobs.get(None),
+        lambda client: client.jobs.wait(JOB["id"], timeout="x"),
+        lambda client: client.jobs.download(JOB["id"], 5),
+        lambda client: client.jobs.list(limit=0),
+        lambda client: client.jobs.list(limit="x"),
+        lambda client: client.jobs.list(sweep="x"),
+        lambda client: client.models.upload("no-such-folder"),
+        lambda client: client.models.upload(5),
+        lambda client: client.datasets.upload("no-such-file"),
+        lambda client: client.datasets.upload(None),
+    ],
+)
+def test_what_cannot_be_asked_is_one_sentence_and_nothing_is_sent(server, call):
+    async def ask():
+        async with narrow_client.AsyncNarrow() as client:
+            await call(client)
+
+    with narrow_client.Narrow() as client, pytest.raises(narrow_client.InvalidArgument, match=r"\.$"):
+        call(client)
+    with pytest.raises(narrow_client.InvalidArgument, match=r"\.$"):
+        asyncio.run(ask())
+    assert not server.asked
+
+
+def test_a_client_that_is_closed_says_so(server):
+    client = narrow_client.Narrow()
+    client.close()
+    client.close()
+    for ask in (client.ready, lambda: next(client.jobs.events(JOB["id"])), lambda: list(client.jobs.list())):
+        with pytest.raises(narrow_client.InvalidArgument, match="is closed"):
+            ask()
+    assert client.url in repr(client)
+
+    async def closed():
+        client = narrow_client.AsyncNarrow()
+        await client.close()
+        await client.ready()
+
+    with pytest.raises(narrow_client.InvalidArgument, match="is closed"):
+        asyncio.run(closed())
+
+
+def test_a_limit_is_of_the_whole_list_as_in_the_command_line(server):
+    limits = []
+
+    def page(handler):
+        limit = int(re.search(r"limit=(\d+)", handler.path)[1])
+        limits.append(limit)
+        answer({"data": [JOB] * limit, "next_cursor": "job_x"})(handler)
+
+    server.script["/jobs"] = [page] * 4
+
+    async def count(limit):
+        async with narrow_client.AsyncNarrow() as client:
+            return len([job async for job in client.jobs.list(limit=limit)])
+
+    with narrow_client.Narrow() as client:
+        assert len(list(client.jobs.list(limit=2))) == 2
+        assert [len(page.data) for page in client.jobs.list(limit=150).pages()] == [100, 50]
+        assert "for item in" in repr(client.jobs.list())
+    assert asyncio.run(count(3)) == 3
+    assert limits == [2, 100, 50, 3]
 
 
 @pytest.mark.parametrize("status", ["running", "failed", "cancelled"])
@@ -331,6 +431,40 @@ def test_compress_looks_for_every_file_before_it_uploads_one(server, local):
     with narrow_client.Narrow() as client, pytest.raises(narrow_client.NarrowClientError, match="no-such-file"):
         narrow_client.compress(base, target, skills={"a": ("no-such-file", "watch")}, client=client)
     assert not server.asked
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"skills": ["x"]}, "skills is a dict"),
+        ({"skills": {"a": ("ds_1",)}}, "'a' is a file or an id, or \\(file or id, role\\)"),
+        ({"skills": {"a": 5}}, "'a' is a file or an id"),
+        ({"skills": {"a": ("ds_1", "nonsense")}}, "keep, forget, watch"),
+        ({"skills": {"a": ("ds_1", "keep", "x")}}, "answer of the skill 'a' is a dict"),
+        ({"method": "prune"}, "method is a dict"),
+        ({"options": [1]}, "options is a dict"),
+        ({"answer": "a"}, "answer is a dict"),
+        ({"budget": "0.5"}, "budget is a share"),
+        ({"budget": True}, "budget is a share"),
+        ({"export": 5}, "export is the name of a format"),
+        ({"base": 5}, "is a path"),
+        ({"target": None}, "is a path"),
+        ({"out": 5}, "out is a path"),
+    ],
+)
+def test_what_compress_cannot_take_is_one_sentence(server, local, wrong, said):
+    _, base, _, target = local
+    with pytest.raises(narrow_client.InvalidArgument, match=said):
+        narrow_client.compress(**{"base": base, "target": target, **wrong})
+    assert not server.asked
+
+
+def test_a_skill_alone_is_watched_and_a_format_alone_is_one(local):
+    _, base, _, target = local
+    wanted = _compress.Wanted("mdl_1", "ds_1", skills={"a": "ds_2", "b": ("ds_3", "keep")}, export="onnx")
+    spec = wanted.spec({})
+    assert (spec["export"], [skill["role"] for skill in spec["skills"]]) == (["onnx"], ["watch", "keep"])
+    assert _compress.Wanted(base, target, skills={"a": target}).inputs() == [("model", str(base)), ("dataset", str(target))]
 
 
 def test_compress_looks_whether_its_results_can_be_written_before_it_sends_anything(server, local, tmp_path):
@@ -597,12 +731,13 @@ def test_compress_async_brings_what_came_out(uploads, local, tmp_path):
 def test_the_words_that_methods_take_are_those_of_the_contract():
     assert get_args(_calls.Status) == words(models.Job, "status")
     assert get_args(_calls.Role) == words(models.NewKey, "role")
+    assert get_args(_calls.SkillRole) == words(models.SkillId, "role")
     assert get_args(_calls.BadRows) == words(models.Dataset, "bad_rows")
 
 
 def test_every_public_name_is_there():
     for name in narrow_client.__all__:
         assert getattr(narrow_client, name).__name__ == name
-    assert {*narrow_client.__all__} <= {*dir(narrow_client)}
+    assert dir(narrow_client) == sorted({*narrow_client.__all__, "models"})
     with pytest.raises(AttributeError):
         narrow_client.nothing  # noqa: B018
