@@ -423,3 +423,21 @@ def test_roles_and_the_tenant_are_those_of_the_service():
     options = {parameter.name: parameter for parameter in command_of("keys").commands["create"].params}
     assert tuple(options["role"].type.choices) == auth.ROLES
     assert options["tenant"].default == DEFAULT_TENANT
+
+
+def test_keys_and_tenants_are_of_a_service_that_was_named_or_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("NARROW_DATA", "NARROW_DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for command in (("keys", "create", "me"), ("keys", "list"), ("tenants", "list"), ("tenants", "limit", "a", "--jobs", "1")):
+        result = run_cli(*command)
+        assert (result.exit_code, "There is no service" in result.stderr) == (2, True), result.output
+    assert run_cli("keys", "list", "--data", "other").exit_code == 2
+    assert not list(tmp_path.iterdir())
+    # The first key may come before the first start, of a service that is named.
+    result = run_cli("keys", "create", "me", "--data", "narrow-data")
+    assert (result.exit_code, result.stdout[:4], str(tmp_path / "narrow-data") in result.stderr) == (0, "nrw_", True)
+    assert [key["name"] for key in json.loads(run_cli("keys", "list", "--json").stdout)] == ["me"]
+    monkeypatch.setenv("NARROW_DATA", str(tmp_path / "third"))
+    assert run_cli("tenants", "list").exit_code == 2
+    assert run_cli("keys", "create", "you").exit_code == 0
