@@ -452,7 +452,11 @@ def download(job: str, out: Path, form: str | None, only: str, quiet: bool, as_j
         read="docs/how-to/deploy-on-one-machine.md",
     )
 )
-@click.option("--base", type=click.Path(path_type=Path), help="A model folder: say what a job on it would need here.")
+@click.option(
+    "--base",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A model folder: say what a job on it would need here.",
+)
 @click.option("--budget", callback=parse_budget, help="As of 'narrow compress', with --base; by default 0.5.")
 @click.option("--recover-tokens", type=click.IntRange(0), help="As of 'narrow compress', with --base.")
 @JSON
