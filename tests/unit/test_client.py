@@ -396,6 +396,9 @@ def test_the_command_line_says_what_is_wrong_and_how_it_ended(server, monkeypatc
         (("--skill", "nonsense"), "NAME=FILE:ROLE"),
         (("--skill", "a=ds_1", "--skill", "a=ds_2"), "named twice"),
         (("--skill", "a=no-such-file"), "no-such-file"),
+        (("--skill", f"a={__file__}:nonsense"), "'nonsense' is not a role: there are keep, forget, watch"),
+        (("--column", ""), "it is empty"),
+        (("--seed", "x"), "'x' is not a whole number"),
         (("--base", "no-such-folder"), "no-such-folder"),
         (("--base", "mdl_../jobs"), "no model folder"),
         (("--target", "no-such-file"), "no-such-file"),
@@ -413,7 +416,7 @@ def test_wrong_usage_is_told_before_anything_is_sent(server, local, arguments, s
     assert not server.asked
 
 
-@pytest.mark.parametrize("arguments", [("--limit", "0"), ("--limit", "-1"), ("--status", "nonsense")])
+@pytest.mark.parametrize("arguments", [("--limit", "0"), ("--limit", "x"), ("--status", "nonsense"), ("--sweep", "nope")])
 def test_wrong_usage_of_lists_is_told_too(server, arguments):
     assert run_cli("jobs", *arguments).exit_code == 2
     assert not server.asked
@@ -472,6 +475,40 @@ def test_compress_looks_whether_its_results_can_be_written_before_it_sends_anyth
     result = run_cli("compress", *local, "--out", str(tmp_path / "file" / "below"))
     assert (result.exit_code, "Nothing can be written to" in result.stderr) == (1, True), result.output
     assert not server.asked
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence(server):
+    server.script[FILES] = [artifacts()]
+    result = run_cli("download", JOB["id"], "--out", "/proc/x")
+    assert (result.exit_code, result.stderr) == (1, "narrow: /proc/x: no such file or directory.\n")
+
+
+def test_a_folder_of_texts_is_no_model(server, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    result = run_cli("upload", str(tmp_path))
+    assert (result.exit_code, "no config.json in" in result.stderr) == (2, True)
+    assert not server.asked
+
+
+def test_a_budget_that_is_too_small_names_the_option_of_the_command(uploads, local):
+    uploads.script["/jobs"] = [problem(422, "budget_too_small", "Raise the budget or add layer to method.units.")]
+    result = run_cli("compress", *local)
+    assert (result.exit_code, "--unit neuron" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"controls": []}, "controls: there is no option 'controls' here: is it misspelt?"),
+        ({"budgets": []}, "budgets should have at least 1 item, not 0."),
+        ({"target": None}, "target should be a valid dictionary or instance of DatasetId."),
+    ],
+)
+def test_a_fault_of_a_sweep_is_told_as_the_service_would(server, tmp_path, more, told):
+    inputs = {"base": {"model": "mdl_0000000000000000"}, "target": {"dataset": "ds_0000000000000000"}}
+    (tmp_path / "sweep.json").write_text(json.dumps({**inputs, "budgets": [{"parameters": 0.5}], **more}))
+    result = run_cli("sweep", str(tmp_path / "sweep.json"))
+    assert (result.exit_code, result.stderr) == (2, f"narrow: sweep.json: {told}\n")
 
 
 def test_what_bad_rows_do_is_sent_with_every_file_and_what_was_left_out_is_told(uploads, local, tmp_path):
