@@ -34,7 +34,7 @@ from misbehaving import (
     run_cli,
     sse,
 )
-from narrow_client import _render, models
+from narrow_client import _doctor, _render, models
 from narrow_client.cli import FULL, GROUPS, main
 from rich.console import Console
 from tiny import ROOT
@@ -128,6 +128,7 @@ def test_wrong_usage_says_what_to_do(server):
         (("jobs", "--limit", "0"), "0 is not in the range"),
         (("download", JOB["id"], "--format", "onnx", "--only", "x"), "give one of them"),
         (("doctor", "--budget", "0.5"), "give its --base too"),
+        (("doctor", "--base", "no-such-folder"), "does not exist"),
         (("sweep", "nowhere.json"), "There is no file at 'nowhere.json'"),
     ):
         result = run_cli(*arguments)
@@ -217,6 +218,18 @@ def test_doctor_says_what_the_service_is(server, monkeypatch):
     assert run_cli("doctor").exit_code == 3
     result = run_cli("doctor", "--base", ROOT / "demo" / "base")
     assert (result.exit_code, "full installation" in result.stderr) == (2, True)
+
+
+def test_doctor_tells_sizes_and_times_as_a_dry_run_does():
+    shown = io.StringIO()
+    facts = {"weights_bytes": 7_790_000, "memory_bytes": 2_500_000_000, "estimated_seconds": 680.0, "answer_seconds": 4}
+    Console(file=shown, width=100).print(_doctor.view("job", facts))
+    assert [line.strip().split("  ")[-1].strip() for line in shown.getvalue().splitlines()[1:5]] == [
+        "7,790,000 bytes",
+        "2.5 GB",
+        "11.3 minutes",
+        "4 s",
+    ]
 
 
 def test_a_log_has_a_line_a_phase_and_one_in_half_a_minute_and_nothing_to_draw_with(monkeypatch, capsys):
