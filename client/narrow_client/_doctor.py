@@ -63,7 +63,7 @@ def exit_status(found: Facts) -> int:
 
 def _service(transport: Transport) -> Facts:
     """What a service says of itself, and of the key that asks."""
-    facts: Facts = {"url": str(transport.http.base_url).rstrip("/")}
+    facts: Facts = {"url": transport.url}
     try:
         asked = time.monotonic()
         answer = transport.answer(_calls.ready())
