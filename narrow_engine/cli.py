@@ -230,8 +230,12 @@ def _told(command: str) -> Iterator[None]:
     except Cancelled as error:
         click.echo(str(error), err=True)
         sys.exit(130)
-    except (NarrowError, OSError) as error:
+    except NarrowError as error:
         click.echo(printable(f"narrow {command}: {error}"), err=True)
+        sys.exit(1)
+    except OSError as error:
+        told = f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror or error}."
+        click.echo(printable(f"narrow {command}: {told}"), err=True)
         sys.exit(1)
 
 

@@ -10,10 +10,20 @@ This module imports no torch: the API process and the client's generated models 
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Unit = Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"]
 Criterion = Literal["reconstruction", "fisher", "attribution", "activation", "magnitude", "random"]
@@ -60,10 +70,37 @@ Revision = Annotated[str, Field(max_length=200, pattern=f"^{_PART}(/{_PART})*$")
 Commit = Annotated[str, Field(pattern="^([0-9a-f]{40}|[0-9a-f]{64})$")]
 
 
+@cache
+def _kinds(model: type[BaseModel], field: str) -> frozenset[Any]:
+    """The types that a field's type is put together from."""
+
+    def parts(kind: Any) -> set[Any]:
+        return {kind}.union(*map(parts, get_args(kind)))
+
+    return frozenset(parts(model.model_fields[field].annotation))
+
+
 class Model(BaseModel):
     """Base of everything a person can write: an unknown or misspelt option is an error, not a silent default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_lookalikes(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic reads true as 1 and "0.5" as 0.5, of which nobody can say that it was meant. Its own strictness would refuse
+        1e6 for a whole number too."""
+        kinds = _kinds(cls, info.field_name or "")
+        if kinds & {int, float}:
+            parts = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
+            for part in parts:
+                if isinstance(part, bool):
+                    raise ValueError(f"should be a number, not {str(part).lower()}")
+                if isinstance(part, str):
+                    raise ValueError(f"should be a number, not the text {clear(part)!r}: write it without quotes")
+        elif bool in kinds and not isinstance(value, bool):
+            raise ValueError("should be true or false, without quotes" if isinstance(value, str) else "should be true or false")
+        return value
 
 
 Amount = Annotated[float, Field(gt=0, le=1e16)]
@@ -553,7 +590,9 @@ Priority = Annotated[int, Field(ge=-10, le=10, description="Of a tenant's jobs t
 
 
 class Resources(Model):
-    """What a job gets of a cluster's node. On a service without a cluster it gets the machine, and of GPUs as many."""
+    """What a job gets of a cluster's node. On a service without a cluster it has the whole machine, with as many processes in
+    training as `gpus` says, each of which takes a GPU where there are any.
+    """
 
     gpus: int = Field(0, ge=0, le=64, description="Training is spread over them.")
     cpus: int | None = Field(None, ge=1, le=1024, description="By default as the service says.")
@@ -742,6 +781,18 @@ def _teacher_where_of_use(teacher: Any, recover: Recover) -> None:
 
 
 NOT_A_NAME = "is not a name: it takes letters, digits, spaces and . + - _, and begins with a letter, a digit or _"
+_WHOLE_NUMBER = "should be a whole number"
+PLAIN = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), _WHOLE_NUMBER),
+    "int_parsing_size": f"{_WHOLE_NUMBER} of fewer digits",
+    **dict.fromkeys(("float_type", "float_parsing"), "should be a number"),
+    "finite_number": "should be a finite number",
+    **dict.fromkeys(("bool_type", "bool_parsing"), "should be true or false"),
+    "string_type": "should be a text",
+    "list_type": "should be a list",
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "should be a JSON object"),
+}
+"""What pydantic says in words of programmers."""
 _NAME_PATTERN = TypeAdapter(Name).json_schema()["pattern"]
 
 
@@ -758,9 +809,11 @@ def wording(error: Mapping[str, Any]) -> str:
         return NOT_A_NAME
     if kind == "string_pattern_mismatch" and pattern == _HUB_NAME:
         return "is not the name of a model on a hub, like HuggingFaceTB/SmolLM2-135M"
-    text = str(error["msg"])
+    text = str(error["msg"]).replace(" after validation", "")
     if kind == "value_error":
         return text.removeprefix("Value error, ")[:300]
+    if kind in PLAIN:
+        return PLAIN[kind]
     subject, should, rest = text.partition(" should ")
     return (f"should {rest}" if should and " " not in subject else text)[:300]
 

@@ -145,6 +145,7 @@ def train(
     done, curve = _restore(checkpoint, parameters, optimizers, after_step)
     if not curve:
         curve = [CurvePoint(phase=phase, tokens=0, validation=whole(validate), seconds=0.0)]
+        emit("progress", phase, "", {"done": 0, "total": steps, **curve[0].model_dump(exclude={"phase"}, exclude_none=True)})
     started = time.monotonic() - curve[-1].seconds
     saved = time.monotonic()
     interval = max(1, steps // POINTS)

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from service.api.schemas import Role
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else on stdout.")
+DATA = click.option(
+    "--data",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the service, as 'narrow serve' has it; by default NARROW_DATA, or ./narrow-data.",
+)
 
 
 @click.command(
@@ -37,12 +42,14 @@ def serve(host: str, port: int, data: Path | None, workers: int, as_json: bool) 
 
 
 @click.group(
-    epilog="\b\nExamples:\n  narrow keys create laptop --role admin\n  narrow keys list\n\nRead on: docs/how-to/run-a-service.md"
+    epilog="\b\nExamples:\n  narrow keys create laptop --role admin --data ./narrow-data\n  narrow keys list\n\n"
+    "Read on: docs/how-to/run-a-service.md"
 )
 def keys() -> None:
     """Make, list and revoke API keys, on the service's machine.
 
-    The first one, and those of other tenants. NARROW_DATA says which service.
+    The first one, and those of other tenants. --data or NARROW_DATA says which service (NARROW_DATABASE_URL if its database is
+    elsewhere), and stderr which it was.
     """
 
 
@@ -62,8 +69,9 @@ def keys() -> None:
     "--tenant", default="default", show_default=True, help="Whose models, data and jobs it sees; made by its first key."
 )
 @click.option("--days", type=click.FloatRange(0, 3650, min_open=True), help="Until it expires; by default never.")
+@DATA
 @JSON
-def create_key(name: str, role: "Role", tenant: str, days: float | None, as_json: bool) -> None:
+def create_key(name: str, role: "Role", tenant: str, days: float | None, data: Path | None, as_json: bool) -> None:
     """Make an API key and print it, once."""
     from pydantic import ValidationError
 
@@ -80,7 +88,7 @@ def create_key(name: str, role: "Role", tenant: str, days: float | None, as_json
     except ValidationError as error:
         first = error.errors()[0]
         raise click.UsageError(f"{first['loc'][0]} {wording(first)}.") from error
-    with open_database() as session:
+    with open_database(data, make=True) as session:
         row, secret = auth.create_key(session, wanted.name, wanted.role, tenant, auth.expiry(wanted))
         session.commit()
         made = SecretKey(**as_key(row).model_dump(), key=secret)
@@ -92,8 +100,9 @@ def create_key(name: str, role: "Role", tenant: str, days: float | None, as_json
 
 
 @keys.command("list")
+@DATA
 @JSON
-def list_keys(as_json: bool) -> None:
+def list_keys(data: Path | None, as_json: bool) -> None:
     """All keys of all tenants, without themselves."""
     from sqlmodel import col, select
 
@@ -101,7 +110,7 @@ def list_keys(as_json: bool) -> None:
     from service.db.tables import KeyRow, now
     from service.server import open_database
 
-    with open_database() as session:
+    with open_database(data) as session:
         rows = [as_key(row) for row in session.exec(select(KeyRow).order_by(col(KeyRow.id)))]
     if as_json:
         click.echo(json.dumps([row.model_dump(mode="json") for row in rows], indent=2))
@@ -116,14 +125,15 @@ def list_keys(as_json: bool) -> None:
 
 @keys.command("revoke")
 @click.argument("key_id")
+@DATA
 @JSON
-def revoke_key(key_id: str, as_json: bool) -> None:
+def revoke_key(key_id: str, data: Path | None, as_json: bool) -> None:
     """End a key: within a second, which is how long servers remember one."""
     from service.api.keys import as_key
     from service.db.tables import KeyRow, now
     from service.server import open_database
 
-    with open_database() as session:
+    with open_database(data) as session:
         row = session.get(KeyRow, key_id)
         if row is None:
             raise click.ClickException(f"There is no key {key_id[:80]!r}: narrow keys list shows all.")
@@ -136,23 +146,26 @@ def revoke_key(key_id: str, as_json: bool) -> None:
         click.echo(f"{key_id} does not count any more.", err=True)
 
 
-@click.group(epilog="\b\nExamples:\n  narrow tenants list\n  narrow tenants limit team-a --jobs 10 --hours 100")
+@click.group(
+    epilog="\b\nExamples:\n  narrow tenants list --data ./narrow-data\n  narrow tenants limit team-a --jobs 10 --hours 100"
+)
 def tenants() -> None:
     """Show and limit what tenants use, on the service's machine.
 
-    NARROW_DATA says which service.
+    --data or NARROW_DATA says which service (NARROW_DATABASE_URL if its database is elsewhere), and stderr which it was.
     """
 
 
 @tenants.command("list")
+@DATA
 @JSON
-def list_tenants(as_json: bool) -> None:
+def list_tenants(data: Path | None, as_json: bool) -> None:
     """All tenants, with what they use."""
     from service import quotas
     from service.server import open_database, settings_here
 
-    settings = settings_here()
-    with open_database() as session:
+    settings = settings_here(data)
+    with open_database(data) as session:
         found = {name: quotas.usage(session, settings, name) for name in quotas.by_tenant(session)}
     if as_json:
         click.echo(json.dumps({name: row.model_dump(mode="json", exclude={"role"}) for name, row in found.items()}, indent=2))
@@ -174,16 +187,17 @@ def list_tenants(as_json: bool) -> None:
 @click.option("--jobs", type=click.IntRange(0), help="That wait, run or are paused at a time.")
 @click.option("--bytes", "size", type=click.IntRange(0), help="That are kept.")
 @click.option("--hours", type=click.FloatRange(0), help="That jobs run in thirty days.")
+@DATA
 @JSON
-def limit_tenant(tenant: str, jobs: int | None, size: int | None, hours: float | None, as_json: bool) -> None:
+def limit_tenant(tenant: str, jobs: int | None, size: int | None, hours: float | None, data: Path | None, as_json: bool) -> None:
     """Set a tenant's limits. What is not given is as the service's settings say."""
     from service import quotas
     from service.db.tables import TenantRow
     from service.server import open_database, settings_here
 
-    with open_database() as session:
+    with open_database(data) as session:
         session.merge(TenantRow(name=tenant, max_jobs=jobs, max_bytes=size, max_hours=hours))
         session.commit()
         if as_json:
-            limits = quotas.usage(session, settings_here(), tenant).limits
+            limits = quotas.usage(session, settings_here(data), tenant).limits
             click.echo(json.dumps({"tenant": tenant, "limits": limits.model_dump(mode="json")}, indent=2))

@@ -19,6 +19,7 @@ from starlette.types import Scope
 
 from narrow_engine.errors import NarrowError
 from narrow_engine.spec import clear, sentence, wording
+from service.api.paging import CURSOR
 from service.api.schemas import FieldError, Problem
 from service.storage import StorageAway
 from service.web.render import problem_page
@@ -122,7 +123,8 @@ def install(app: FastAPI) -> None:
         answer = _answer(request, error.status_code, title.lower().replace(" ", "_"), detail)
         answer.headers.update(error.headers or {})
         if error.status_code == 405:
-            answer.headers["Allow"] = ", ".join(_methods(request))
+            there = routed(request.scope)
+            answer.headers["Allow"] = ", ".join(name for name in METHODS if name in there or (name == "HEAD" and "GET" in there))
         return answer
 
     @app.exception_handler(OSError)
@@ -163,10 +165,10 @@ def install(app: FastAPI) -> None:
         return _answer(request, 500, "internal_error", "Something went wrong inside the server; it was logged under this id.")
 
 
-def _methods(request: Request) -> list[str]:
-    """What is possible at a path. The router says only what its first route there can."""
-    asked = {"type": "http", "path": request.scope["path"], "root_path": ""}
-    routes = request.app.router.routes
+def routed(scope: Scope) -> list[str]:
+    """The methods that a path has routes for. The router says only what its first route there can."""
+    asked = {"type": "http", "path": scope["path"], "root_path": ""}
+    routes = scope["app"].router.routes
     return [name for name in METHODS if any(r.matches({**asked, "method": name})[0] is Match.FULL for r in routes)]
 
 
@@ -180,6 +182,8 @@ def _wording(error: Mapping[str, Any]) -> str:
         return f"the body is not valid JSON: {error['ctx']['error']} at character {error['loc'][-1]}"
     if kind in ("model_attributes_type", "model_type", "dict_type"):
         return "is not a JSON object; a body needs the header Content-Type: application/json"
+    if kind == "string_pattern_mismatch" and error["ctx"]["pattern"] == CURSOR:
+        return "is not a `next_cursor` that a page of a list gave"
     return wording(error)
 
 

@@ -13,12 +13,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs, metrics
 from service.auth import know
-from service.problems import METHODS, replacement
+from service.problems import METHODS, replacement, routed
 
 PAGE = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 """The Content-Security-Policy of our pages, which are whole in one file and run nothing."""
 
 log = logging.getLogger("narrow.access")
+
+
+class HeadOnly(Exception):
+    """Ends an answer of which nothing more is wanted."""
 
 
 class Requests:
@@ -29,9 +33,13 @@ class Requests:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        receive = self._careful(scope, receive)
         state = scope.setdefault("state", {})
         state["id"] = f"req_{secrets.token_hex(8)}"
+        method = scope["method"]
+        if method == "HEAD" and "HEAD" not in routed(scope):
+            # What GET would answer, without its body (RFC 9110, 9.3.2).
+            scope, send = {**scope, "method": "GET"}, _without_body(send)
+        receive = self._careful(scope, receive)
         began, replaced = time.perf_counter(), False
 
         async def answer(message: Message) -> None:
@@ -45,7 +53,7 @@ class Requests:
                 # What users sent is never taken by a browser for anything else than what it is called.
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers.update(state.get("allowance", {}))
-                self._tell(scope, message["status"], time.perf_counter() - began)
+                self._tell(method, scope, message["status"], time.perf_counter() - began)
                 if other:
                     replaced = True
                     await other(scope, receive, send)
@@ -55,9 +63,11 @@ class Requests:
         with logs.concerning(request=state["id"]):
             try:
                 await self.app(scope, receive, answer)
+            except HeadOnly:
+                pass
             except Exception:
                 # It becomes a 500 outside of here.
-                self._tell(scope, 500, time.perf_counter() - began)
+                self._tell(method, scope, 500, time.perf_counter() - began)
                 raise
 
     def _careful(self, scope: Scope, receive: Receive) -> Receive:
@@ -82,12 +92,24 @@ class Requests:
 
         return listen
 
-    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
+    def _tell(self, sent: str, scope: Scope, status: int, seconds: float) -> None:
         # The operation, not the path, which has ids in it: there would be a figure for each job.
         operation = getattr(scope.get("endpoint"), "__name__", "none")
-        method = scope["method"] if scope["method"] in METHODS else "other"
+        method = sent if sent in METHODS else "other"
         metrics.requests_.labels(method, operation, status).observe(seconds)
         caller = scope["state"].get("caller")
-        fields = {"method": scope["method"][:20], "path": scope["path"][:500], "status": status, "ms": round(1000 * seconds, 1)}
+        fields = {"method": sent[:20], "path": scope["path"][:500], "status": status, "ms": round(1000 * seconds, 1)}
         fields |= {"tenant": caller.tenant, "key": caller.key} if caller and caller.key else {}
         log.info("%s %s", method, operation, extra={"fields": fields})
+
+
+def _without_body(send: Send) -> Send:
+    async def answer(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await send(message)
+        elif message["type"] == "http.response.body":
+            await send({"type": "http.response.body"})
+            if message.get("more_body", False):
+                raise HeadOnly
+
+    return answer

@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import errno
+import fcntl
 import ipaddress
 import json
 import logging
@@ -18,11 +19,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 import click
 import uvicorn
 from alembic.util import CommandError
 from pydantic import ValidationError
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlmodel import Session
 
@@ -45,11 +48,17 @@ log = logging.getLogger("narrow.serve")
 def serve(host: str, port: int, data: Path | None, workers: int, as_json: bool) -> None:
     """Serves until a signal comes."""
     if data is not None:
-        os.environ["NARROW_DATA"] = str(data)
+        os.environ["NARROW_DATA"] = str(data)  # for the workers as well
     settings = settings_here()
     listener = _listen(host, port)
     _prepare(settings)
     logs.configure(settings.log)
+    mark = (settings.data / "serving").open("a")
+    if not _alone(mark):
+        log.warning(
+            "another service runs on the data folder %s: both take jobs from one queue, and each has workers of its own",
+            settings.data.resolve(),
+        )
     lacking = _lacking(settings) if workers and settings.runner == "local" else []
     if lacking and settings.sandbox == "require":
         raise click.ClickException(f"NARROW_SANDBOX=require, but {'; '.join(lacking)}.")
@@ -70,6 +79,7 @@ def serve(host: str, port: int, data: Path | None, workers: int, as_json: bool) 
     try:
         server.run([listener])
     finally:
+        mark.close()
         # While the jobs are put back a second signal still means at once.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: supervisor.hurry.set())
@@ -77,21 +87,39 @@ def serve(host: str, port: int, data: Path | None, workers: int, as_json: bool) 
         supervisor.close(0 if server.force_exit else settings.drain_seconds + 5)
 
 
-def open_database() -> Session:
-    """The database of the service whose settings are here."""
-    settings = settings_here()
+def open_database(data: Path | None, make: bool = False) -> Session:
+    """The database of the service whose settings are here, which is told on stderr. `make`: it may be a new one if somebody named
+    it: what is called in another folder would else work on another service, which nobody runs. Raises click.UsageError."""
+    settings = settings_here(data)
+    if settings.database_url:
+        place = f"database {make_url(settings.database).render_as_string(hide_password=True)}"
+    else:
+        place = f"data folder {settings.data.resolve()}"
+        named = make and "data" in settings.model_fields_set
+        if not named and not (settings.data / "narrow.db").is_file():
+            raise click.UsageError(f"There is no service in the {place}: name the folder of one with --data or NARROW_DATA.")
+    click.echo(f"Of the service with the {place}.", err=True)
     _prepare(settings)
     return open_session(connect(settings))
+
+
+def _alone(mark: IO[str]) -> bool:
+    """Whether no other service on this machine holds the mark of a data folder, which is held as long as the file is open."""
+    try:
+        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _on_loopback(listener: socket.socket) -> bool:
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
-def settings_here() -> Settings:
-    """Raises click.UsageError."""
+def settings_here(data: Path | None = None) -> Settings:
+    """With another data folder, if one is given. Raises click.UsageError."""
     try:
-        return Settings()
+        return Settings() if data is None else Settings(data=data)
     except ValidationError as error:
         first = error.errors()[0]
         name = f"NARROW_{'_'.join(str(part) for part in first['loc'])}".upper()

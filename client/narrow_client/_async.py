@@ -45,7 +45,7 @@ class AsyncNarrow:
         on_transfer: Called with the name of a file that goes up in pieces or comes down, the bytes that are through, and all.
 
     Raises:
-        InvalidArgument: `url` is none, or `api_key` cannot be sent.
+        InvalidArgument: `url` is none, `api_key` cannot be sent, or a number is none that can be.
 
     Examples:
         >>> async with narrow_client.AsyncNarrow("http://127.0.0.1:8000", timeout=10) as client:
@@ -80,7 +80,7 @@ class AsyncNarrow:
             >>> client.url.startswith("http")
             True
         """
-        return str(self._transport.http.base_url).rstrip("/")
+        return self._transport.url
 
     async def plan(self, spec: Mapping[str, Any]) -> Plan:
         """A dry run of a job spec, with nothing queued.
@@ -139,7 +139,7 @@ class AsyncNarrow:
             >>> client = narrow_client.AsyncNarrow()
             >>> await client.close()
         """
-        await self._transport.http.aclose()
+        await self._transport.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -203,7 +203,7 @@ class AsyncJobs:
         sweep: str | None = None,
         *,
         cursor: str | None = None,
-        limit: int = _calls.PAGE,
+        limit: int | None = None,
     ) -> AsyncPages[Job]:
         """Jobs, newest first.
 
@@ -211,17 +211,19 @@ class AsyncJobs:
             status: Only those in this state: queued, running, pausing, paused, cancelling, succeeded, failed or cancelled.
             sweep: Only the points of this sweep (swp_...).
             cursor: Where to go on: the `next_cursor` of a page.
-            limit: Jobs a page, 100 at most.
+            limit: Jobs at most; by default all.
 
         Returns:
-            All of them, to iterate over: pages are fetched as they are needed. `.pages()` gives the pages.
+            An iterable over them: pages, of 100 at most, are fetched as they are needed. `.pages()` gives the pages.
 
         Examples:
             >>> async for job in client.jobs.list(status="succeeded"):
             ...     print(job.status, job.phase)
             succeeded report
         """
-        return self._transport.all(lambda at: _calls.list_jobs(at, limit, status, sweep), cursor)
+        if sweep is not None:
+            _calls.path_of("sweep", sweep)  # an id, or an InvalidArgument
+        return self._transport.all(lambda at, most: _calls.list_jobs(at, most, status, sweep), cursor, limit)
 
     async def cancel(self, job_id: str) -> Job:
         """Asks a job to end. A queued one is cancelled at once, a running one within seconds.
@@ -338,6 +340,7 @@ class AsyncJobs:
             >>> (await client.jobs.wait(job.id, timeout=60)).status
             'succeeded'
         """
+        _calls.check_seconds("timeout", timeout, zero=True)
         deadline, patience = None if timeout is None else time.monotonic() + timeout, Patience()
         while True:
             try:
@@ -409,10 +412,11 @@ class AsyncJobs:
             >>> [path.name for path in await client.jobs.download(job.id, out, "report.html")]
             ['report.html']
         """
+        folder = _calls.a_path("out", out)
         artifacts = await self.artifacts(job_id)
         if not artifacts:
             raise no_files(await self.get(job_id))
-        chosen = targets(artifacts, Path(out), prefix)
+        chosen = targets(artifacts, folder, prefix)
         for artifact, target in chosen:
             await self._transport.download(job_id, artifact, target)
         return [target for _, target in chosen]
@@ -465,21 +469,21 @@ class AsyncSweeps:
         """
         return await self._transport.send(_calls.get_sweep(sweep_id))
 
-    def list(self, *, cursor: str | None = None, limit: int = _calls.PAGE) -> AsyncPages[Sweep]:
+    def list(self, *, cursor: str | None = None, limit: int | None = None) -> AsyncPages[Sweep]:
         """Sweeps, newest first, without their points.
 
         Args:
             cursor: Where to go on: the `next_cursor` of a page.
-            limit: Sweeps a page, 100 at most.
+            limit: Sweeps at most; by default all.
 
         Returns:
-            All of them, to iterate over: pages are fetched as they are needed. `.pages()` gives the pages.
+            An iterable over them: pages, of 100 at most, are fetched as they are needed. `.pages()` gives the pages.
 
         Examples:
             >>> sweep.id in [found.id async for found in client.sweeps.list()]
             True
         """
-        return self._transport.all(lambda at: _calls.list_sweeps(at, limit), cursor)
+        return self._transport.all(lambda at, most: _calls.list_sweeps(at, most), cursor, limit)
 
     async def cancel(self, sweep_id: str) -> SweepPoints:
         """Cancels what has not ended; the frontier of what has stays.
@@ -536,6 +540,7 @@ class AsyncSweeps:
             >>> (await client.sweeps.wait(sweep.id, timeout=60)).finished
             True
         """
+        _calls.check_seconds("timeout", timeout, zero=True)
         deadline, patience = None if timeout is None else time.monotonic() + timeout, Patience()
         while True:
             try:
@@ -605,6 +610,7 @@ class AsyncModels:
             The model, whose `id` is good for any number of jobs.
 
         Raises:
+            InvalidArgument: There is no such folder, or no config.json in it.
             InvalidRequest: It is no model that the service takes; the sentence says why.
             NotAllowed: The key may not, or a quota is used up.
 
@@ -612,9 +618,10 @@ class AsyncModels:
             >>> (await client.models.upload(folder, "my base")).name
             'my base'
         """
-        large = [path for path in _calls.model_files(Path(folder)) if _calls.is_large(path)]
+        folder = _calls.model_folder(folder)
+        large = [path for path in _calls.model_files(folder) if _calls.is_large(path)]
         uploads = [await self._transport.upload(path) for path in large]
-        return await self._transport.send(_calls.upload_model(Path(folder), uploads, name))
+        return await self._transport.send(_calls.upload_model(folder, uploads, name))
 
     async def fetch(self, hub: str, revision: str = "main", name: str | None = None, token: str | None = None) -> Model:
         """Has the service fetch a model from its hub, if it has one; what it has fetched before is there at once.
@@ -658,21 +665,21 @@ class AsyncModels:
         """
         return await self._transport.send(_calls.get_model(model_id))
 
-    def list(self, *, cursor: str | None = None, limit: int = _calls.PAGE) -> AsyncPages[Model]:
+    def list(self, *, cursor: str | None = None, limit: int | None = None) -> AsyncPages[Model]:
         """Models, newest first.
 
         Args:
             cursor: Where to go on: the `next_cursor` of a page.
-            limit: Models a page, 100 at most.
+            limit: Models at most; by default all.
 
         Returns:
-            All of them, to iterate over: pages are fetched as they are needed. `.pages()` gives the pages.
+            An iterable over them: pages, of 100 at most, are fetched as they are needed. `.pages()` gives the pages.
 
         Examples:
             >>> model.id in [found.id async for found in client.models.list()]
             True
         """
-        return self._transport.all(lambda at: _calls.list_models(at, limit), cursor)
+        return self._transport.all(lambda at, most: _calls.list_models(at, most), cursor, limit)
 
     async def delete(self, model_id: str) -> None:
         """Forgets a model and its files.
@@ -711,6 +718,7 @@ class AsyncDatasets:
             The dataset, whose `id` is good for any number of jobs.
 
         Raises:
+            InvalidArgument: There is no such file.
             InvalidRequest: A row is bad; the sentence says which, and what is wrong with it.
             NotAllowed: The key may not, or a quota is used up.
 
@@ -718,8 +726,9 @@ class AsyncDatasets:
             >>> (await client.datasets.upload(file)).documents
             60
         """
-        upload = await self._transport.upload(Path(path)) if _calls.is_large(Path(path)) else None
-        return await self._transport.send(_calls.upload_dataset(Path(path), upload, name, column, bad_rows))
+        path = _calls.data_file(path)
+        upload = await self._transport.upload(path) if _calls.is_large(path) else None
+        return await self._transport.send(_calls.upload_dataset(path, upload, name, column, bad_rows))
 
     async def get(self, dataset_id: str) -> Dataset:
         """A dataset.
@@ -739,21 +748,21 @@ class AsyncDatasets:
         """
         return await self._transport.send(_calls.get_dataset(dataset_id))
 
-    def list(self, *, cursor: str | None = None, limit: int = _calls.PAGE) -> AsyncPages[Dataset]:
+    def list(self, *, cursor: str | None = None, limit: int | None = None) -> AsyncPages[Dataset]:
         """Datasets, newest first.
 
         Args:
             cursor: Where to go on: the `next_cursor` of a page.
-            limit: Datasets a page, 100 at most.
+            limit: Datasets at most; by default all.
 
         Returns:
-            All of them, to iterate over: pages are fetched as they are needed. `.pages()` gives the pages.
+            An iterable over them: pages, of 100 at most, are fetched as they are needed. `.pages()` gives the pages.
 
         Examples:
             >>> dataset.id in [found.id async for found in client.datasets.list()]
             True
         """
-        return self._transport.all(lambda at: _calls.list_datasets(at, limit), cursor)
+        return self._transport.all(lambda at, most: _calls.list_datasets(at, most), cursor, limit)
 
     async def delete(self, dataset_id: str) -> None:
         """Forgets a dataset and its text.
@@ -797,15 +806,15 @@ class AsyncKeys:
         """
         return await self._transport.send(_calls.create_key(name, role, expires_in_days))
 
-    def list(self, *, cursor: str | None = None, limit: int = _calls.PAGE) -> AsyncPages[Key]:
+    def list(self, *, cursor: str | None = None, limit: int | None = None) -> AsyncPages[Key]:
         """Keys, without themselves, newest first.
 
         Args:
             cursor: Where to go on: the `next_cursor` of a page.
-            limit: Keys a page, 100 at most.
+            limit: Keys at most; by default all.
 
         Returns:
-            All of them, to iterate over: pages are fetched as they are needed. `.pages()` gives the pages.
+            An iterable over them: pages, of 100 at most, are fetched as they are needed. `.pages()` gives the pages.
 
         Raises:
             NotAllowed: The caller is not an admin.
@@ -814,7 +823,7 @@ class AsyncKeys:
             >>> key.id in [found.id async for found in client.keys.list()]
             True
         """
-        return self._transport.all(lambda at: _calls.list_keys(at, limit), cursor)
+        return self._transport.all(lambda at, most: _calls.list_keys(at, most), cursor, limit)
 
     async def renew(self, key_id: str, overlap_hours: float = 24.0) -> SecretKey:
         """A new key in the place of an old one.

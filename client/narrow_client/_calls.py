@@ -1,6 +1,8 @@
 """Every call of the API as data: what to send and how to read the answer. Sync and async clients send the same ones."""
 
 import hashlib
+import json
+import math
 import os
 import re
 import secrets
@@ -8,7 +10,7 @@ from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeGuard, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -42,6 +44,7 @@ Result = TypeVar("Result", covariant=True)
 BadRows = Literal["stop", "skip"]
 Status = Literal["queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"]
 Role = Literal["read", "write", "admin"]
+SkillRole = Literal["keep", "forget", "watch"]
 
 PREFIXES = {"job": "job_", "sweep": "swp_", "model": "mdl_", "dataset": "ds_", "upload": "upl_", "key": "key_"}
 LARGE = 64 * 2**20
@@ -55,7 +58,7 @@ READ_RATE = 2**23
 FETCH_SECONDS = 4000.0
 """The same for a model from the hub: longer than a service, by default, takes to fetch one."""
 PAGE = 100
-"""Items that lists ask for at a time; the service gives no more."""
+"""Items that lists ask for at a time, at most; the service gives no more."""
 
 MODEL_FILES = (
     *("config.json", "generation_config.json", "model.safetensors.index.json", "chat_template.jinja"),
@@ -84,7 +87,43 @@ class Call(Generic[Result]):
 
 def is_id(kind: str, text: str) -> bool:
     """Whether `text` looks like an id: job_..., swp_..., mdl_..., ds_..."""
-    return re.fullmatch(PREFIXES[kind] + "[0-9A-Za-z]+", text) is not None
+    return isinstance(text, str) and re.fullmatch(PREFIXES[kind] + "[0-9A-Za-z]+", text) is not None
+
+
+def article(value: object) -> str:
+    """What kind of thing somebody gave: "an int"."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number; to Python, True is one too."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_seconds(name: str, value: float | None, zero: bool = False) -> None:
+    """Raises InvalidArgument. `zero`: whether it may be none at all."""
+    if value is not None and not (is_number(value) and (value > 0 or (zero and value == 0))):
+        raise InvalidArgument(
+            f"{name} is a number of seconds {'of 0 or more' if zero else 'above 0'}, or None, and not {value!r}."
+        )
+
+
+def a_path(name: str, value: object) -> Path:
+    """Raises InvalidArgument if it is none, whether or not something is there."""
+    if not isinstance(value, str | os.PathLike):
+        raise InvalidArgument(f"{name} is a path, and not {article(value)}.")
+    return Path(value)
+
+
+def spec_of(spec: object) -> dict[str, Any]:
+    """What is sent of a spec. Raises InvalidArgument if it is no JSON object."""
+    if not isinstance(spec, Mapping):
+        raise InvalidArgument(f"A spec is a dict, as the API takes it, and not {article(spec)}.")
+    try:
+        return json.loads(json.dumps(dict(spec), allow_nan=False))  # type: ignore[no-any-return]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidArgument(f"The spec holds what JSON cannot: {error}.") from error
 
 
 def path_of(kind: str, identifier: str, *rest: str) -> str:
@@ -98,7 +137,7 @@ def path_of(kind: str, identifier: str, *rest: str) -> str:
 def create_job(spec: Mapping[str, Any], idempotency_key: str | None = None) -> Call[Job]:
     # The key makes a retry safe: the service answers with the job that the first try made.
     headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(16)}
-    return Call("POST", "/jobs", _as(Job), json=dict(spec), headers=headers, patience=WORK_SECONDS)
+    return Call("POST", "/jobs", _as(Job), json=spec_of(spec), headers=headers, patience=WORK_SECONDS)
 
 
 def list_jobs(cursor: str | None, limit: int, status: Status | None, sweep: str | None) -> Call[PageJob]:
@@ -135,10 +174,10 @@ def list_artifacts(job_id: str) -> Call[PageArtifact]:
 
 def create_sweep(spec: Mapping[str, Any], idempotency_key: str | None = None) -> Call[SweepPoints]:
     headers = {"Idempotency-Key": idempotency_key or secrets.token_hex(16)}
-    return Call("POST", "/sweeps", _as(SweepPoints), json=dict(spec), headers=headers, patience=WORK_SECONDS)
+    return Call("POST", "/sweeps", _as(SweepPoints), json=spec_of(spec), headers=headers, patience=WORK_SECONDS)
 
 
-def list_sweeps(cursor: str | None, limit: int = PAGE) -> Call[PageSweep]:
+def list_sweeps(cursor: str | None, limit: int) -> Call[PageSweep]:
     return Call("GET", "/sweeps", _as(PageSweep), params=_given(cursor=cursor, limit=limit))
 
 
@@ -159,7 +198,7 @@ def create_key(name: str, role: Role, expires_in_days: float | None) -> Call[Sec
     return Call("POST", "/keys", _as(SecretKey), json=body, safe=False)
 
 
-def list_keys(cursor: str | None, limit: int = PAGE) -> Call[PageKey]:
+def list_keys(cursor: str | None, limit: int) -> Call[PageKey]:
     return Call("GET", "/keys", _as(PageKey), params=_given(cursor=cursor, limit=limit))
 
 
@@ -180,7 +219,7 @@ def get_frontier_page(sweep_id: str) -> Call[str]:
 
 
 def create_plan(spec: Mapping[str, Any]) -> Call[Plan]:
-    return Call("POST", "/plans", _as(Plan), json=dict(spec), patience=WORK_SECONDS)
+    return Call("POST", "/plans", _as(Plan), json=spec_of(spec), patience=WORK_SECONDS)
 
 
 def create_upload(name: str, size: int, sha256: str) -> Call[Upload]:
@@ -190,7 +229,7 @@ def create_upload(name: str, size: int, sha256: str) -> Call[Upload]:
     return Call("POST", "/uploads", _as(Upload), headers=headers)
 
 
-def list_uploads(cursor: str | None, limit: int = PAGE) -> Call[PageUpload]:
+def list_uploads(cursor: str | None, limit: int) -> Call[PageUpload]:
     return Call("GET", "/uploads", _as(PageUpload), params=_given(cursor=cursor, limit=limit))
 
 
@@ -209,6 +248,26 @@ def send_piece(upload_id: str, offset: int, piece: bytes) -> Call[None]:
     return Call(
         "PATCH", path_of("upload", upload_id), _nothing, content=piece, headers=headers, safe=False, patience=WORK_SECONDS
     )
+
+
+def model_folder(folder: object) -> Path:
+    """Raises InvalidArgument if it is none."""
+    found = a_path("A model's folder", folder)
+    if not found.is_dir():
+        raise InvalidArgument(f"There is no model folder at {str(found)!r}.")
+    if not (found / "config.json").is_file():
+        raise InvalidArgument(
+            f"There is no config.json in {str(found)!r}, so it is no model folder. Text is uploaded as a file, each by itself."
+        )
+    return found
+
+
+def data_file(path: object) -> Path:
+    """Raises InvalidArgument if it is none."""
+    found = a_path("A file of text", path)
+    if not found.is_file():
+        raise InvalidArgument(f"There is no file at {str(found)!r}.")
+    return found
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -241,7 +300,7 @@ def fetch_model(hub: str, revision: str, name: str | None, token: str | None) ->
     return Call("POST", "/fetches", _as(Model), json=body, patience=FETCH_SECONDS)
 
 
-def list_models(cursor: str | None, limit: int = PAGE) -> Call[PageModel]:
+def list_models(cursor: str | None, limit: int) -> Call[PageModel]:
     return Call("GET", "/models", _as(PageModel), params=_given(cursor=cursor, limit=limit))
 
 
@@ -260,7 +319,7 @@ def upload_dataset(path: Path, upload: str | None, name: str | None, column: str
     return Call("POST", "/datasets", _as(Dataset), files=files, form=form, safe=False, patience=patience)
 
 
-def list_datasets(cursor: str | None, limit: int = PAGE) -> Call[PageDataset]:
+def list_datasets(cursor: str | None, limit: int) -> Call[PageDataset]:
     return Call("GET", "/datasets", _as(PageDataset), params=_given(cursor=cursor, limit=limit))
 
 

@@ -272,7 +272,7 @@ def fetch(model: str, name: str | None, as_json: bool) -> None:
 def jobs(status: Status | None, of: str | None, limit: int, as_json: bool) -> None:
     """List jobs, newest first."""
     with Narrow() as client:
-        _say_all(client.jobs.list(status, of, limit=min(limit, 100)), limit, as_json, jobs_table)
+        _say_all(client.jobs.list(status, of, limit=limit), limit, as_json, jobs_table)
 
 
 @click.command(epilog=examples("narrow models", "narrow models --json | jq -r '.[0].id'"))
@@ -284,7 +284,7 @@ def models(limit: int, as_json: bool) -> None:
     Those that were uploaded or fetched, and those that came out of jobs: each can be the base of another job.
     """
     with Narrow() as client:
-        _say_all(client.models.list(limit=min(limit, 100)), limit, as_json, models_table)
+        _say_all(client.models.list(limit=limit), limit, as_json, models_table)
 
 
 @click.command(epilog=examples("narrow datasets"))
@@ -293,7 +293,7 @@ def models(limit: int, as_json: bool) -> None:
 def datasets(limit: int, as_json: bool) -> None:
     """List datasets, newest first."""
     with Narrow() as client:
-        _say_all(client.datasets.list(limit=min(limit, 100)), limit, as_json, datasets_table)
+        _say_all(client.datasets.list(limit=limit), limit, as_json, datasets_table)
 
 
 @click.command(epilog=examples("narrow delete ds_01h455vb4pex5vsknk084sn02q", "narrow delete --yes JOB DATASET MODEL"))
@@ -452,7 +452,11 @@ def download(job: str, out: Path, form: str | None, only: str, quiet: bool, as_j
         read="docs/how-to/deploy-on-one-machine.md",
     )
 )
-@click.option("--base", type=click.Path(path_type=Path), help="A model folder: say what a job on it would need here.")
+@click.option(
+    "--base",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A model folder: say what a job on it would need here.",
+)
 @click.option("--budget", callback=parse_budget, help="As of 'narrow compress', with --base; by default 0.5.")
 @click.option("--recover-tokens", type=click.IntRange(0), help="As of 'narrow compress', with --base.")
 @JSON

@@ -2,10 +2,10 @@
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from narrow_client import _calls
 from narrow_client._async import AsyncNarrow
@@ -24,8 +24,10 @@ from narrow_client._render import Display
 from narrow_client._sync import Narrow
 from narrow_client.models import Event, Job, Report
 
-Skill = tuple[str | Path, str] | tuple[str | Path, str, Mapping[str, Any]]
-"""Its file or id and its role; where its text is prompts, also how they are answered, as in the API."""
+Skill = str | Path | tuple[str | Path, str] | tuple[str | Path, str, Mapping[str, Any]]
+"""Its file or id, which is only watched; or that and its role; where its text is prompts, also how they are answered, as in the
+API."""
+ROLES: tuple[_calls.SkillRole, ...] = get_args(_calls.SkillRole)
 OnInterrupt = bool | Callable[[Job], bool]
 Input = tuple[Literal["hub", "model", "dataset"], str]
 """Something without an id: where it is, on the service's hub or here."""
@@ -33,7 +35,7 @@ CANCEL_SECONDS = 10.0
 """That a task which was cancelled takes at most to cancel its job."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What came out, on this machine."""
 
@@ -44,6 +46,11 @@ class Result:
     paths: Mapping[str, Path]
     """The folders of all formats: `paths["onnx-int4"]`, ..., of which `narrow run-model` runs any."""
     report_path: Path
+
+    def __repr__(self) -> str:
+        before, after = (f"{size.parameters:,}" for size in (self.report.before, self.report.after))
+        kept = ", ".join(f"{name} {skill.retention.value:.2f}" for name, skill in self.report.skills.items())
+        return f"Result({self.job.id}: {before} to {after} parameters; retention: {kept}; model_path={str(self.model_path)!r})"
 
     def _repr_html_(self) -> str:
         return html_of(self.report) or ""
@@ -58,7 +65,7 @@ class Wanted:
     budget: float | Mapping[str, Any] | None = None
     skills: Mapping[str, Skill] | None = None
     method: Mapping[str, Any] | None = None
-    export: Sequence[str] = ("safetensors", "onnx")
+    export: str | Iterable[str] = ("safetensors", "onnx")
     column: str = "text"
     answer: Mapping[str, Any] | None = None
     seed: int = 0
@@ -69,9 +76,10 @@ class Wanted:
 
     def inputs(self) -> list[Input]:
         """What has no id yet, each once. Raises InvalidArgument if any of it is not there: before the first is uploaded."""
-        models = [model_input(model) for model in (self.base, self.teacher) if model]
-        data = (self.target, *(skill[0] for skill in (self.skills or {}).values()), self.broad)
-        found = [*models, *(data_input(item) for item in data if item)]
+        self._check()
+        models = [self.base, *([self.teacher] if self.teacher else [])]
+        data = [self.target, *(place for _, place, *_ in self._skills()), *([self.broad] if self.broad else [])]
+        found = [*map(model_input, models), *map(data_input, data)]
         return list(dict.fromkeys(item for item in found if item))
 
     def spec(self, ids: Mapping[Input, str]) -> dict[str, Any]:
@@ -88,18 +96,35 @@ class Wanted:
         return {
             "base": model(self.base),
             "target": dataset(self.target, self.answer),
-            "skills": [
-                {"name": name, "role": skill[1], **dataset(skill[0], skill[2] if len(skill) > 2 else None)}
-                for name, skill in (self.skills or {}).items()
-            ],
+            "skills": [{"name": name, "role": role, **dataset(place, told)} for name, place, role, told in self._skills()],
             **self._budget(),
             "method": dict(self.method or {}),
-            "export": list(self.export),
+            "export": [self.export] if isinstance(self.export, str) else list(self.export),
             "seed": self.seed,
             **({"broad": dataset(self.broad)} if self.broad else {}),
             **({"teacher": model(self.teacher)} if self.teacher else {}),
             **(self.options or {}),
         }
+
+    def _check(self) -> None:
+        """Raises InvalidArgument for what is of the wrong type."""
+        for name, example in (
+            ("skills", '{"german": "german.jsonl"}'),
+            ("method", '{"kind": "prune"}'),
+            ("options", '{"seed": 1}'),
+        ):
+            _check_mapping(name, getattr(self, name), example)
+        _check_mapping("answer", self.answer, '{"column": "answer"}')
+        if not isinstance(self.budget, Mapping) and self.budget is not None and not _calls.is_number(self.budget):
+            raise InvalidArgument(
+                f'budget is a share like 0.5, a number of parameters, or a dict like {{"flops": 0.5}}, and not {self.budget!r}.'
+            )
+        if not isinstance(self.export, Iterable):
+            raise InvalidArgument(f"export is the name of a format, or a list of them, and not {_calls.article(self.export)}.")
+
+    def _skills(self) -> list[tuple[str, str | Path, str, Mapping[str, Any] | None]]:
+        """Name, place, role and answer of each. Raises InvalidArgument."""
+        return [(name, *_parts(name, skill)) for name, skill in (self.skills or {}).items()]
 
     def _budget(self) -> dict[str, Any]:
         if self.budget is None and (self.method or {}).get("kind") == "export":
@@ -116,7 +141,7 @@ def compress(
     *,
     skills: Mapping[str, Skill] | None = None,
     method: Mapping[str, Any] | None = None,
-    export: Sequence[str] = ("safetensors", "onnx"),
+    export: str | Iterable[str] = ("safetensors", "onnx"),
     column: str = "text",
     answer: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -137,9 +162,10 @@ def compress(
         budget: Share of the parameters to keep (0.5), their number (4_000_000), or the API's own form
             ({"keep": {"neuron": 0.25}}). By default half; of what is only exported (`method={"kind": "export"}`), all.
         out: The folder for the results: model/, onnx/, report.json, report.html, plan.json.
-        skills: What else is measured: names to (file or id, role), with the roles keep, forget and watch.
+        skills: What else is measured: names to (file or id, role), with the roles keep, forget and watch; a file or an id alone
+            is watched.
         method: Merged into the spec's `method`: {"recover": {"tokens": 160_000}}, ...
-        export: Formats, beside which model/ is there always.
+        export: A format or several, beside which model/ is there always.
         column: The text in each row of the files.
         answer: Where rows hold prompts in `column` and answers beside them: where the target's are, and how what models write
             is judged ({"column": "answer"}). For a skill it is a third item beside its role.
@@ -158,7 +184,7 @@ def compress(
         The report, and where the files are.
 
     Raises:
-        InvalidArgument: A file or folder is not there. Nothing was sent.
+        InvalidArgument: A file or folder is not there, or an argument is of the wrong type. Nothing was sent.
         InvalidRequest: The service does not take a file or the spec; the sentence says why.
         JobFailed: The job failed; `error.job.error` says why.
         JobCancelled: Somebody cancelled it.
@@ -174,7 +200,7 @@ def compress(
     """
     own = client is None
     client = client or Narrow()
-    out = Path(out)
+    out = _calls.a_path("out", out)
     wanted = Wanted(base, target, budget, skills, method, export, column, answer, seed, options, broad, teacher, bad_rows)
     try:
         check_out(out)
@@ -222,7 +248,7 @@ async def compress_async(
     *,
     skills: Mapping[str, Skill] | None = None,
     method: Mapping[str, Any] | None = None,
-    export: Sequence[str] = ("safetensors", "onnx"),
+    export: str | Iterable[str] = ("safetensors", "onnx"),
     column: str = "text",
     answer: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -256,7 +282,7 @@ async def compress_async(
     """
     own = client is None
     client = client or AsyncNarrow()
-    out = Path(out)
+    out = _calls.a_path("out", out)
     wanted = Wanted(base, target, budget, skills, method, export, column, answer, seed, options, broad, teacher, bad_rows)
     try:
         check_out(out)
@@ -318,8 +344,27 @@ async def upload_spec_async(client: AsyncNarrow, wanted: Wanted) -> dict[str, An
     return wanted.spec(ids)
 
 
+def _check_mapping(name: str, value: object, example: str) -> None:
+    if value is not None and not isinstance(value, Mapping):
+        raise InvalidArgument(f"{name} is a dict like {example}, and not {_calls.article(value)}.")
+
+
+def _parts(name: str, skill: Any) -> tuple[str | Path, str, Mapping[str, Any] | None]:
+    if isinstance(skill, str | Path):
+        return skill, "watch", None
+    parts = tuple(skill) if isinstance(skill, tuple | list) else ()
+    if len(parts) not in (2, 3) or not isinstance(parts[0], str | Path):
+        raise InvalidArgument(f"The skill {name!r} is a file or an id, or (file or id, role), and not {skill!r}.")
+    if parts[1] not in ROLES:
+        raise InvalidArgument(f"The skill {name!r} has the role {parts[1]!r}, and the roles are {', '.join(ROLES)}.")
+    told = parts[2] if len(parts) > 2 else None
+    _check_mapping(f"The answer of the skill {name!r}", told, '{"column": "answer"}')
+    return parts[0], parts[1], told
+
+
 def model_input(model: str | Path) -> Input | None:
     """Where a model is that has no id; None if it has one. Raises InvalidArgument if it is neither."""
+    _calls.a_path("A model's folder or id", model)
     text = str(model)
     if text.startswith("hub:"):
         _hub(text)
@@ -333,6 +378,7 @@ def model_input(model: str | Path) -> Input | None:
 
 def data_input(data: str | Path) -> Input | None:
     """As `model_input`, of a file of text."""
+    _calls.a_path("A file of text, or its id,", data)
     text = str(data)
     if Path(data).is_file():
         return "dataset", text

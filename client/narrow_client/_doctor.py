@@ -33,6 +33,8 @@ UNITS = {
     "_milliseconds": (1, "ms"),
     "_seconds": (1, "s"),
 }
+SMALL, LONG = 10**8, 120
+"""Bytes below which, and seconds from which on, a number is told as in a dry run: whole, and in minutes."""
 STATES: tuple[_calls.Status, ...] = ("queued", "running")
 """Of jobs, which are counted."""
 Facts = dict[str, Any]
@@ -61,7 +63,7 @@ def exit_status(found: Facts) -> int:
 
 def _service(transport: Transport) -> Facts:
     """What a service says of itself, and of the key that asks."""
-    facts: Facts = {"url": str(transport.http.base_url).rstrip("/")}
+    facts: Facts = {"url": transport.url}
     try:
         asked = time.monotonic()
         answer = transport.answer(_calls.ready())
@@ -111,6 +113,10 @@ def view(title: str, facts: Facts) -> RenderableType:
 
 def _row(name: str, value: Any) -> tuple[str, str]:
     """A fact for a person: what it is, and with its unit, which is the end of its name."""
+    if name.endswith("_bytes") and isinstance(value, int) and value < SMALL:
+        return name.removesuffix("_bytes"), f"{value:,} bytes"
+    if name.endswith("_seconds") and isinstance(value, int | float) and value >= LONG:
+        return name.removesuffix("_seconds"), f"{value / 60:,.1f} minutes"
     for end, (factor, unit) in UNITS.items():
         if name.endswith(end) and isinstance(value, int | float):
             return name.removesuffix(

@@ -46,12 +46,20 @@ def checked(check: Callable[[str], Any]) -> Callable[[click.Context, click.Param
     return callback
 
 
+def not_empty(_: click.Context, __: click.Parameter, value: str) -> str:
+    if not value:
+        raise click.BadParameter("it is empty: name the field, or leave the option out for 'text'.")
+    return value
+
+
 def parse_skill(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     for value in values:
         name, equals, rest = value.partition("=")
         path, colon, role = rest.rpartition(":")
         if not colon or role not in ROLES:
+            if colon and Path(path).is_file() and not Path(rest).exists():
+                raise click.BadParameter(f"{role!r} is not a role: there are {', '.join(ROLES)}.")
             path, role = rest, "watch"
         if not equals or not name or not path:
             raise click.BadParameter(f"{value!r} does not look like NAME=FILE:ROLE with a role of {', '.join(ROLES)}.")
@@ -103,7 +111,7 @@ def parse_budget(_: click.Context, __: click.Parameter, value: str | None) -> di
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, and nothing else on stdout.")
 QUIET = click.option("--quiet", "-q", is_flag=True, help="Do not show progress.")
 LIMIT = click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="How many at most.")
-COLUMN = click.option("--column", default="text", show_default=True, help="Field of the text in each row.")
+COLUMN = click.option("--column", default="text", show_default=True, callback=not_empty, help="Field of the text in each row.")
 BAD_ROWS = click.option(
     "--bad-rows",
     type=click.Choice(words(Dataset, "bad_rows")),

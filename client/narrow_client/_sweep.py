@@ -50,9 +50,19 @@ def read_sweep(path: Path) -> dict[str, Any]:
         SweepSpec.model_validate(_with_ids(spec, lambda kind, item: EXAMPLES[kind]))
     except ValidationError as error:
         first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-        where = ".".join(str(part) for part in first["loc"])
-        raise InvalidArgument(f"{path.name}: {where}: {first['msg']}.") from error
+        raise InvalidArgument(f"{path.name}: {_fault(first['type'], first['loc'], first['msg'])}") from error
     return spec
+
+
+def _fault(kind: str, where: tuple[int | str, ...], told: str) -> str:
+    """What pydantic found, as a sentence like those of the service."""
+    place = ".".join(map(str, where))
+    if kind == "extra_forbidden":
+        return f"{place}: there is no option {where[-1]!r} here: is it misspelt?"
+    if kind == "missing":
+        return f"{place} is missing."
+    subject, should, rest = told.replace(" after validation", "").partition(" should ")
+    return f"{place} should {rest}." if should and " " not in subject else f"{place}: {told}."
 
 
 def upload_sweep(client: Narrow, spec: dict[str, Any]) -> dict[str, Any]:

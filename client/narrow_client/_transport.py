@@ -45,6 +45,7 @@ MOST_WAIT = 60.0
 """Seconds. A service that asks to be left alone for longer is told to the caller, and not waited for."""
 STREAM_SILENCE = 45.0
 """The service pings every 15 s: a stream that is silent for longer is dead."""
+CLOSED = "The client is closed: make another one, and call it inside of its 'with'."
 PATIENCE = 60.0
 """Seconds without the service after which following or waiting for a job gives up: a restart takes less."""
 
@@ -54,16 +55,26 @@ def configure(url: str | None, api_key: str | None) -> dict[str, Any]:
     url = url or os.environ.get("NARROW_URL") or "http://127.0.0.1:8000"
     try:
         parsed = httpx.URL(url)
-    except httpx.InvalidURL:
+    except (httpx.InvalidURL, TypeError):
         parsed = httpx.URL()
     if parsed.scheme not in ("http", "https") or not parsed.host or (parsed.port or 1) > 65535:
         raise InvalidArgument(f"{url!r} is not the URL of a service: NARROW_URL must look like http://127.0.0.1:8000.")
-    key = api_key or os.environ.get("NARROW_API_KEY")
-    if key and not (key.isascii() and key.isprintable()):
+    if api_key is not None and not isinstance(api_key, str):
+        raise InvalidArgument(f"api_key is a text like nrw_..., and not {_calls.article(api_key)}.")
+    # What is copied brings spaces and ends of lines along, which no key has.
+    key = (api_key or os.environ.get("NARROW_API_KEY") or "").strip()
+    if not (key.isascii() and key.isprintable()):
         raise InvalidArgument("The API key has characters other than printable ASCII: is NARROW_API_KEY right?")
     headers = {"User-Agent": f"narrow-client/{version('narrow-client')}"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
     return {"base_url": url.rstrip("/"), "headers": headers, "timeout": timeout_of(None, ANSWER_SECONDS)}
+
+
+def check_patience(timeout: float | None, retries: int) -> None:
+    """Raises InvalidArgument."""
+    _calls.check_seconds("timeout", timeout)
+    if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
+        raise InvalidArgument(f"max_retries is a whole number, 0 or more, and not {retries!r}.")
 
 
 def timeout_of(asked: float | None, patience: float) -> httpx.Timeout:
@@ -256,8 +267,19 @@ class Transport:
     def __init__(
         self, url: str | None, api_key: str | None, timeout: float | None, retries: int, on_transfer: OnTransfer | None = None
     ) -> None:
-        self.http = httpx.Client(**configure(url, api_key))
+        check_patience(timeout, retries)
+        self._http = httpx.Client(**configure(url, api_key))
+        self.url = str(self._http.base_url).rstrip("/")
         self.timeout, self.retries, self.on_transfer = timeout, retries, on_transfer or _tell_nobody
+
+    @property
+    def http(self) -> httpx.Client:
+        if self._http.is_closed:
+            raise InvalidArgument(CLOSED)
+        return self._http
+
+    def close(self) -> None:
+        self._http.close()
 
     def send(self, call: Call[T]) -> T:
         return call.read(self.answer(call))
@@ -272,7 +294,7 @@ class Transport:
             except httpx.TransportError as error:
                 seconds = resend(call, attempt, self.retries, error)
                 if seconds is None:
-                    raise unreachable(error, self.http.base_url) from error
+                    raise unreachable(error, self.url) from error
             else:
                 if is_answer(call, attempt, response):
                     return response
@@ -282,8 +304,10 @@ class Transport:
             time.sleep(seconds)
             attempt += 1
 
-    def all(self, call: Callable[[str | None], Call[Page[T]]], cursor: str | None = None) -> Pages[T]:
-        return Pages(lambda at: self.send(call(at)), cursor)
+    def all(
+        self, call: Callable[[str | None, int], Call[Page[T]]], cursor: str | None = None, limit: int | None = None
+    ) -> Pages[T]:
+        return Pages(lambda at, most: self.send(call(at, most)), cursor, limit)
 
     def events(self, job_id: str, after: int) -> Iterator[Event]:
         reader = EventReader(after)
@@ -301,7 +325,7 @@ class Transport:
                             return
                 raise httpx.ReadError("the event stream broke off")
             except (httpx.TransportError, ApiError) as error:
-                time.sleep(reader.again(error, self.http.base_url))
+                time.sleep(reader.again(error, self.url))
 
     def upload(self, path: Path) -> str:
         """Sends a file in pieces and returns the id of the upload. What an earlier try has sent is not sent again."""
@@ -352,7 +376,7 @@ class Transport:
                     raise
                 failures += 1
                 if failures > self.retries:
-                    raise error if isinstance(error, ApiError) else unreachable(error, self.http.base_url) from error
+                    raise error if isinstance(error, ApiError) else unreachable(error, self.url) from error
                 time.sleep(pause(failures, asked_by(error)))
 
 
@@ -362,8 +386,19 @@ class AsyncTransport:
     def __init__(
         self, url: str | None, api_key: str | None, timeout: float | None, retries: int, on_transfer: OnTransfer | None = None
     ) -> None:
-        self.http = httpx.AsyncClient(**configure(url, api_key))
+        check_patience(timeout, retries)
+        self._http = httpx.AsyncClient(**configure(url, api_key))
+        self.url = str(self._http.base_url).rstrip("/")
         self.timeout, self.retries, self.on_transfer = timeout, retries, on_transfer or _tell_nobody
+
+    @property
+    def http(self) -> httpx.AsyncClient:
+        if self._http.is_closed:
+            raise InvalidArgument(CLOSED)
+        return self._http
+
+    async def close(self) -> None:
+        await self._http.aclose()
 
     async def send(self, call: Call[T]) -> T:
         return call.read(await self.answer(call))
@@ -377,7 +412,7 @@ class AsyncTransport:
             except httpx.TransportError as error:
                 seconds = resend(call, attempt, self.retries, error)
                 if seconds is None:
-                    raise unreachable(error, self.http.base_url) from error
+                    raise unreachable(error, self.url) from error
             else:
                 if is_answer(call, attempt, response):
                     return response
@@ -387,8 +422,10 @@ class AsyncTransport:
             await asyncio.sleep(seconds)
             attempt += 1
 
-    def all(self, call: Callable[[str | None], Call[Page[T]]], cursor: str | None = None) -> AsyncPages[T]:
-        return AsyncPages(lambda at: self.send(call(at)), cursor)
+    def all(
+        self, call: Callable[[str | None, int], Call[Page[T]]], cursor: str | None = None, limit: int | None = None
+    ) -> AsyncPages[T]:
+        return AsyncPages(lambda at, most: self.send(call(at, most)), cursor, limit)
 
     async def events(self, job_id: str, after: int) -> AsyncIterator[Event]:
         reader = EventReader(after)
@@ -406,7 +443,7 @@ class AsyncTransport:
                             return
                 raise httpx.ReadError("the event stream broke off")
             except (httpx.TransportError, ApiError) as error:
-                await asyncio.sleep(reader.again(error, self.http.base_url))
+                await asyncio.sleep(reader.again(error, self.url))
 
     async def upload(self, path: Path) -> str:
         # Digests of large files take seconds: not on the loop.
@@ -458,5 +495,5 @@ class AsyncTransport:
                     raise
                 failures += 1
                 if failures > self.retries:
-                    raise error if isinstance(error, ApiError) else unreachable(error, self.http.base_url) from error
+                    raise error if isinstance(error, ApiError) else unreachable(error, self.url) from error
                 await asyncio.sleep(pause(failures, asked_by(error)))

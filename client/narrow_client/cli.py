@@ -67,6 +67,8 @@ GROUPS: dict[str, dict[str, str]] = {
     },
 }
 """All commands with their first line, so that the help of all loads none of them."""
+NUMBERS = {"integer range": "whole number", "integer": "whole number", "float range": "number", "float": "number"}
+"""What click calls the values of options, and what people do."""
 FULL = {"serve", "keys", "tenants", "run", "run-model", "compare", "evaluate", "reproduce"}
 """Those of the full installation."""
 
@@ -122,18 +124,25 @@ class Group(click.Group):
         except OSError as error:
             if error.errno == errno.EPIPE:  # `narrow jobs | head`: click ends quietly
                 raise
-            click.echo(f"narrow: {_plain(str(error))}", err=True)
+            click.echo(f"narrow: {_plain(_of_system(error))}", err=True)
             sys.exit(1)
+        except click.BadParameter as error:
+            told = error.message
+            for kind, name in NUMBERS.items():
+                told = told.replace(f"is not a valid {kind}.", f"is not a {name}.")
+            if told == error.message:
+                raise
+            raise click.BadParameter(told, error.ctx, error.param, error.param_hint) from error
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
-            status = _told(error)
+            status = _told(error, ctx.invoked_subcommand)
             if status is None:
                 raise
             sys.exit(status)
 
 
-def _told(error: Exception) -> int | None:
+def _told(error: Exception, command: str | None) -> int | None:
     """Tells an error of the client as a sentence, and returns the exit status for it; None if it is none of the client's."""
     from narrow_client import _errors as errors
 
@@ -143,11 +152,21 @@ def _told(error: Exception) -> int | None:
     if isinstance(error, errors.InvalidRequest):
         for item in error.errors[1:6]:
             click.echo(f"  {_plain(item.pointer)}: {_plain(item.detail)}", err=True)
+        if command == "compress" and "method.units" in str(error):
+            click.echo("  Here --unit names the kinds, all of them: --unit neuron --unit token --unit layer.", err=True)
     if isinstance(error, errors.NotAllowed) and error.status == 401:
         click.echo("  NARROW_API_KEY holds the key that this command sends.", err=True)
     if isinstance(error, errors.InvalidArgument | errors.InvalidRequest):
         return 2
     return 3 if isinstance(error, errors.ConnectionFailed | errors.ServerError | errors.TooManyRequests) else 1
+
+
+def _of_system(error: OSError) -> str:
+    """What the system said, as a sentence."""
+    if error.strerror is None:
+        return str(error)
+    reason = error.strerror[:1].lower() + error.strerror[1:]
+    return f"{error.filename}: {reason}." if error.filename else f"What was asked for cannot be written: {reason}."
 
 
 def _plain(text: str) -> str:

@@ -1418,7 +1418,8 @@ class Memory(RootModel[int]):
 
 class Resources(Resource):
     """
-    What a job gets of a cluster's node. On a service without a cluster it gets the machine, and of GPUs as many.
+    What a job gets of a cluster's node. On a service without a cluster it has the whole machine, with as many processes in
+    training as `gpus` says, each of which takes a GPU where there are any.
     """
 
     model_config = ConfigDict(

@@ -87,10 +87,17 @@ def greedy(runtime: Runtime, ids: NDArray[np.int64]) -> Iterator[int]:
 
 def write(folder: Path, prompt: str, tokens: int, threads: int) -> Iterator[str]:
     """What the model in a folder, of whatever format, writes after a prompt, piece by piece: greedily, up to so many tokens, its
-    end of text or the end of its context. Raises NarrowError (no_model, missing_extra, bad_tokenizer, prompt_too_long)."""
+    end of text or the end of its context. Raises NarrowError (no_model, bad_model, missing_extra, bad_tokenizer,
+    prompt_too_long)."""
     form = form_of(folder)
-    runtime = open_runtime(form, folder, threads)
-    encode, decode, ends, room = runtime.reader() if isinstance(runtime, Llama) else _reader(folder, runtime.vocabulary)
+    try:
+        runtime = open_runtime(form, folder, threads)
+        encode, decode, ends, room = runtime.reader() if isinstance(runtime, Llama) else _reader(folder, runtime.vocabulary)
+    except (NarrowError, MemoryError):
+        raise
+    except Exception as error:  # of a file that is broken each library says so in a type of its own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise NarrowError("bad_model", f"The model in {folder} cannot be read: {reason}") from error
     ids = encode(prompt)
     if not 0 < len(ids) < room:
         raise NarrowError("prompt_too_long", f"The prompt has {len(ids):,} tokens, and the model's context holds {room:,}.")

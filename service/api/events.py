@@ -13,7 +13,7 @@ from service import metrics, queue
 from service.api.schemas import Event, Page
 from service.api.sessions import ReadDb
 from service.db.session import read_session
-from service.problems import responses
+from service.problems import ApiError, responses
 from service.streams import BATCH, Hub, read, sent
 
 router = APIRouter(prefix="/jobs/{job_id}", tags=["events"])
@@ -55,9 +55,13 @@ async def list_events(
 
 
 def _number(last_event_id: str | None, after: int) -> int:
-    """The number in a `Last-Event-ID`; what cannot be one of ours counts as none."""
-    known = int(last_event_id) if last_event_id and last_event_id.isascii() and last_event_id.isdigit() else after
-    return known if known <= LAST else after
+    """The number in a `Last-Event-ID`. What cannot be one of ours is refused: from the beginning everything would come twice."""
+    if not last_event_id:
+        return after
+    if not (last_event_id.isascii() and last_event_id.isdigit()) or int(last_event_id) > LAST:
+        detail = f"Last-Event-ID {last_event_id!r} is not the number of an event, as the `id` of each one says it."
+        raise ApiError(422, "invalid_request", detail)
+    return int(last_event_id)
 
 
 async def _stream(request: Request, job_id: str, known: int) -> AsyncIterator[bytes]:

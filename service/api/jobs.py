@@ -22,7 +22,7 @@ from service.api.paging import Cursor, Limit, page
 from service.api.schemas import Job, JobError, Page, Progress, Status
 from service.api.sessions import Db, ReadDb, Who
 from service.db.session import reading
-from service.db.tables import TERMINAL, ArtifactRow, DatasetRow, JobRow, ModelRow
+from service.db.tables import TERMINAL, ArtifactRow, DatasetRow, JobRow, ModelRow, SweepRow
 from service.problems import ApiError, not_found, responses
 from service.storage import Storage, artifact_key
 from service.uploads import require_space
@@ -72,7 +72,7 @@ def create_job(spec: JobSpec, request: Request, response: Response, session: Db,
     return as_job(job)
 
 
-@router.get("", responses=responses())
+@router.get("", responses=responses(404))
 def list_jobs(
     session: ReadDb,
     cursor: Cursor = None,
@@ -84,7 +84,9 @@ def list_jobs(
     statement = select(JobRow)
     if status:
         statement = statement.where(JobRow.status == status)
-    if sweep:
+    if sweep is not None:
+        if session.get(SweepRow, sweep) is None:
+            raise not_found("sweep", sweep)
         statement = statement.where(JobRow.sweep == sweep)
     return page(session, statement, JobRow, cursor, limit, as_job)
 

@@ -10,9 +10,8 @@ from service.api.schemas import Page
 
 T = TypeVar("T")
 
-Cursor = Annotated[
-    str | None, Query(max_length=60, pattern=r"^[a-z]+_[0-9a-z]+$", description="`next_cursor` of the page before.")
-]
+CURSOR = r"^[a-z]+_[0-9a-z]+$"
+Cursor = Annotated[str | None, Query(max_length=60, pattern=CURSOR, description="`next_cursor` of the page before.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="How many, at most.")]
 
 

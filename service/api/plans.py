@@ -6,7 +6,7 @@ from narrow_engine.spec import JobSpec
 from service.api.jobs import check_spec
 from service.api.schemas import Plan
 from service.api.sessions import ReadDb
-from service.estimates import estimate
+from service.estimates import estimate, gpus_that_lack
 from service.problems import responses
 
 router = APIRouter(prefix="/plans", tags=["plans"])
@@ -26,5 +26,5 @@ def create_plan(spec: JobSpec, request: Request, session: ReadDb) -> Plan:
         memory=sizes.memory,
         least_memory_bytes=sizes.least_memory_bytes,
         seconds=round(sizes.seconds),
-        notices=sizes.notices,
+        notices=[*sizes.notices, *gpus_that_lack(request.app.state.settings, spec)],
     )

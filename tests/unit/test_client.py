@@ -210,11 +210,111 @@ def test_a_url_that_is_none_is_one_sentence(monkeypatch, url):
             client()
 
 
-@pytest.mark.parametrize("key", ["schlüssel", "key\n"])
-def test_a_key_that_no_header_carries_is_one_sentence(monkeypatch, key):
+@pytest.mark.parametrize("key", ["nrw_schlüssel", "nrw_a\nb", "nrw_a\x7f"])
+def test_a_key_that_no_header_carries_is_one_sentence_without_it(monkeypatch, key):
     monkeypatch.setenv("NARROW_API_KEY", key)
-    with pytest.raises(narrow_client.NarrowClientError, match="NARROW_API_KEY"):
+    with pytest.raises(narrow_client.InvalidArgument, match="NARROW_API_KEY") as raised:
         narrow_client.Narrow()
+    result = run_cli("jobs")
+    assert (result.exit_code, "nrw_" in str(raised.value) + result.output) == (2, False)
+
+
+@pytest.mark.parametrize(("key", "sent"), [(" nrw_1 ", "Bearer nrw_1"), ("nrw_1\r\n", "Bearer nrw_1"), (" ", None), ("", None)])
+def test_the_space_around_a_key_is_not_sent(server, monkeypatch, key, sent):
+    server.script["/jobs"] = [answer({"data": [], "next_cursor": None})] * 2
+    monkeypatch.setenv("NARROW_API_KEY", key)
+    assert run_cli("jobs").exit_code == 0
+    monkeypatch.delenv("NARROW_API_KEY")
+    with narrow_client.Narrow(api_key=key) as client:
+        assert not list(client.jobs.list())
+    assert [headers.get("Authorization") for _, _, headers in server.asked] == [sent, sent]
+
+
+@pytest.mark.parametrize("client", [narrow_client.Narrow, narrow_client.AsyncNarrow])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"url": 5},
+        {"api_key": 5},
+        *({"timeout": value} for value in (-1, 0, float("nan"), "x", True)),
+        *({"max_retries": value} for value in (-1, 1.5, "x", None, True)),
+    ],
+)
+def test_what_a_client_cannot_be_made_of_is_one_sentence(client, wrong):
+    with pytest.raises(narrow_client.InvalidArgument, match=r"\.$"):
+        client(**wrong)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.plan("x"),
+        lambda client: client.plan({"seed": float("nan")}),
+        lambda client: client.jobs.create(["base"]),
+        lambda client: client.jobs.create({"base": object()}),
+        lambda client: client.sweeps.create(None),
+        lambda client: client.jobs.get(None),
+        lambda client: client.jobs.wait(JOB["id"], timeout="x"),
+        lambda client: client.jobs.download(JOB["id"], 5),
+        lambda client: client.jobs.list(limit=0),
+        lambda client: client.jobs.list(limit="x"),
+        lambda client: client.jobs.list(sweep="x"),
+        lambda client: client.models.upload("no-such-folder"),
+        lambda client: client.models.upload(5),
+        lambda client: client.datasets.upload("no-such-file"),
+        lambda client: client.datasets.upload(None),
+    ],
+)
+def test_what_cannot_be_asked_is_one_sentence_and_nothing_is_sent(server, call):
+    async def ask():
+        async with narrow_client.AsyncNarrow() as client:
+            await call(client)
+
+    with narrow_client.Narrow() as client, pytest.raises(narrow_client.InvalidArgument, match=r"\.$"):
+        call(client)
+    with pytest.raises(narrow_client.InvalidArgument, match=r"\.$"):
+        asyncio.run(ask())
+    assert not server.asked
+
+
+def test_a_client_that_is_closed_says_so(server):
+    client = narrow_client.Narrow()
+    client.close()
+    client.close()
+    for ask in (client.ready, lambda: next(client.jobs.events(JOB["id"])), lambda: list(client.jobs.list())):
+        with pytest.raises(narrow_client.InvalidArgument, match="is closed"):
+            ask()
+    assert client.url in repr(client)
+
+    async def closed():
+        client = narrow_client.AsyncNarrow()
+        await client.close()
+        await client.ready()
+
+    with pytest.raises(narrow_client.InvalidArgument, match="is closed"):
+        asyncio.run(closed())
+
+
+def test_a_limit_is_of_the_whole_list_as_in_the_command_line(server):
+    limits = []
+
+    def page(handler):
+        limit = int(re.search(r"limit=(\d+)", handler.path)[1])
+        limits.append(limit)
+        answer({"data": [JOB] * limit, "next_cursor": "job_x"})(handler)
+
+    server.script["/jobs"] = [page] * 4
+
+    async def count(limit):
+        async with narrow_client.AsyncNarrow() as client:
+            return len([job async for job in client.jobs.list(limit=limit)])
+
+    with narrow_client.Narrow() as client:
+        assert len(list(client.jobs.list(limit=2))) == 2
+        assert [len(page.data) for page in client.jobs.list(limit=150).pages()] == [100, 50]
+        assert "for item in" in repr(client.jobs.list())
+    assert asyncio.run(count(3)) == 3
+    assert limits == [2, 100, 50, 3]
 
 
 @pytest.mark.parametrize("status", ["running", "failed", "cancelled"])
@@ -296,6 +396,9 @@ def test_the_command_line_says_what_is_wrong_and_how_it_ended(server, monkeypatc
         (("--skill", "nonsense"), "NAME=FILE:ROLE"),
         (("--skill", "a=ds_1", "--skill", "a=ds_2"), "named twice"),
         (("--skill", "a=no-such-file"), "no-such-file"),
+        (("--skill", f"a={__file__}:nonsense"), "'nonsense' is not a role: there are keep, forget, watch"),
+        (("--column", ""), "it is empty"),
+        (("--seed", "x"), "'x' is not a whole number"),
         (("--base", "no-such-folder"), "no-such-folder"),
         (("--base", "mdl_../jobs"), "no model folder"),
         (("--target", "no-such-file"), "no-such-file"),
@@ -313,7 +416,7 @@ def test_wrong_usage_is_told_before_anything_is_sent(server, local, arguments, s
     assert not server.asked
 
 
-@pytest.mark.parametrize("arguments", [("--limit", "0"), ("--limit", "-1"), ("--status", "nonsense")])
+@pytest.mark.parametrize("arguments", [("--limit", "0"), ("--limit", "x"), ("--status", "nonsense"), ("--sweep", "nope")])
 def test_wrong_usage_of_lists_is_told_too(server, arguments):
     assert run_cli("jobs", *arguments).exit_code == 2
     assert not server.asked
@@ -333,11 +436,79 @@ def test_compress_looks_for_every_file_before_it_uploads_one(server, local):
     assert not server.asked
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"skills": ["x"]}, "skills is a dict"),
+        ({"skills": {"a": ("ds_1",)}}, "'a' is a file or an id, or \\(file or id, role\\)"),
+        ({"skills": {"a": 5}}, "'a' is a file or an id"),
+        ({"skills": {"a": ("ds_1", "nonsense")}}, "keep, forget, watch"),
+        ({"skills": {"a": ("ds_1", "keep", "x")}}, "answer of the skill 'a' is a dict"),
+        ({"method": "prune"}, "method is a dict"),
+        ({"options": [1]}, "options is a dict"),
+        ({"answer": "a"}, "answer is a dict"),
+        ({"budget": "0.5"}, "budget is a share"),
+        ({"budget": True}, "budget is a share"),
+        ({"export": 5}, "export is the name of a format"),
+        ({"base": 5}, "is a path"),
+        ({"target": None}, "is a path"),
+        ({"out": 5}, "out is a path"),
+    ],
+)
+def test_what_compress_cannot_take_is_one_sentence(server, local, wrong, said):
+    _, base, _, target = local
+    with pytest.raises(narrow_client.InvalidArgument, match=said):
+        narrow_client.compress(**{"base": base, "target": target, **wrong})
+    assert not server.asked
+
+
+def test_a_skill_alone_is_watched_and_a_format_alone_is_one(local):
+    _, base, _, target = local
+    wanted = _compress.Wanted("mdl_1", "ds_1", skills={"a": "ds_2", "b": ("ds_3", "keep")}, export="onnx")
+    spec = wanted.spec({})
+    assert (spec["export"], [skill["role"] for skill in spec["skills"]]) == (["onnx"], ["watch", "keep"])
+    assert _compress.Wanted(base, target, skills={"a": target}).inputs() == [("model", str(base)), ("dataset", str(target))]
+
+
 def test_compress_looks_whether_its_results_can_be_written_before_it_sends_anything(server, local, tmp_path):
     (tmp_path / "file").write_text("")
     result = run_cli("compress", *local, "--out", str(tmp_path / "file" / "below"))
     assert (result.exit_code, "Nothing can be written to" in result.stderr) == (1, True), result.output
     assert not server.asked
+
+
+def test_a_place_that_cannot_be_written_is_a_sentence(server):
+    server.script[FILES] = [artifacts()]
+    result = run_cli("download", JOB["id"], "--out", "/proc/x")
+    assert (result.exit_code, result.stderr) == (1, "narrow: /proc/x: no such file or directory.\n")
+
+
+def test_a_folder_of_texts_is_no_model(server, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    result = run_cli("upload", str(tmp_path))
+    assert (result.exit_code, "no config.json in" in result.stderr) == (2, True)
+    assert not server.asked
+
+
+def test_a_budget_that_is_too_small_names_the_option_of_the_command(uploads, local):
+    uploads.script["/jobs"] = [problem(422, "budget_too_small", "Raise the budget or add layer to method.units.")]
+    result = run_cli("compress", *local)
+    assert (result.exit_code, "--unit neuron" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"controls": []}, "controls: there is no option 'controls' here: is it misspelt?"),
+        ({"budgets": []}, "budgets should have at least 1 item, not 0."),
+        ({"target": None}, "target should be a valid dictionary or instance of DatasetId."),
+    ],
+)
+def test_a_fault_of_a_sweep_is_told_as_the_service_would(server, tmp_path, more, told):
+    inputs = {"base": {"model": "mdl_0000000000000000"}, "target": {"dataset": "ds_0000000000000000"}}
+    (tmp_path / "sweep.json").write_text(json.dumps({**inputs, "budgets": [{"parameters": 0.5}], **more}))
+    result = run_cli("sweep", str(tmp_path / "sweep.json"))
+    assert (result.exit_code, result.stderr) == (2, f"narrow: sweep.json: {told}\n")
 
 
 def test_what_bad_rows_do_is_sent_with_every_file_and_what_was_left_out_is_told(uploads, local, tmp_path):
@@ -597,12 +768,13 @@ def test_compress_async_brings_what_came_out(uploads, local, tmp_path):
 def test_the_words_that_methods_take_are_those_of_the_contract():
     assert get_args(_calls.Status) == words(models.Job, "status")
     assert get_args(_calls.Role) == words(models.NewKey, "role")
+    assert get_args(_calls.SkillRole) == words(models.SkillId, "role")
     assert get_args(_calls.BadRows) == words(models.Dataset, "bad_rows")
 
 
 def test_every_public_name_is_there():
     for name in narrow_client.__all__:
         assert getattr(narrow_client, name).__name__ == name
-    assert {*narrow_client.__all__} <= {*dir(narrow_client)}
+    assert dir(narrow_client) == sorted({*narrow_client.__all__, "models"})
     with pytest.raises(AttributeError):
         narrow_client.nothing  # noqa: B018

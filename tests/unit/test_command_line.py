@@ -34,7 +34,7 @@ from misbehaving import (
     run_cli,
     sse,
 )
-from narrow_client import _render, models
+from narrow_client import _doctor, _render, models
 from narrow_client.cli import FULL, GROUPS, main
 from rich.console import Console
 from tiny import ROOT
@@ -128,6 +128,7 @@ def test_wrong_usage_says_what_to_do(server):
         (("jobs", "--limit", "0"), "0 is not in the range"),
         (("download", JOB["id"], "--format", "onnx", "--only", "x"), "give one of them"),
         (("doctor", "--budget", "0.5"), "give its --base too"),
+        (("doctor", "--base", "no-such-folder"), "does not exist"),
         (("sweep", "nowhere.json"), "There is no file at 'nowhere.json'"),
     ):
         result = run_cli(*arguments)
@@ -217,6 +218,18 @@ def test_doctor_says_what_the_service_is(server, monkeypatch):
     assert run_cli("doctor").exit_code == 3
     result = run_cli("doctor", "--base", ROOT / "demo" / "base")
     assert (result.exit_code, "full installation" in result.stderr) == (2, True)
+
+
+def test_doctor_tells_sizes_and_times_as_a_dry_run_does():
+    shown = io.StringIO()
+    facts = {"weights_bytes": 7_790_000, "memory_bytes": 2_500_000_000, "estimated_seconds": 680.0, "answer_seconds": 4}
+    Console(file=shown, width=100).print(_doctor.view("job", facts))
+    assert [line.strip().split("  ")[-1].strip() for line in shown.getvalue().splitlines()[1:5]] == [
+        "7,790,000 bytes",
+        "2.5 GB",
+        "11.3 minutes",
+        "4 s",
+    ]
 
 
 def test_a_log_has_a_line_a_phase_and_one_in_half_a_minute_and_nothing_to_draw_with(monkeypatch, capsys):
@@ -423,3 +436,21 @@ def test_roles_and_the_tenant_are_those_of_the_service():
     options = {parameter.name: parameter for parameter in command_of("keys").commands["create"].params}
     assert tuple(options["role"].type.choices) == auth.ROLES
     assert options["tenant"].default == DEFAULT_TENANT
+
+
+def test_keys_and_tenants_are_of_a_service_that_was_named_or_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("NARROW_DATA", "NARROW_DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for command in (("keys", "create", "me"), ("keys", "list"), ("tenants", "list"), ("tenants", "limit", "a", "--jobs", "1")):
+        result = run_cli(*command)
+        assert (result.exit_code, "There is no service" in result.stderr) == (2, True), result.output
+    assert run_cli("keys", "list", "--data", "other").exit_code == 2
+    assert not list(tmp_path.iterdir())
+    # The first key may come before the first start, of a service that is named.
+    result = run_cli("keys", "create", "me", "--data", "narrow-data")
+    assert (result.exit_code, result.stdout[:4], str(tmp_path / "narrow-data") in result.stderr) == (0, "nrw_", True)
+    assert [key["name"] for key in json.loads(run_cli("keys", "list", "--json").stdout)] == ["me"]
+    monkeypatch.setenv("NARROW_DATA", str(tmp_path / "third"))
+    assert run_cli("tenants", "list").exit_code == 2
+    assert run_cli("keys", "create", "you").exit_code == 0

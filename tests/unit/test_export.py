@@ -10,6 +10,7 @@ import onnx
 import psutil
 import pytest
 import torch
+from misbehaving import run_cli
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, tiny_model
 
@@ -191,3 +192,15 @@ def _left_padding(session, model):
     found = session.run(["logits"], feed)[0][:, 3:]
     with torch.no_grad():
         assert np.abs(found - model(input_ids=ids).logits.numpy()).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("model.safetensors", None), ("model.onnx", b"no protocol buffer"), ("config.json", b"{}")]
+)
+def test_a_file_of_a_result_that_is_broken_is_a_sentence(tiny_folder, tmp_path, name, content):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / name).write_bytes((folder / name).read_bytes()[:1000] if content is None else content)
+    result = run_cli("run-model", str(folder), "def")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"narrow run-model: The model in {folder} cannot be read: ")
+    assert run_cli("run-model", str(tiny_folder), "def", "--tokens", "2", "--threads", "1").exit_code == 0

@@ -4,8 +4,11 @@ import json
 import re
 from html.parser import HTMLParser
 
+import narrow_client
 import pytest
 from huggingface_hub import ModelCard
+from misbehaving import JOB
+from narrow_client import models
 from tiny import ROOT
 
 from narrow_engine.report.card import render_card
@@ -165,3 +168,12 @@ def test_a_notebook_shows_it_in_short(report):
     page = ClientReport.model_validate_json(found.model_dump_json())._repr_html_()
     assert ("&lt;b&gt; kept" in page, "<b> kept" in page) == (True, False)
     assert page.count("<tr>") == 1 + len(found.skills)
+
+
+def test_a_result_is_short_where_python_shows_it(tmp_path):
+    job = models.Job.model_validate(JOB)
+    read = models.Report.model_validate_json(example().model_dump_json())
+    shown = repr(narrow_client.Result(job, read, tmp_path / "model", {}, tmp_path / "report.html"))
+    assert shown.startswith(f"Result({job.id}: ")
+    assert str(tmp_path / "model") in shown
+    assert len(shown) < 500

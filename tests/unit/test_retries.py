@@ -169,7 +169,7 @@ def test_lists_are_fetched_page_by_page_and_as_often_as_they_are_looked_at(serve
         answer({"data": [JOB], "next_cursor": None}),
     ] * 2
     with narrow_client.Narrow() as client:
-        jobs = client.jobs.list(limit=2)
+        jobs = client.jobs.list()
         assert not server.asked
         assert next(iter(jobs)).id == JOB["id"]
         assert len(server.asked) == 1, "the next page is fetched when it is needed"

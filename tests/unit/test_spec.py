@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 from pydantic import ValidationError
 
-from narrow_engine.spec import Answer, CompressionSpec, Method, Options, SweepSpec, points
+from narrow_engine.spec import Answer, CompressionSpec, Method, Options, SweepSpec, first_fault, points
 
 
 def test_what_is_not_given_follows_the_kind():
@@ -171,3 +171,31 @@ def test_formats_and_budgets_that_make_no_sense_are_refused(options, words):
 def test_what_is_exported_has_no_budget_and_is_read_again_as_it_was_written():
     made = Options.model_validate({"method": {"kind": "export"}, "export": ["onnx-int4"]})
     assert Options.model_validate(made.model_dump(mode="json")) == made
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"budget": {"parameters": True}}, "budget.parameters should be a number, not true."),
+        ({"budget": {"parameters": "0.5"}}, "budget.parameters should be a number, not the text '0.5': write it without quotes."),
+        ({"budget": {"keep": {"neuron": "1"}}}, "budget.keep should be a number, not the text '1': write it without quotes."),
+        ({"seed": False}, "seed should be a number, not false."),
+        ({"method": {"recover": {"tokens": "5"}}}, "method.recover.tokens should be a number, not the text"),
+        ({"method": {"recover": {"tokens": 1.5}}}, "method.recover.tokens should be a whole number."),
+        ({"method": {"refit": "false"}}, "method.refit should be true or false, without quotes."),
+        ({"locality": 1}, "locality should be true or false."),
+        ({"export": ["onnx"] * 7}, "export should have at most 6 items, not 7."),
+        ({"method": 5}, "method should be a JSON object."),
+        ({"export": "onnx"}, "export should be a list."),
+    ],
+)
+def test_what_is_no_number_is_not_taken_for_one_and_told_in_plain_words(options, told):
+    with pytest.raises(ValidationError) as raised:
+        Options.model_validate({"budget": {"parameters": 0.5}, **options})
+    assert first_fault(raised.value).startswith(told)
+
+
+def test_numbers_may_be_written_as_whole_ones_or_with_an_exponent():
+    text = '{"budget": {"parameters": 1}, "method": {"recover": {"tokens": 1e6}}, "seed": 7.0}'
+    made = Options.model_validate_json(text)
+    assert (made.budget.parameters, made.method.recover.tokens, made.seed) == (1, 1_000_000, 7)
