@@ -124,7 +124,7 @@ def one(name: str, options: dict) -> None:
     student, teacher = model(), Live(model()) if objective == "mixed" else None
     low = train.training_dtype(cpu) != torch.float32
     config, beside = config_dict(student), footprint.FIXED + (teacher.bytes if teacher else 0)
-    task = footprint.Task(config, dimensions(config), rows, LENGTH, optimizer, low, beside)
+    task = footprint.Task(config, dimensions(config), rows, LENGTH, optimizer, low, beside, taught=teacher is not None)
     tokens = np.random.default_rng(0).integers(0, shape["vocab"], 40_000).astype(np.uint32)
     before = memory.begin(cpu)
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(footprint, "choose", return_value=way):

@@ -23,10 +23,12 @@ FIXED = 380 * 2**20
 """What a process has of libraries and code before any model."""
 SMALL_PIECE = 4096
 """Tokens of a piece of a batch, below which matrix products lose speed: recomputing comes first."""
-CHUNK, GPU_LOGITS, LOGITS = 256, 2**27, 5
+CHUNK, GPU_LOGITS = 256, 2**27
 """Positions whose logits exist at once on a CPU (128 to 256 measured fastest at a vocabulary of 8,192); how many logits on a GPU,
-where each chunk adds to the head's whole gradient, which few positions are not worth; and how many arrays of their size the loss
-has at its peak: two distributions, their ratio, and what is being made of them."""
+where each chunk adds to the head's whole gradient, which few positions are not worth."""
+LOGITS = {False: 3, True: 6}
+"""Arrays of the size of a chunk's logits that the loss has at its peak, measured: the distribution and what is being made of it;
+with a teacher both distributions, their ratio, and what is being made of them."""
 STACK = 5 * 64 * 2**20
 """What an orthogonalisation takes (`muon.STACK`), at most, where no matrix is larger."""
 DROPPED = 3
@@ -72,6 +74,8 @@ class Task:
     beside: int = 0
     processes: int = 1
     gpu: bool = False
+    taught: bool = True
+    """Whether there is a teacher."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,8 @@ def positions(vocabulary: int, gpu: bool) -> int:
     return max(CHUNK, GPU_LOGITS // vocabulary) if gpu else CHUNK
 
 
-def _logits(vocabulary: int, gpu: bool) -> int:
-    return LOGITS * 4 * positions(vocabulary, gpu) * vocabulary
+def _logits(vocabulary: int, gpu: bool, taught: bool) -> int:
+    return LOGITS[taught] * 4 * positions(vocabulary, gpu) * vocabulary
 
 
 def counts(config: dict[str, Any], dims: Dimensions) -> Counts:
@@ -141,7 +145,7 @@ def training(task: Task, way: Way) -> int:
     running = 8 * n.layer if way.bfloat16 and not low else 0
     head = dims.vocab * dims.hidden
     head_copy = (2 if low else 4) * head if low != way.bfloat16 else 0
-    logits = _logits(dims.vocab, task.gpu)
+    logits = _logits(dims.vocab, task.gpu, task.taught)
     said = 2 * tokens * dims.hidden * (2 if low else 4)
 
     backward = 4 * tokens * (3 * dims.active * dims.width + 2 * dims.hidden)
@@ -282,8 +286,8 @@ def trainings(job: Job) -> dict[str, Task]:
     rows = max(1, method.recover.batch_tokens // length)
     base, small = held(job.config, job.base, job.parked), held(job.config, job.small, False)
 
-    def task(dims: Dimensions, optimizer: str, beside: int) -> Task:
-        return Task(job.config, dims, rows, length, optimizer, job.low, job.fixed + beside, gpu=job.gpu)
+    def task(dims: Dimensions, optimizer: str, beside: int, by_teacher: bool = False) -> Task:
+        return Task(job.config, dims, rows, length, optimizer, job.low, job.fixed + beside, gpu=job.gpu, taught=by_teacher)
 
     found = {}
     if method.regularizer:
@@ -292,7 +296,7 @@ def trainings(job: Job) -> dict[str, Task]:
         found["correct"] = task(job.base, method.recover.optimizer, 2 * base)
     if method.recover.tokens:
         beside = base + small + (job.teacher if taught(method) and not method.recover.cache else 0)
-        found["recover"] = task(job.small, method.recover.optimizer, beside)
+        found["recover"] = task(job.small, method.recover.optimizer, beside, taught(method))
     if "trained" in controls(job.options):
         found["controls"] = task(job.base, method.recover.optimizer, 2 * base)
     return found
@@ -323,7 +327,7 @@ def stages(job: Job) -> dict[str, int]:
 def _forward(dims: Dimensions, tokens: int, gpu: bool, models: int = 1) -> int:
     """A pass without gradients: what a layer holds, each model's hidden states, and the logits of a chunk."""
     layer = tokens * (3 * dims.active * dims.width + 6 * dims.hidden)
-    return 4 * (layer + models * tokens * dims.hidden) + _logits(dims.vocab, gpu)
+    return 4 * (layer + models * tokens * dims.hidden) + _logits(dims.vocab, gpu, True)
 
 
 def _scoring(job: Job) -> int:
@@ -335,7 +339,7 @@ def _scoring(job: Job) -> int:
     rows = max(1, min(SCORED, VALUES // ((dims.active * dims.width + dims.axis("q") + 2 * dims.hidden) * length)))
     batch = 4 * rows * length * (4 * dims.active * dims.width + 2 * dims.axis("q") + 6 * dims.hidden)
     if gradients:
-        batch += rows * length * sum(kept_per_token(job.config, dims, length, job.low)) + _logits(dims.vocab, job.gpu)
+        batch += rows * length * sum(kept_per_token(job.config, dims, length, job.low)) + _logits(dims.vocab, job.gpu, False)
     squares = 0
     if method.importance == "reconstruction":
         widest = max(dims.width, dims.axis("q"))

@@ -263,9 +263,17 @@ def _way(
     if model.device.type == "cpu":
         # Of the machine that all are on, and that libraries are in as well.
         there, beside = there // processes, beside + footprint.FIXED
-    low = training_dtype(model.device) != torch.float32
     task = footprint.Task(
-        config, dimensions(config), rows, length, settings.optimizer, low, beside, processes, model.device.type == "cuda"
+        config,
+        dimensions(config),
+        rows,
+        length,
+        settings.optimizer,
+        low=training_dtype(model.device) != torch.float32,
+        beside=beside,
+        processes=processes,
+        gpu=model.device.type == "cuda",
+        taught=teacher is not None,
     )
     way = footprint.choose(task, there, phase, may_round and mesh is None)
     for code, sentence in footprint.told(task, way, there):

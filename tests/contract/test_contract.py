@@ -59,7 +59,19 @@ def imported(file: Path) -> set[str]:
 
 ENGINE_FOR_THE_SERVICE = {
     f"narrow_engine.{name}"
-    for name in ("spec", "families", "sizing", "errors", "events", "documents", "model_files", "processors", "report", "sandbox", "shelf")
+    for name in (
+        "spec",
+        "families",
+        "sizing",
+        "errors",
+        "events",
+        "documents",
+        "model_files",
+        "processors",
+        "report",
+        "sandbox",
+        "shelf",
+    )
 }
 
 

@@ -64,7 +64,7 @@ class Allocated(TorchDispatchMode):
 def test_a_step_takes_what_is_predicted(optimizer, way, monkeypatch):
     model = tiny_model("llama", hidden_size=128, intermediate_size=384, num_hidden_layers=6, head_dim=32)
     monkeypatch.setattr(footprint, "choose", lambda *_: way)
-    task = Task(config_dict(model), dimensions(config_dict(model)), 32, 32, optimizer, False)
+    task = Task(config_dict(model), dimensions(config_dict(model)), 32, 32, optimizer, False, taught=False)
     with tempfile.TemporaryDirectory() as folder, Allocated(4 * model.num_parameters()) as allocated:
         run(model, Settings(2 * 1024, 1024, "next_token", 1.0, optimizer), Path(folder))
     assert footprint.training(task, way) == pytest.approx(allocated.peak, rel=0.25)
