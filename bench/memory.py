@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -71,8 +72,8 @@ def table() -> None:
         "and in bfloat16": footprint.Way(recompute=True, bfloat16=True),
     }
     stages = ("load", "measure_base", "score", "reconstruct", "measure", "export")
-    print("| base | device | " + " | ".join(stages) + " | " + " | ".join(f"recover, {way}" for way in ways) + " |")
-    print("|---" * (2 + len(stages) + len(ways)) + "|")
+    print("| base | device | " + " | ".join(stages) + " | " + " | ".join(f"recover, {way}" for way in ways) + " | and the base parked |")
+    print("|---" * (3 + len(stages) + len(ways)) + "|")
     for name, shape in KNOWN.items():
         config = {"model_type": "llama", **config_of(shape), "tie_word_embeddings": shape["tied"]}
         options = Options.model_validate({"budget": {"parameters": 0.5}, "method": {"units": ["neuron"]}})
@@ -82,6 +83,8 @@ def table() -> None:
             job = footprint.Job(config, options, dims, dims, small, 0, low, gpu=low)
             task, memory = footprint.trainings(job)["recover"], footprint.stages(job)
             found = [memory[stage] for stage in stages] + [footprint.training(task, way) for way in ways.values()]
+            parked = footprint.trainings(replace(job, parked=True))["recover"]
+            found.append(footprint.training(parked, footprint.Way(recompute=True, bfloat16=True)))
             print(f"| {name} | {device} | " + " | ".join(f"{value / 1e9:,.0f}" for value in found) + " |")
 
 

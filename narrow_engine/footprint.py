@@ -284,7 +284,7 @@ def trainings(job: Job) -> dict[str, Task]:
     """The stages that train, and how."""
     method, length = job.options.method, job.options.block_tokens
     rows = max(1, method.recover.batch_tokens // length)
-    base, small = held(job.config, job.base, job.parked), held(job.config, job.small, False)
+    base = held(job.config, job.base, job.parked)
 
     def task(dims: Dimensions, optimizer: str, beside: int, by_teacher: bool = False) -> Task:
         return Task(job.config, dims, rows, length, optimizer, job.low, job.fixed + beside, gpu=job.gpu, taught=by_teacher)
@@ -295,7 +295,7 @@ def trainings(job: Job) -> dict[str, Task]:
     if taught(method) and method.recover.correction:
         found["correct"] = task(job.base, method.recover.optimizer, 2 * base)
     if method.recover.tokens:
-        beside = base + small + (job.teacher if taught(method) and not method.recover.cache else 0)
+        beside = base + (job.teacher if taught(method) and not method.recover.cache else 0)
         found["recover"] = task(job.small, method.recover.optimizer, beside, taught(method))
     if "trained" in controls(job.options):
         found["controls"] = task(job.base, method.recover.optimizer, 2 * base)
@@ -354,7 +354,11 @@ def _refit(job: Job) -> int:
     batch = max(1, min(REFIT_BATCH, tokens // 8))
     kept, _ = kept_per_token(job.config, small, job.options.block_tokens, job.low)
     solving = 8 * (4 * max(small.width, small.axis("q")) ** 2 + 3 * small.width * small.hidden)
-    layer = 4 * 5 * n.layer + batch * (kept + 4 * (3 * small.active * small.width + 2 * small.hidden)) + STACK
+    layer = (
+        4 * 5 * n.layer
+        + batch * (kept + 4 * (3 * small.active * small.width + 2 * small.hidden))
+        + min(STACK, 24 * n.layer_matrices)
+    )
     streams = 4 * (EXPERT_STREAMS if dims.experts > 1 else STREAMS) * tokens * dims.hidden
     return (0 if job.gpu else streams) + max(solving, layer)
 

@@ -461,6 +461,7 @@ def recover(run: Run, out: Path) -> None:
     The result is rounded to the base's type here, so that every figure is of the model that is delivered.
     """
     options = run.spec.method.recover
+    run.models.pop("reconstruct", None)  # it is read again when it is measured
     small, whole = earlier.copy(run, "reconstruct"), size_in_memory(base(run))
     curve: list[CurvePoint] = []
     if options.tokens:
@@ -494,8 +495,8 @@ def recover(run: Run, out: Path) -> None:
                 teacher=told,
                 beside=beside,
                 mesh=run.mesh,
-                # The base, unless it is who teaches, and the cut model as it was.
-                resident=size_in_memory(small) + (0 if isinstance(told, teacher.Live) and told.model is base(run) else whole),
+                # The base, unless it is who teaches.
+                resident=0 if isinstance(told, teacher.Live) and told.model is base(run) else whole,
             )
         run.models.pop("correct", None)
         harm = _harm(curve)
