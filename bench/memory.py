@@ -3,10 +3,10 @@
     python bench/memory.py [--only TEXT]
     python bench/memory.py --table     # what is predicted for models of 1B, 8B and 70B; nothing is run
 
-Trainings of random models in processes of their own, two steps each. Predicted is what the dry run and the planner say
-(`narrow_engine/footprint.py`); measured is VmHWM of /proc/self/status, reset before the training by writing 5 to
-/proc/self/clear_refs. glibc keeps freed memory for later, the more the longer a process runs, and that is no need of the
-training: MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are fixed at 64 KiB, so that it gives back at once.
+Trainings of random models in processes of their own, two steps each, and the stages of whole runs. Predicted is what the dry run
+and the planner say (`narrow_engine/footprint.py`); measured is VmHWM of /proc/self/status, reset before a training or stage by
+writing 5 to /proc/self/clear_refs. glibc keeps freed memory for later, the more the longer a process runs, and that is no need of
+the work: MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are fixed at 64 KiB, so that it gives back at once.
 Writes bench/results/memory.json.
 """
 
@@ -50,6 +50,8 @@ CASES = [
     ("llama 8M", {"tokens": 16_384, "recompute": True}),
 ]
 LENGTH = 512
+RUNS = {"llama 8M": 16_384, "qwen3 110M": 8192}
+"""Shapes of bases that go through a whole run, and tokens of its calibration and of its recovery."""
 
 KNOWN = {
     "1B (Llama 3.2)": {"hidden": 2048, "width": 8192, "layers": 16, "heads": 32, "kv": 8, "vocab": 128_256, "tied": True},
@@ -72,7 +74,13 @@ def table() -> None:
         "and in bfloat16": footprint.Way(recompute=True, bfloat16=True),
     }
     stages = ("load", "measure_base", "score", "reconstruct", "measure", "export")
-    print("| base | device | " + " | ".join(stages) + " | " + " | ".join(f"recover, {way}" for way in ways) + " | and the base parked |")
+    print(
+        "| base | device | "
+        + " | ".join(stages)
+        + " | "
+        + " | ".join(f"recover, {way}" for way in ways)
+        + " | and the base parked |"
+    )
     print("|---" * (3 + len(stages) + len(ways)) + "|")
     for name, shape in KNOWN.items():
         config = {"model_type": "llama", **config_of(shape), "tie_word_embeddings": shape["tied"]}
@@ -145,6 +153,37 @@ def one(name: str, options: dict) -> None:
     print(json.dumps({"predicted": footprint.training(task, way), "measured": memory.peak(cpu, before)}))
 
 
+def run(name: str) -> list[dict]:
+    """Predicted and measured bytes of each stage of a run that keeps half of the parameters."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from narrow_engine.sizing import plan_sizes
+    from narrow_engine.spec import Options
+
+    shape, tokens = SHAPES[name], RUNS[name]
+    method = {"units": ["neuron"], "calibration_tokens": tokens, "recover": {"tokens": tokens}}
+    options = {"budget": {"parameters": 0.5}, "skill_tokens": 8192, "method": method, "export": ["safetensors"]}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        config = AutoConfig.for_model(shape["family"], **config_of(shape))
+        AutoModelForCausalLM.from_config(config).float().save_pretrained(folder / "base")
+        for path in BASE.glob("tokenizer*"):
+            (folder / "base" / path.name).write_bytes(path.read_bytes())
+        inputs = {"base": {"path": str(folder / "base")}, "target": {"path": str(DATA / "python.jsonl.gz")}}
+        (folder / "spec.json").write_text(json.dumps({**inputs, **options}))
+        command = [sys.executable, "-m", "narrow_engine", str(folder / "spec.json"), "--out", str(folder / "run"), "--quiet"]
+        subprocess.run(command, check=True, cwd=HERE.parent, env={**os.environ, **STEADY})
+        measured = json.loads((folder / "run" / "result" / "report.json").read_text())["provenance"]["memory"]
+        predicted = plan_sizes(
+            json.loads((folder / "base" / "config.json").read_text()), Options.model_validate(options), 4
+        ).memory
+    return [
+        {"case": f"a run of {name}: {stage}", "predicted": predicted[stage], "measured": measured[stage]}
+        for stage in predicted
+        if stage in measured
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name has this in it")
@@ -161,16 +200,23 @@ def main() -> None:
     print("| training | predicted, MB | measured, MB | ratio |\n|---|---|---|---|")
     for name, asked in CASES:
         said = f"{name}: " + ", ".join(f"{key} {value}" for key, value in asked.items())
-        if options.only not in said:
-            continue
-        command = [sys.executable, __file__, "--one", name, json.dumps(asked)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **STEADY})
-        row = {"case": said, **json.loads(done.stdout.splitlines()[-1])}
-        rows.append(row)
-        ratio = row["predicted"] / row["measured"]
-        print(f"| {said} | {row['predicted'] / 1e6:,.0f} | {row['measured'] / 1e6:,.0f} | {ratio:.2f} |", flush=True)
-        if not options.only:
-            (HERE / "results" / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
+        if options.only in said:
+            command = [sys.executable, __file__, "--one", name, json.dumps(asked)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **STEADY})
+            show(rows, [{"case": said, **json.loads(done.stdout.splitlines()[-1])}], not options.only)
+    for name in RUNS:
+        if options.only in f"a run of {name}":
+            show(rows, run(name), not options.only)
+
+
+def show(rows: list[dict], more: list[dict], keep: bool) -> None:
+    """Prints rows, and writes them down with those before."""
+    rows += more
+    for row in more:
+        predicted, measured = row["predicted"], row["measured"]
+        print(f"| {row['case']} | {predicted / 1e6:,.0f} | {measured / 1e6:,.0f} | {predicted / measured:.2f} |", flush=True)
+    if keep:
+        (HERE / "results" / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -160,11 +160,9 @@ def training(task: Task, way: Way) -> int:
     )
     backward_end = gradients + size * head + again // 2 + running
     iteration = max(STACK, 5 * (2 if low else 4) * n.largest_matrix + 4 * n.largest_matrix) if task.optimizer == "muon" else 0
-    stepping = (
-        gradients
-        + min(iteration, 4 * 4 * n.layers * n.layer_matrices)
-        + (min(PIECE, 24 * max(head, n.largest_matrix)) if way.bfloat16 else 0)
-    )
+    # An orthogonalisation is over when what came of it is rounded.
+    rounding = min(PIECE, 24 * max(head, n.largest_matrix)) if way.bfloat16 else 0
+    stepping = gradients + max(min(iteration, 4 * 4 * n.layers * n.layer_matrices), rounding)
     return task.beside + held + extra + max(forward_end, backward_end, stepping)
 
 
