@@ -155,7 +155,8 @@ def training(task: Task, way: Way) -> int:
         + max(
             copies,
             said + head_copy + 4 * head + logits,
-            said + size * head + again + backward + running,
+            # What a layer keeps goes as its gradients come.
+            said + size * head + max(again, again // 2 + backward) + running,
         )
     )
     backward_end = gradients + size * head + again // 2 + running

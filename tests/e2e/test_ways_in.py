@@ -232,9 +232,9 @@ def test_a_sweep_as_a_command_refuses_what_is_wrong_before_it_sends_anything(tin
         ("[]", "is not a JSON object"),
         (json.dumps({**good, "base": {"path": "nowhere"}}), "there is no folder at"),
         (json.dumps({**good, "skills": [{"name": "a", "path": "nowhere"}]}), "there is no file at"),
-        (json.dumps({**good, "budget": 0.5}), "budget: Extra inputs are not permitted"),
+        (json.dumps({**good, "budget": 0.5}), "there is no option 'budget' here"),
         (json.dumps({**good, "methods": {"a": {"kind": "bake"}}}), "methods.a.kind"),
-        (json.dumps({"base": good["base"], "target": good["target"]}), "budgets: Field required"),
+        (json.dumps({"base": good["base"], "target": good["target"]}), "budgets is missing"),
     ]
     for text, words in cases:
         (tmp_path / "spec.json").write_text(text)

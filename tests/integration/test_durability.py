@@ -390,7 +390,7 @@ def test_the_janitor_removes_what_was_left_and_nothing_else(idle):
         (["--host", "no.such.host.invalid"], {}, 1, "has no address 'no.such.host.invalid'"),
         (["--port", "70000"], {}, 2, "--port"),
         (["--data", "/proc/nothing/data"], {}, 1, "cannot be written"),
-        (["--port", "0"], {"NARROW_LEASE_SECONDS": "abc"}, 2, "NARROW_LEASE_SECONDS='abc' should be a valid number"),
+        (["--port", "0"], {"NARROW_LEASE_SECONDS": "abc"}, 2, "NARROW_LEASE_SECONDS='abc' should be a number"),
         (["--port", "0"], {"NARROW_DATABASE_URL": "nonsense://"}, 1, "NARROW_DATABASE_URL"),
     ],
 )

@@ -282,7 +282,7 @@ def test_the_way_a_program_ends_is_told():
     assert process.stdout
     process.stdout.readline()
     process.terminate()
-    assert process.wait(10) == 7
+    assert process.wait(60) == 7
 
 
 def test_files_are_linked_within_what_is_mounted_together(tmp_path):
