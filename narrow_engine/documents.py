@@ -12,6 +12,7 @@ JSON is read as most programs do: of a key that comes twice the last counts, and
 are numbers, which no text can be.
 """
 
+import codecs
 import csv
 import gzip
 import io
@@ -231,6 +232,10 @@ def _lines(path: Path, position: Position) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as raw:
         position.tell = raw.tell
         source = _unpacked(raw)
+        if source is raw and path.suffix in _PACKED and not _begins_as_text(raw):
+            raise NarrowError(
+                "bad_compression", f"{path.name} is named as packed, but is neither gzip nor Zstandard: pack it anew."
+            )
         number, total, within = 0, 0, False
         while True:
             try:
@@ -245,6 +250,17 @@ def _lines(path: Path, position: Position) -> Iterator[tuple[int, bytes]]:
             if not within:
                 yield number, line
             within = not line.endswith(b"\n")
+
+
+def _begins_as_text(raw: IO[bytes]) -> bool:
+    """Whether a file that is not packed is UTF-8, as far as its first bytes tell."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(raw.read(1024))
+    except UnicodeDecodeError:
+        return False
+    finally:
+        raw.seek(0)
+    return True
 
 
 def _unpacked(raw: IO[bytes]) -> IO[bytes]:

@@ -400,3 +400,13 @@ def test_an_unknown_ending_is_refused(tmp_path, name):
 
 def test_an_ending_tells_format_and_packing():
     assert [ending(name) for name in ("A.JSONL.GZ", "x.y.csv.zst", "b.Parquet")] == [".jsonl.gz", ".csv.zst", ".parquet"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.zst"])
+def test_what_is_named_as_packed_and_is_not_is_told(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(bytes(range(128, 256)) * 20)
+    with pytest.raises(NarrowError, match="neither gzip nor Zstandard"):
+        list(read_documents(path, "text"))
+    path.write_bytes(('{"text": "é"}\n' * 200).encode())
+    assert len(list(read_documents(path, "text"))) == (200 if "jsonl" in name else 1)
