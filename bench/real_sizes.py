@@ -124,7 +124,7 @@ def main() -> None:
                 "shape": shape,
                 "parameters": [report["before"]["parameters"], report["after"]["parameters"]],
                 "seconds": provenance["seconds"],
-                "peak_bytes": provenance["peak_bytes"],
+                "peak_bytes": provenance["memory"],
                 "recovery_tokens_per_second": pace,
                 "share_of_limit": share,
                 "notices": [notice["message"] for notice in report["notices"]],
@@ -134,7 +134,7 @@ def main() -> None:
         print(f"recovery: {pace:,.0f} tokens/s, {share:.0%} of {peak / 1e12:.3g} TFLOP/s ({source})\n")
         print("| stage | seconds | peak, GB |\n|---|---|---|")
         for stage, seconds in provenance["seconds"].items():
-            print(f"| {stage} | {seconds:.1f} | {provenance['peak_bytes'].get(stage, 0) / 1e9:.1f} |")
+            print(f"| {stage} | {seconds:.1f} | {provenance['memory'].get(stage, 0) / 1e9:.1f} |")
     asked.out.parent.mkdir(exist_ok=True)
     written = {"limit": peak, "source": source, "processes": asked.processes, "torch": torch.__version__, "rows": found}
     asked.out.write_text(json.dumps(written, indent=1))
