@@ -29,15 +29,15 @@ where each chunk adds to the head's whole gradient, which few positions are not 
 LOGITS = {False: 3, True: 6}
 """Arrays of the size of a chunk's logits that the loss has at its peak, measured: the distribution and what is being made of it;
 with a teacher both distributions, their ratio, and what is being made of them."""
-STACK = 5 * 64 * 2**20
-"""What an orthogonalisation takes (`muon.STACK`), at most, where no matrix is larger."""
+STACK = 2**24
+"""Numbers that Muon iterates on together, but for a larger matrix. The iteration holds five arrays of them."""
 DROPPED = 3
 """Numbers of every pair of positions in every head that attention keeps where it has dropout, which is not fused on a CPU."""
-PIECE = 6 * 4 * 2**22
-"""What rounding by chance takes (`rounding.PIECE`)."""
+PIECE = 2**22
+"""Numbers that exist in float32 at a time where they are rounded by chance (`rounding`), in six arrays."""
 
-MEASURED, REFIT_BATCH = 4096, 4096
-"""Tokens of a batch that is measured, and of one that the refit trains a layer on, at most."""
+MEASURED, REFIT_BATCH, REFIT_BATCHES = 4096, 4096, 8
+"""Tokens of a batch that is measured, and of one that the refit reads, at most; and batches that the refit reads, at least."""
 STREAMS, EXPERT_STREAMS = 3, 5
 """Arrays of the size of a stream that the refit holds of all its tokens."""
 SCORED, VALUES = 8, 2**26
@@ -160,9 +160,11 @@ def training(task: Task, way: Way) -> int:
         )
     )
     backward_end = gradients + size * head + again // 2 + running
-    iteration = max(STACK, 5 * (2 if low else 4) * n.largest_matrix + 4 * n.largest_matrix) if task.optimizer == "muon" else 0
+    iteration = (
+        max(5 * 4 * STACK, 5 * (2 if low else 4) * n.largest_matrix + 4 * n.largest_matrix) if task.optimizer == "muon" else 0
+    )
     # An orthogonalisation is over when what came of it is rounded.
-    rounding = min(PIECE, 24 * max(head, n.largest_matrix)) if way.bfloat16 else 0
+    rounding = min(6 * 4 * PIECE, 24 * max(head, n.largest_matrix)) if way.bfloat16 else 0
     stepping = gradients + max(min(iteration, 4 * 4 * n.layers * n.layer_matrices), rounding)
     return task.beside + held + extra + max(forward_end, backward_end, stepping)
 
@@ -350,13 +352,13 @@ def _refit(job: Job) -> int:
     """The calibration tokens' streams in both models, a layer's second moments and their solution, and the layer's training."""
     method, dims, small = job.options.method, job.base, job.small
     tokens, n = method.calibration_tokens, counts(job.config, job.small)
-    batch = max(1, min(REFIT_BATCH, tokens // 8))
+    batch = max(1, min(REFIT_BATCH, tokens // REFIT_BATCHES))
     kept, _ = kept_per_token(job.config, small, job.options.block_tokens, job.low)
     solving = 8 * (4 * max(small.width, small.axis("q")) ** 2 + 3 * small.width * small.hidden)
     layer = (
         4 * 5 * n.layer
         + batch * (kept + 4 * (3 * small.active * small.width + 2 * small.hidden))
-        + min(STACK, 24 * n.layer_matrices)
+        + min(5 * 4 * STACK, 24 * n.layer_matrices)
     )
     streams = 4 * (EXPERT_STREAMS if dims.experts > 1 else STREAMS) * tokens * dims.hidden
     return (0 if job.gpu else streams) + max(solving, layer)

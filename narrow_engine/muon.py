@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from narrow_engine import rounding
+from narrow_engine.footprint import STACK
 from narrow_engine.shard import full, like
 
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Quintic Newton–Schulz coefficients of the source: fast, to singular values between about 0.7 and 1.2."""
-STACK = 2**24
-"""Numbers that are iterated on together, but for a larger matrix: the iteration holds several copies of them."""
 
 
 class Muon(torch.optim.Optimizer):

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-PIECE = 2**22
-"""Numbers that exist in float32 at a time, where a whole tensor need not."""
+from narrow_engine.footprint import PIECE
 
 
 def stochastically(value: Tensor) -> Tensor:

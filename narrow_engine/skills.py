@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from narrow_engine.corpus import Documents, batches, windows
+from narrow_engine.footprint import MEASURED
 from narrow_engine.losses import statistics
 from narrow_engine.models import head, hidden_states
 from narrow_engine.report.model import Fit, Interval
@@ -31,7 +32,6 @@ FEW_DOCUMENTS = 20
 """Fewer than that give intervals that hold the truth in less than 93 of 100 cases."""
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447)
 """97.5 % points of Student's t with 1, 2, ... degrees of freedom: so few documents cannot be resampled."""
-BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def measure(
     rows = windows(documents, length)
     totals = np.zeros((1 + len(others), 4, len(documents)))
     done = 0
-    for batch in batches(rows, BATCH_TOKENS):
+    for batch in batches(rows, MEASURED):
         progress(done, len(rows))
         longest = len(batch[0][1]) - 1
         ids = np.zeros((len(batch), longest), np.int64)
