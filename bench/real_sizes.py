@@ -81,7 +81,7 @@ def run(base: Path, scratch: Path, asked: argparse.Namespace) -> dict:
         },
         "budget": {"parameters": asked.budget},
         "block_tokens": asked.block_tokens,
-        "skill_tokens": 16_384,
+        "skill_tokens": asked.skill_tokens,
         "export": ["safetensors"],
     }
     (scratch / "spec.json").write_text(json.dumps(spec))
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--recover-tokens", type=int, default=2**21)
     parser.add_argument("--batch-tokens", type=int, default=2**17)
     parser.add_argument("--block-tokens", type=int, default=2048)
+    parser.add_argument("--skill-tokens", type=int, default=16_384)
     parser.add_argument("--processes", type=int, default=1, help="GPUs, or processes on a CPU.")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "out" / "real_sizes.json")
     asked = parser.parse_args()

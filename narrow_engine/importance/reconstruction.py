@@ -26,6 +26,8 @@ from narrow_engine.plan import Scores
 DAMPING = 1e-3
 """Ridge on G, relative to its mean diagonal."""
 STEPS = 256
+ROUND = 16
+"""Steps after which what is gone leaves the matrices."""
 
 
 def score(model: PreTrainedModel, found: Iterable[LayerStatistics], seed: int) -> Scores:
@@ -76,37 +78,78 @@ def eliminate(weights: list[Tensor], grams: list[Tensor], size: int) -> Tensor:
     goes at once, so the cost is STEPS updates of each G⁻¹ whatever the width.
     """
     count, device = grams[0].shape[0] // size, grams[0].device
-    w = [weight.detach().double() for weight in weights]
-    inverse = [torch.cholesky_inverse(torch.linalg.cholesky(damped(gram))) for gram in grams]
+    places = [_Place(weight, gram, size) for weight, gram in zip(weights, grams, strict=True)]
     scores = torch.zeros(count, dtype=torch.float64, device=device)
     alive = torch.arange(count, device=device)
     spent = 0.0
     at_once = max(1, count // STEPS)
     while len(alive):
-        errors = torch.stack([_errors(*place, size) for place in zip(w, inverse, strict=True)]).sum(0)
-        order = errors.argsort(stable=True)
-        going, staying = order[:at_once], order[at_once:].sort().values
-        spent += max(float(errors[going].sum()), 0.0)
-        scores[alive[going]] = spent
-        gone, left = _expand(going, size), _expand(staying, size)
-        for number, old in enumerate(inverse):
-            solved = torch.linalg.solve(old[gone][:, gone], old[gone][:, left])
-            w[number] = w[number][:, left] - w[number][:, gone] @ solved
-            inverse[number] = old[left][:, left] - old[left][:, gone] @ solved
+        gone = torch.zeros(len(alive), dtype=torch.bool, device=device)
+        for left in range(len(alive), max(0, len(alive) - ROUND * at_once), -at_once):
+            errors = torch.stack([place.errors() for place in places]).sum(0)
+            going = errors.masked_fill(gone, torch.inf).argsort(stable=True)[: min(at_once, left)]
+            spent += max(float(errors[going].sum()), 0.0)
+            scores[alive[going]] = spent
+            gone[going] = True
+            for place in places:
+                place.remove(going)
+        staying = (~gone).nonzero().flatten()
+        for place in places:
+            place.keep(staying)
         alive = alive[staying]
     return scores
 
 
-def _errors(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
-    """What each block would cost now: tr(W_u [G⁻¹]_uu⁻¹ W_uᵀ), [blocks]."""
-    if size == 1:
-        # A batch of 1 × 1 systems would be as many calls into LAPACK, each with threads of its own.
-        return weight.square().sum(0) / inverse.diagonal()
-    count = weight.shape[1] // size
-    blocks = inverse.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    columns = weight.view(-1, count, size).permute(1, 2, 0)
-    solved: Tensor = torch.linalg.solve(blocks, columns)
-    return (columns * solved).sum((1, 2))
+class _Place:
+    """A projection, as it is without the blocks that are gone.
+
+    Removing blocks g turns G⁻¹ into G⁻¹ − Vᵀ V, with V = L⁻¹ [G⁻¹]_g,: and L Lᵀ = [G⁻¹]_gg, and W into W − (W_g L⁻ᵀ) V. All of
+    G⁻¹ is large and only rows and its diagonal are asked for, so V is put aside and taken off once a round. Rows of what is
+    gone become zero.
+    """
+
+    def __init__(self, weight: Tensor, gram: Tensor, size: int) -> None:
+        self.size = size
+        self.inputs = weight.detach().T.double().contiguous()
+        """Wᵀ, [inputs, outputs]: a block's part lies together."""
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram)))
+        count = len(gram) // size
+        blocks = self.inverse.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        self.diagonal = blocks.contiguous()
+        """[G⁻¹]_uu of every block, [blocks, size, size]."""
+        self.aside: list[Tensor] = []
+
+    def errors(self) -> Tensor:
+        """What each block would cost now: tr(W_u [G⁻¹]_uu⁻¹ W_uᵀ), [blocks]."""
+        if self.size == 1:
+            # A batch of 1 × 1 systems would be as many calls into LAPACK, each with threads of its own.
+            return torch.linalg.vector_norm(self.inputs, dim=1).square() / self.diagonal.flatten()
+        parts = self.inputs.view(len(self.diagonal), self.size, -1)
+        solved: Tensor = torch.linalg.solve(self.diagonal, parts)
+        return (parts * solved).sum((1, 2))
+
+    def remove(self, blocks: Tensor) -> None:
+        gone = _expand(blocks, self.size)
+        rows = self.inverse[gone]
+        for before in self.aside:
+            rows.addmm_(before[:, gone].T, before, alpha=-1)
+        lower = torch.linalg.cholesky(rows[:, gone])
+        taken = torch.linalg.solve_triangular(lower, rows, upper=False)
+        moved = torch.linalg.solve_triangular(lower, self.inputs[gone], upper=False)
+        self.inputs.addmm_(taken.T, moved, alpha=-1)
+        parts = taken.view(len(gone), -1, self.size).permute(1, 2, 0)
+        self.diagonal -= parts @ parts.mT
+        self.diagonal[blocks] = torch.eye(self.size, dtype=parts.dtype, device=parts.device)  # zeros could not be solved with
+        self.aside.append(taken)
+
+    def keep(self, blocks: Tensor) -> None:
+        """Ends a round: only these are left."""
+        left = _expand(blocks, self.size)
+        self.inputs, self.diagonal = self.inputs[left], self.diagonal[blocks]
+        self.inverse = self.inverse[left][:, left]
+        taken = torch.cat(self.aside)[:, left]
+        self.inverse.addmm_(taken.T, taken, alpha=-1)
+        self.aside = []
 
 
 def _expand(blocks: Tensor, size: int) -> Tensor:
