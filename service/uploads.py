@@ -43,7 +43,7 @@ def as_model(row: ModelRow) -> Model:
 
 
 def as_dataset(row: DatasetRow) -> Dataset:
-    return Dataset.model_validate({**row.model_dump(), "column": row.text_column})
+    return Dataset.model_validate({**row.model_dump(), "column": row.text_column, "format": row.file.removeprefix("data")})
 
 
 def store_model(

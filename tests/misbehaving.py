@@ -36,11 +36,13 @@ class Misbehaving(BaseHTTPRequestHandler):
     def _serve(self):
         length = int(self.headers.get("content-length") or 0)
         self.body = self.rfile.read(length)
-        path = self.path.split("?")[0]
+        path, _, query = self.path.partition("?")
+        if query.endswith("sha256=" + query[-64:]):
+            return answer({"data": [], "next_cursor": None})(self)  # nothing is there before it is uploaded
         self.server.asked.append((self.command, path, dict(self.headers.items())))
         steps = self.server.script[path]
         step = steps.pop(0) if len(steps) > 1 else steps[0]
-        step(self)
+        return step(self)
 
     do_GET = do_POST = do_DELETE = _serve
 
@@ -130,7 +132,16 @@ def run_cli(*arguments):
 
 MODEL = {"id": "mdl_0000000000000000", "name": "b", "family": "llama", "parameters": 1, "bytes": 1, "sha256": "", "units": []}
 MODEL |= {"config": {}, "created_at": "2026-01-01T00:00:00Z"}
-DATASET = {"id": "ds_0000000000000000", "name": "t", "column": "text", "documents": 1, "bytes": 1, "sha256": "", "preview": []}
+DATASET = {
+    "id": "ds_0000000000000000",
+    "name": "t",
+    "column": "text",
+    "documents": 1,
+    "bytes": 1,
+    "sha256": "",
+    "format": ".txt",
+    "preview": [],
+}
 DATASET |= {"created_at": "2026-01-01T00:00:00Z", "bad_rows": "stop", "skipped": 0, "skipped_reason": None}
 SIZE = {
     "parameters": 1000,

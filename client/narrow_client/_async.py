@@ -600,7 +600,8 @@ class AsyncModels:
     async def upload(self, folder: Path | str, name: str | None = None) -> Model:
         """Uploads a model folder in the Hugging Face layout.
 
-        Large files come in pieces, so after a break call it again: it goes on where it was.
+        Large files come in pieces, so after a break call it again: it goes on where it was. The same files under the same name
+        are not sent a second time: the model that is there is returned.
 
         Args:
             folder: With config.json, tokenizer.json and model*.safetensors; other files are left.
@@ -619,9 +620,13 @@ class AsyncModels:
             'my base'
         """
         folder = _calls.model_folder(folder)
-        large = [path for path in _calls.model_files(folder) if _calls.is_large(path)]
-        uploads = [await self._transport.upload(path) for path in large]
-        return await self._transport.send(_calls.upload_model(folder, uploads, name))
+        name = _calls.model_name(folder, name)
+        files = await asyncio.to_thread(_calls.describe, *_calls.model_files(folder))
+        async for known in self.list(sha256=_calls.model_sha256(files)):
+            if known.name == name:
+                return known
+        uploads = [await self._transport.upload(file) for file in files if file.large]
+        return await self._transport.send(_calls.upload_model(files, uploads, name))
 
     async def fetch(self, hub: str, revision: str = "main", name: str | None = None, token: str | None = None) -> Model:
         """Has the service fetch a model from its hub, if it has one; what it has fetched before is there at once.
@@ -665,12 +670,13 @@ class AsyncModels:
         """
         return await self._transport.send(_calls.get_model(model_id))
 
-    def list(self, *, cursor: str | None = None, limit: int | None = None) -> AsyncPages[Model]:
+    def list(self, *, cursor: str | None = None, limit: int | None = None, sha256: str | None = None) -> AsyncPages[Model]:
         """Models, newest first.
 
         Args:
             cursor: Where to go on: the `next_cursor` of a page.
             limit: Models at most; by default all.
+            sha256: Only those of this digest, which the service has of names and digests of their files.
 
         Returns:
             An iterable over them: pages, of 100 at most, are fetched as they are needed. `.pages()` gives the pages.
@@ -679,7 +685,7 @@ class AsyncModels:
             >>> model.id in [found.id async for found in client.models.list()]
             True
         """
-        return self._transport.all(lambda at, most: _calls.list_models(at, most), cursor, limit)
+        return self._transport.all(lambda at, most: _calls.list_models(at, most, sha256), cursor, limit)
 
     async def delete(self, model_id: str) -> None:
         """Forgets a model and its files.
@@ -692,7 +698,7 @@ class AsyncModels:
             NotFound: There is no such model.
 
         Examples:
-            >>> await client.models.delete((await client.models.upload(folder)).id)
+            >>> await client.models.delete((await client.models.upload(folder, "a second one")).id)
         """
         await self._transport.send(_calls.delete_model(model_id))
 
@@ -707,6 +713,8 @@ class AsyncDatasets:
         self, path: Path | str, name: str | None = None, column: str = "text", bad_rows: _calls.BadRows = "stop"
     ) -> Dataset:
         """Uploads a file of text. A large one comes in pieces, so after a break call it again: it goes on where it was.
+
+        The same file under the same name, read in the same way, is not sent a second time: the dataset that is there is returned.
 
         Args:
             path: JSON Lines, CSV, TSV or plain text, also packed with gzip or Zstandard, or Parquet; its ending says which.
@@ -726,9 +734,12 @@ class AsyncDatasets:
             >>> (await client.datasets.upload(file)).documents
             60
         """
-        path = _calls.data_file(path)
-        upload = await self._transport.upload(path) if _calls.is_large(path) else None
-        return await self._transport.send(_calls.upload_dataset(path, upload, name, column, bad_rows))
+        [file] = await asyncio.to_thread(_calls.describe, _calls.data_file(path))
+        async for known in self.list(sha256=file.sha256):
+            if _calls.same_dataset(known, file, name, column, bad_rows):
+                return known
+        upload = await self._transport.upload(file) if file.large else None
+        return await self._transport.send(_calls.upload_dataset(file, upload, name, column, bad_rows))
 
     async def get(self, dataset_id: str) -> Dataset:
         """A dataset.
@@ -748,12 +759,13 @@ class AsyncDatasets:
         """
         return await self._transport.send(_calls.get_dataset(dataset_id))
 
-    def list(self, *, cursor: str | None = None, limit: int | None = None) -> AsyncPages[Dataset]:
+    def list(self, *, cursor: str | None = None, limit: int | None = None, sha256: str | None = None) -> AsyncPages[Dataset]:
         """Datasets, newest first.
 
         Args:
             cursor: Where to go on: the `next_cursor` of a page.
             limit: Datasets at most; by default all.
+            sha256: Only those of a file with this digest.
 
         Returns:
             An iterable over them: pages, of 100 at most, are fetched as they are needed. `.pages()` gives the pages.
@@ -762,7 +774,7 @@ class AsyncDatasets:
             >>> dataset.id in [found.id async for found in client.datasets.list()]
             True
         """
-        return self._transport.all(lambda at, most: _calls.list_datasets(at, most), cursor, limit)
+        return self._transport.all(lambda at, most: _calls.list_datasets(at, most, sha256), cursor, limit)
 
     async def delete(self, dataset_id: str) -> None:
         """Forgets a dataset and its text.
@@ -775,7 +787,7 @@ class AsyncDatasets:
             NotFound: There is no such dataset.
 
         Examples:
-            >>> await client.datasets.delete((await client.datasets.upload(file)).id)
+            >>> await client.datasets.delete((await client.datasets.upload(file, "a second one")).id)
         """
         await self._transport.send(_calls.delete_dataset(dataset_id))
 

@@ -275,17 +275,51 @@ def model_files(folder: Path) -> list[Path]:
     return [p for p in sorted(folder.iterdir()) if p.is_file() and (p.name in MODEL_FILES or p.name.endswith(".safetensors"))]
 
 
-def is_large(path: Path) -> bool:
-    return path.stat().st_size >= LARGE
+@dataclass(frozen=True)
+class LocalFile:
+    """One that is to be uploaded."""
+
+    path: Path
+    bytes: int
+    sha256: str
+
+    @property
+    def large(self) -> bool:
+        """Whether it goes up in pieces."""
+        return self.bytes >= LARGE
 
 
-def upload_model(folder: Path, uploads: list[str], name: str | None) -> Call[Model]:
+def describe(*paths: Path) -> list[LocalFile]:
+    return [LocalFile(path, path.stat().st_size, file_sha256(path)) for path in paths]
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_name(folder: Path, name: str | None) -> str | None:
+    """What it is to be called. A folder may be called what no model can be."""
+    return name or re.sub(r"[^\w.+-]+", " ", folder.resolve().name).strip(" .+-")[:100] or None
+
+
+def model_sha256(files: list[LocalFile]) -> str:
+    """As the service has it of a model that consists of these."""
+    return hashlib.sha256("".join(f"{file.path.name}\0{file.sha256}\n" for file in files).encode()).hexdigest()
+
+
+def same_dataset(known: Dataset, file: LocalFile, name: str | None, column: str, bad_rows: BadRows) -> bool:
+    """Whether a dataset of the same bytes is what would come of an upload."""
+    stem = file.path.name.removesuffix(known.format)
+    read_alike = stem != file.path.name and (known.column, known.bad_rows) == (column, bad_rows)
+    return read_alike and known.name == (name or stem)
+
+
+def upload_model(files: list[LocalFile], uploads: list[str], name: str | None) -> Call[Model]:
     """With the ids of `uploads` in the place of its large files."""
-    files = tuple(("files", path) for path in model_files(folder) if not is_large(path))
-    # A folder may be called what no model can be.
-    called = name or re.sub(r"[^\w.+-]+", " ", folder.resolve().name).strip(" .+-")[:100]
-    form = _given(name=called or None, uploads=uploads or None)
-    return Call("POST", "/models", _as(Model), files=files, form=form, safe=False, patience=WORK_SECONDS)
+    small = tuple(("files", file.path) for file in files if not file.large)
+    form = _given(name=name, uploads=uploads or None)
+    return Call("POST", "/models", _as(Model), files=small, form=form, safe=False, patience=WORK_SECONDS)
 
 
 def hub_model(text: str) -> tuple[str, str] | None:
@@ -300,8 +334,8 @@ def fetch_model(hub: str, revision: str, name: str | None, token: str | None) ->
     return Call("POST", "/fetches", _as(Model), json=body, patience=FETCH_SECONDS)
 
 
-def list_models(cursor: str | None, limit: int) -> Call[PageModel]:
-    return Call("GET", "/models", _as(PageModel), params=_given(cursor=cursor, limit=limit))
+def list_models(cursor: str | None, limit: int, sha256: str | None) -> Call[PageModel]:
+    return Call("GET", "/models", _as(PageModel), params=_given(cursor=cursor, limit=limit, sha256=sha256))
 
 
 def get_model(model_id: str) -> Call[Model]:
@@ -312,15 +346,15 @@ def delete_model(model_id: str) -> Call[None]:
     return Call("DELETE", path_of("model", model_id), _nothing)
 
 
-def upload_dataset(path: Path, upload: str | None, name: str | None, column: str, bad_rows: BadRows) -> Call[Dataset]:
-    files = () if upload else (("file", path),)
+def upload_dataset(file: LocalFile, upload: str | None, name: str | None, column: str, bad_rows: BadRows) -> Call[Dataset]:
+    files = () if upload else (("file", file.path),)
     form = _given(name=name, column=column, bad_rows=bad_rows, upload=upload)
-    patience = WORK_SECONDS + path.stat().st_size / READ_RATE
+    patience = WORK_SECONDS + file.bytes / READ_RATE
     return Call("POST", "/datasets", _as(Dataset), files=files, form=form, safe=False, patience=patience)
 
 
-def list_datasets(cursor: str | None, limit: int) -> Call[PageDataset]:
-    return Call("GET", "/datasets", _as(PageDataset), params=_given(cursor=cursor, limit=limit))
+def list_datasets(cursor: str | None, limit: int, sha256: str | None) -> Call[PageDataset]:
+    return Call("GET", "/datasets", _as(PageDataset), params=_given(cursor=cursor, limit=limit, sha256=sha256))
 
 
 def get_dataset(dataset_id: str) -> Call[Dataset]:

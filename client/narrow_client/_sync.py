@@ -599,7 +599,8 @@ class Models:
     def upload(self, folder: Path | str, name: str | None = None) -> Model:
         """Uploads a model folder in the Hugging Face layout.
 
-        Large files come in pieces, so after a break call it again: it goes on where it was.
+        Large files come in pieces, so after a break call it again: it goes on where it was. The same files under the same name
+        are not sent a second time: the model that is there is returned.
 
         Args:
             folder: With config.json, tokenizer.json and model*.safetensors; other files are left.
@@ -618,9 +619,13 @@ class Models:
             'my base'
         """
         folder = _calls.model_folder(folder)
-        large = [path for path in _calls.model_files(folder) if _calls.is_large(path)]
-        uploads = [self._transport.upload(path) for path in large]
-        return self._transport.send(_calls.upload_model(folder, uploads, name))
+        name = _calls.model_name(folder, name)
+        files = _calls.describe(*_calls.model_files(folder))
+        for known in self.list(sha256=_calls.model_sha256(files)):
+            if known.name == name:
+                return known
+        uploads = [self._transport.upload(file) for file in files if file.large]
+        return self._transport.send(_calls.upload_model(files, uploads, name))
 
     def fetch(self, hub: str, revision: str = "main", name: str | None = None, token: str | None = None) -> Model:
         """Has the service fetch a model from its hub, if it has one; what it has fetched before is there at once.
@@ -664,12 +669,13 @@ class Models:
         """
         return self._transport.send(_calls.get_model(model_id))
 
-    def list(self, *, cursor: str | None = None, limit: int | None = None) -> Pages[Model]:
+    def list(self, *, cursor: str | None = None, limit: int | None = None, sha256: str | None = None) -> Pages[Model]:
         """Models, newest first.
 
         Args:
             cursor: Where to go on: the `next_cursor` of a page.
             limit: Models at most; by default all.
+            sha256: Only those of this digest, which the service has of names and digests of their files.
 
         Returns:
             An iterable over them: pages, of 100 at most, are fetched as they are needed. `.pages()` gives the pages.
@@ -678,7 +684,7 @@ class Models:
             >>> model.id in [found.id for found in client.models.list()]
             True
         """
-        return self._transport.all(lambda at, most: _calls.list_models(at, most), cursor, limit)
+        return self._transport.all(lambda at, most: _calls.list_models(at, most, sha256), cursor, limit)
 
     def delete(self, model_id: str) -> None:
         """Forgets a model and its files.
@@ -691,7 +697,7 @@ class Models:
             NotFound: There is no such model.
 
         Examples:
-            >>> client.models.delete(client.models.upload(folder).id)
+            >>> client.models.delete(client.models.upload(folder, "a second one").id)
         """
         self._transport.send(_calls.delete_model(model_id))
 
@@ -706,6 +712,8 @@ class Datasets:
         self, path: Path | str, name: str | None = None, column: str = "text", bad_rows: _calls.BadRows = "stop"
     ) -> Dataset:
         """Uploads a file of text. A large one comes in pieces, so after a break call it again: it goes on where it was.
+
+        The same file under the same name, read in the same way, is not sent a second time: the dataset that is there is returned.
 
         Args:
             path: JSON Lines, CSV, TSV or plain text, also packed with gzip or Zstandard, or Parquet; its ending says which.
@@ -725,9 +733,12 @@ class Datasets:
             >>> client.datasets.upload(file).documents
             60
         """
-        path = _calls.data_file(path)
-        upload = self._transport.upload(path) if _calls.is_large(path) else None
-        return self._transport.send(_calls.upload_dataset(path, upload, name, column, bad_rows))
+        [file] = _calls.describe(_calls.data_file(path))
+        for known in self.list(sha256=file.sha256):
+            if _calls.same_dataset(known, file, name, column, bad_rows):
+                return known
+        upload = self._transport.upload(file) if file.large else None
+        return self._transport.send(_calls.upload_dataset(file, upload, name, column, bad_rows))
 
     def get(self, dataset_id: str) -> Dataset:
         """A dataset.
@@ -747,12 +758,13 @@ class Datasets:
         """
         return self._transport.send(_calls.get_dataset(dataset_id))
 
-    def list(self, *, cursor: str | None = None, limit: int | None = None) -> Pages[Dataset]:
+    def list(self, *, cursor: str | None = None, limit: int | None = None, sha256: str | None = None) -> Pages[Dataset]:
         """Datasets, newest first.
 
         Args:
             cursor: Where to go on: the `next_cursor` of a page.
             limit: Datasets at most; by default all.
+            sha256: Only those of a file with this digest.
 
         Returns:
             An iterable over them: pages, of 100 at most, are fetched as they are needed. `.pages()` gives the pages.
@@ -761,7 +773,7 @@ class Datasets:
             >>> dataset.id in [found.id for found in client.datasets.list()]
             True
         """
-        return self._transport.all(lambda at, most: _calls.list_datasets(at, most), cursor, limit)
+        return self._transport.all(lambda at, most: _calls.list_datasets(at, most, sha256), cursor, limit)
 
     def delete(self, dataset_id: str) -> None:
         """Forgets a dataset and its text.
@@ -774,7 +786,7 @@ class Datasets:
             NotFound: There is no such dataset.
 
         Examples:
-            >>> client.datasets.delete(client.datasets.upload(file).id)
+            >>> client.datasets.delete(client.datasets.upload(file, "a second one").id)
         """
         self._transport.send(_calls.delete_dataset(dataset_id))
 

@@ -5,7 +5,6 @@ of a file is read); the twins below differ in `await` alone.
 """
 
 import asyncio
-import hashlib
 import os
 import random
 import time
@@ -18,7 +17,7 @@ from typing import Any, TypeVar
 import httpx
 
 from narrow_client import _calls
-from narrow_client._calls import ANSWER_SECONDS, Call
+from narrow_client._calls import ANSWER_SECONDS, Call, LocalFile, file_sha256
 from narrow_client._errors import (
     ApiError,
     ConnectionFailed,
@@ -217,7 +216,7 @@ class Part:
 
     def there(self) -> bool:
         """Whether the file is there already, with the right content."""
-        return self.target.is_file() and _sha256(self.target) == self.artifact.sha256
+        return self.target.is_file() and file_sha256(self.target) == self.artifact.sha256
 
     def headers(self) -> dict[str, str]:
         have = self.path.stat().st_size if self.path.exists() else 0
@@ -235,16 +234,11 @@ class Part:
 
     def finish(self) -> bool:
         """Gives the file its name if it is right; removes it if it is not."""
-        if _sha256(self.path) != self.artifact.sha256:
+        if file_sha256(self.path) != self.artifact.sha256:
             self.path.unlink()
             return False
         self.path.replace(self.target)
         return True
-
-
-def describe(path: Path) -> tuple[str, int, str]:
-    """Name, bytes and SHA-256 of a file that is to be uploaded."""
-    return path.name, path.stat().st_size, _sha256(path)
 
 
 def worth_resending(error: ConnectionFailed | ApiError) -> bool:
@@ -254,11 +248,6 @@ def worth_resending(error: ConnectionFailed | ApiError) -> bool:
 
 def _tell_nobody(name: str, done: int, total: int) -> None:
     pass
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Transport:
@@ -327,14 +316,14 @@ class Transport:
             except (httpx.TransportError, ApiError) as error:
                 time.sleep(reader.again(error, self.url))
 
-    def upload(self, path: Path) -> str:
+    def upload(self, local: LocalFile) -> str:
         """Sends a file in pieces and returns the id of the upload. What an earlier try has sent is not sent again."""
-        file_of = describe(path)
-        known = (upload for upload in self.all(_calls.list_uploads) if (upload.name, upload.bytes, upload.sha256) == file_of)
-        found = next(known, None) or self.send(_calls.create_upload(*file_of))
+        told = local.path.name, local.bytes, local.sha256
+        known = (upload for upload in self.all(_calls.list_uploads) if (upload.name, upload.bytes, upload.sha256) == told)
+        found = next(known, None) or self.send(_calls.create_upload(*told))
         failures = 0
-        with path.open("rb") as file:
-            self.on_transfer(path.name, found.offset, found.bytes)
+        with local.path.open("rb") as file:
+            self.on_transfer(local.path.name, found.offset, found.bytes)
             while found.offset < found.bytes:
                 file.seek(found.offset)
                 try:
@@ -346,7 +335,7 @@ class Transport:
                         raise
                     time.sleep(pause(failures, asked_by(error)))
                 found = self.send(_calls.get_upload(found.id))
-                self.on_transfer(path.name, found.offset, found.bytes)
+                self.on_transfer(local.path.name, found.offset, found.bytes)
         return found.id
 
     def download(self, job_id: str, artifact: Artifact, target: Path) -> None:
@@ -445,15 +434,14 @@ class AsyncTransport:
             except (httpx.TransportError, ApiError) as error:
                 await asyncio.sleep(reader.again(error, self.url))
 
-    async def upload(self, path: Path) -> str:
-        # Digests of large files take seconds: not on the loop.
-        file_of = await asyncio.to_thread(describe, path)
+    async def upload(self, local: LocalFile) -> str:
+        told = local.path.name, local.bytes, local.sha256
         uploads = self.all(_calls.list_uploads)
-        known = [upload async for upload in uploads if (upload.name, upload.bytes, upload.sha256) == file_of]
-        found = known[0] if known else await self.send(_calls.create_upload(*file_of))
+        known = [upload async for upload in uploads if (upload.name, upload.bytes, upload.sha256) == told]
+        found = known[0] if known else await self.send(_calls.create_upload(*told))
         failures = 0
-        with path.open("rb") as file:
-            self.on_transfer(path.name, found.offset, found.bytes)
+        with local.path.open("rb") as file:
+            self.on_transfer(local.path.name, found.offset, found.bytes)
             while found.offset < found.bytes:
                 file.seek(found.offset)
                 try:
@@ -465,7 +453,7 @@ class AsyncTransport:
                         raise
                     await asyncio.sleep(pause(failures, asked_by(error)))
                 found = await self.send(_calls.get_upload(found.id))
-                self.on_transfer(path.name, found.offset, found.bytes)
+                self.on_transfer(local.path.name, found.offset, found.bytes)
         return found.id
 
     async def download(self, job_id: str, artifact: Artifact, target: Path) -> None:

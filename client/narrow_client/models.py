@@ -449,7 +449,15 @@ class Dataset(Resource):
     bytes: Annotated[
         int, Field(description="Of the text, uncompressed.", title="Bytes")
     ]
-    sha256: Annotated[str, Field(title="Sha256")]
+    format: Annotated[
+        str,
+        Field(
+            description="How its file's name ends.",
+            examples=[".jsonl.gz"],
+            title="Format",
+        ),
+    ]
+    sha256: Annotated[str, Field(description="Of its file.", title="Sha256")]
     preview: Annotated[
         list[str], Field(description="The first documents, shortened.", title="Preview")
     ]
@@ -1945,7 +1953,10 @@ class Model(Resource):
     bytes: Annotated[int, Field(description="Of the weights.", title="Bytes")]
     sha256: Annotated[
         str,
-        Field(description="Over the names and digests of its files.", title="Sha256"),
+        Field(
+            description="Over `NAME\\0SHA-256\\n` of each of its files, in the order of their names.",
+            title="Sha256",
+        ),
     ]
     units: Annotated[
         list[Literal["neuron", "head", "kv_group", "layer", "expert", "residual", "token"]],

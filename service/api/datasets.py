@@ -7,7 +7,7 @@ from sqlmodel import col, select
 
 from narrow_engine.spec import BadRows
 from service.api.forms import only
-from service.api.paging import Cursor, Limit, page
+from service.api.paging import Cursor, Limit, Sha256, page
 from service.api.schemas import Dataset, Page
 from service.api.sessions import Db, ReadDb
 from service.db.tables import TERMINAL, DatasetRow, JobRow
@@ -41,9 +41,12 @@ def upload_dataset(
 
 
 @router.get("", responses=responses())
-def list_datasets(session: ReadDb, cursor: Cursor = None, limit: Limit = 20) -> Page[Dataset]:
+def list_datasets(session: ReadDb, cursor: Cursor = None, limit: Limit = 20, sha256: Sha256 = None) -> Page[Dataset]:
     """Datasets, newest first."""
-    return page(session, select(DatasetRow), DatasetRow, cursor, limit, as_dataset)
+    statement = select(DatasetRow)
+    if sha256:
+        statement = statement.where(DatasetRow.sha256 == sha256)
+    return page(session, statement, DatasetRow, cursor, limit, as_dataset)
 
 
 @router.get("/{dataset_id}", responses=responses(404))

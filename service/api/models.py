@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends, File, Form, Request, UploadFile
 from sqlmodel import col, select
 
 from service.api.forms import only
-from service.api.paging import Cursor, Limit, page
+from service.api.paging import Cursor, Limit, Sha256, page
 from service.api.schemas import Model, Page
 from service.api.sessions import Db, ReadDb
 from service.db.tables import TERMINAL, JobRow, ModelRow
@@ -34,9 +34,12 @@ def upload_model(
 
 
 @router.get("", responses=responses())
-def list_models(session: ReadDb, cursor: Cursor = None, limit: Limit = 20) -> Page[Model]:
+def list_models(session: ReadDb, cursor: Cursor = None, limit: Limit = 20, sha256: Sha256 = None) -> Page[Model]:
     """Models, newest first."""
-    return page(session, select(ModelRow), ModelRow, cursor, limit, as_model)
+    statement = select(ModelRow)
+    if sha256:
+        statement = statement.where(col(ModelRow.info)["sha256"].as_string() == sha256)
+    return page(session, statement, ModelRow, cursor, limit, as_model)
 
 
 @router.get("/{model_id}", responses=responses(404))

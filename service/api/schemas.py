@@ -150,7 +150,7 @@ class Model(BaseModel):
     family: str = Field(description="Its type, as its config names it.")
     parameters: int
     bytes: int = Field(description="Of the weights.")
-    sha256: str = Field(description="Over the names and digests of its files.")
+    sha256: str = Field(description="Over `NAME\\0SHA-256\\n` of each of its files, in the order of their names.")
     units: list[Unit] = Field(description="Kinds of unit that can be cut from it.")
     config: dict[str, Any] = Field(description="Its config.json.")
     job: str | None = Field(None, description="The job that made it, if one did.")
@@ -177,7 +177,8 @@ class Dataset(BaseModel):
     column: str = Field(description="The field of a row that holds its text.")
     documents: int
     bytes: int = Field(description="Of the text, uncompressed.")
-    sha256: str
+    format: str = Field(description="How its file's name ends.", examples=[".jsonl.gz"])
+    sha256: str = Field(description="Of its file.")
     preview: list[str] = Field(description="The first documents, shortened.")
     bad_rows: BadRows
     skipped: int = Field(description="Bad rows that were left out.")

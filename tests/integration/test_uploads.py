@@ -1,9 +1,11 @@
 """Uploads in pieces, by the rules of tus 1.0, broken off in every way, on a folder and on a bucket."""
 
+import asyncio
 import base64
 import hashlib
 import json
 import os
+import shutil
 import socket
 import time
 from contextlib import ExitStack
@@ -186,6 +188,43 @@ def test_the_client_goes_on_where_it_was(service, body, tiny_folder, tmp_path, m
         assert model.family == "llama"
         assert client.models.get(model.id).sha256 == service.http.get(f"/models/{model.id}").json()["sha256"]
         assert service.http.get("/uploads").json()["data"] == []
+
+
+def test_what_is_there_is_not_sent_again(service, tiny_folder, tmp_path, monkeypatch):
+    path, table = tmp_path / "text.jsonl", tmp_path / "text.csv"
+    path.write_text('{"text": "a", "other": "b"}\n' * 5)
+    table.write_bytes(path.read_bytes())
+    sent = []
+    post = _calls.upload_dataset
+    monkeypatch.setattr(_calls, "upload_dataset", lambda *told: sent.append(told) or post(*told))
+    with narrow_client.Narrow(service.url) as client:
+        first = client.datasets.upload(path)
+        assert client.datasets.upload(path) == first
+        assert len(sent) == 1
+        others = [
+            client.datasets.upload(path, "another"),
+            client.datasets.upload(path, column="other"),
+            client.datasets.upload(path, bad_rows="skip"),
+        ]
+        assert len({first.id, *(other.id for other in others)}) == 4
+        with pytest.raises(narrow_client.InvalidRequest):
+            client.datasets.upload(table)  # the same bytes, read as something else
+        model = client.models.upload(tiny_folder)
+        assert client.models.upload(tiny_folder) == model
+        assert client.models.upload(tiny_folder, "another").id != model.id
+        assert {found.id for found in client.models.list(sha256=model.sha256)} >= {model.id}
+        assert list(client.models.list(sha256="0" * 64)) == []
+        copy = shutil.copytree(tiny_folder, tmp_path / tiny_folder.name)
+        assert client.models.upload(copy).id == model.id
+        config = (copy / "config.json").read_text()
+        (copy / "config.json").write_text(config + "\n")
+        assert client.models.upload(copy).id != model.id
+
+    async def again():
+        async with narrow_client.AsyncNarrow(service.url) as client:
+            return await client.models.upload(tiny_folder), await client.datasets.upload(path)
+
+    assert asyncio.run(again()) == (model, first)
 
 
 def test_uploads_of_which_nothing_is_made_go(service, place, body, monkeypatch):
