@@ -2,22 +2,27 @@
 
 import ctypes
 import os
+import resource
 from pathlib import Path
 
 import torch
 
-CONTAINER = Path("/sys/fs/cgroup/memory.max")
+CONTAINER = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""What the container that this process is in may have, in control groups of version 2 and 1."""
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def limit(device: torch.device) -> int:
-    """Bytes that the device has in all, or the container that this process is in. What others take of it is not looked at:
-    the same job must do the same on the same machine."""
+    """Bytes that the device has in all, or the container that this process is in, or that the process itself may have, as one
+    that is shut in (`sandbox`). What others take of it is not looked at: the same job must do the same on the same machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    told = CONTAINER.read_text().strip() if CONTAINER.is_file() else "max"
-    return min(physical, int(told)) if told.isdigit() else physical
+    container = [path.read_text().strip() for path in CONTAINER if path.is_file()]
+    own, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return min(
+        [physical, *(int(most) for most in container if most.isdigit()), *([own] if own != resource.RLIM_INFINITY else [])]
+    )
 
 
 def begin(device: torch.device) -> int:

@@ -1,6 +1,8 @@
 """`narrow doctor` of the full installation: what the machine can do, and whether a job fits."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from misbehaving import run_cli
@@ -29,11 +31,19 @@ def test_a_container_has_less_than_the_machine(monkeypatch, tmp_path):
     quota.write_text("50000 100000\n")
     most.write_text(f"{2**20}\n")
     monkeypatch.setattr(processors, "QUOTA", quota)
-    monkeypatch.setattr(memory, "CONTAINER", most)
+    monkeypatch.setattr(memory, "CONTAINER", (tmp_path / "there-is-none", most))
     assert doctor._processors()["processors_usable"] == 0.5
     assert doctor._memory()["memory_of_the_container_bytes"] == 2**20
     quota.write_text("max 100000\n")
     assert doctor._processors().get("processors_usable") != 0.5
+    most.write_text("max\n")
+    assert doctor._memory().get("memory_of_the_container_bytes") != 2**20
+
+
+def test_a_process_that_is_shut_in_has_less_than_the_machine():
+    code = "import resource, torch; resource.setrlimit(resource.RLIMIT_DATA, (3_000_000_000, 3_000_000_000))\n"
+    code += "from narrow_engine import memory; print(memory.limit(torch.device('cpu')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "3000000000\n"
 
 
 def test_a_job_is_estimated_as_the_service_does_and_compared_with_the_memory(monkeypatch, tiny_folder):
