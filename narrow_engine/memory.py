@@ -20,9 +20,8 @@ def limit(device: torch.device) -> int:
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     container = [path.read_text().strip() for path in CONTAINER if path.is_file()]
     own, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    return min(
-        [physical, *(int(most) for most in container if most.isdigit()), *([own] if own != resource.RLIM_INFINITY else [])]
-    )
+    there = [physical, *(int(most) for most in container if most.isdigit())]
+    return min(there if own == resource.RLIM_INFINITY else [*there, own])
 
 
 def begin(device: torch.device) -> int:

@@ -123,7 +123,8 @@ class _Place:
         """What each block would cost now: tr(W_u [G⁻¹]_uu⁻¹ W_uᵀ), [blocks]."""
         if self.size == 1:
             # A batch of 1 × 1 systems would be as many calls into LAPACK, each with threads of its own.
-            return torch.linalg.vector_norm(self.inputs, dim=1).square() / self.diagonal.flatten()
+            energy: Tensor = torch.linalg.vector_norm(self.inputs, dim=1).square()
+            return energy / self.diagonal.flatten()
         parts = self.inputs.view(len(self.diagonal), self.size, -1)
         solved: Tensor = torch.linalg.solve(self.diagonal, parts)
         return (parts * solved).sum((1, 2))
