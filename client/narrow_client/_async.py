@@ -1,4 +1,4 @@
-"""`AsyncNarrow`: the twin of `Narrow` for asyncio."""
+"""`AsyncNarrow`: the service's resources as methods, for asyncio. `Narrow` in _sync.py is made of it: `make openapi`."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""`Narrow`: the service's resources as methods."""
+"""`Narrow`: the client without asyncio. client/generate.py makes this file of _async.py."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -170,10 +170,10 @@ class Jobs:
             NotAllowed: The key may not, or a quota is used up.
 
         Examples:
-            >>> job = client.jobs.create(spec, idempotency_key="nightly-2026-01-01")
+            >>> job = client.jobs.create(spec, idempotency_key="nightly-2026-01-02")
             >>> job.status
             'queued'
-            >>> client.jobs.create(spec, idempotency_key="nightly-2026-01-01").id == job.id
+            >>> client.jobs.create(spec, idempotency_key="nightly-2026-01-02").id == job.id
             True
         """
         return self._transport.send(_calls.create_job(spec, idempotency_key))
