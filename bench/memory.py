@@ -1,7 +1,7 @@
 """How much memory stages take at their peak, predicted and measured.
 
     python bench/memory.py [--only TEXT]
-    python bench/memory.py --table     # what is predicted for models of 1B, 8B and 70B; nothing is run
+    python bench/memory.py --table     # memory and time that are predicted for models of 1B, 8B and 70B; nothing is run
 
 Trainings of random models in processes of their own, two steps each, and the stages of whole runs. Predicted is what the dry run
 and the planner say (`narrow_engine/footprint.py`); measured is VmHWM of /proc/self/status, reset before a training or stage by
@@ -59,13 +59,17 @@ KNOWN = {
     "70B (Llama 3.1)": {"hidden": 8192, "width": 28_672, "layers": 80, "heads": 64, "kv": 8, "vocab": 128_256, "tied": False},
 }
 """Shapes that are predicted alone."""
+RECOVERIES = ((10**6, 2048), (10**8, 2**14), (10**9, 2**17))
+"""Tokens, and tokens of a batch."""
+H100 = 0.4 * 989e12
+"""FLOPs a second: an assumed share of what the data sheet has for bfloat16."""
 
 
 def table() -> None:
-    """Prints what is predicted for KNOWN, half of whose parameters are kept, by stage and by way of training; GB, no torch."""
+    """Prints what is predicted for KNOWN, half of whose parameters are kept: GB by stage and way of training, FLOPs, hours."""
     from narrow_engine import footprint
     from narrow_engine.families import dimensions
-    from narrow_engine.sizing import shrink, solve
+    from narrow_engine.sizing import plan_sizes, shrink, solve
     from narrow_engine.spec import Options
 
     ways = {
@@ -83,7 +87,7 @@ def table() -> None:
     )
     print("|---" * (3 + len(stages) + len(ways)) + "|")
     for name, shape in KNOWN.items():
-        config = {"model_type": "llama", **config_of(shape), "tie_word_embeddings": shape["tied"]}
+        config = known_config(shape)
         options = Options.model_validate({"budget": {"parameters": 0.5}, "method": {"units": ["neuron"]}})
         dims = dimensions(config)
         for device, low in (("CPU", False), ("GPU", True)):
@@ -94,6 +98,17 @@ def table() -> None:
             parked = footprint.trainings(replace(job, parked=True))["recover"]
             found.append(footprint.training(parked, footprint.Way(recompute=True, bfloat16=True)))
             print(f"| {name} | {device} | " + " | ".join(f"{value / 1e9:,.0f}" for value in found) + " |")
+    print("\n| base | tokens of recovery | of a batch | FLOPs | hours of an H100 at 40 % |\n|---|---|---|---|---|")
+    for name, shape in KNOWN.items():
+        for tokens, batch in RECOVERIES:
+            method = {"units": ["neuron"], "recover": {"tokens": tokens, "batch_tokens": batch}}
+            options = Options.model_validate({"budget": {"parameters": 0.5}, "method": method})
+            flops = plan_sizes(known_config(shape), options, 2, low=True).flops
+            print(f"| {name} | {tokens:,} | {batch:,} | {flops:.1e} | {flops / H100 / 3600:.2g} |")
+
+
+def known_config(shape: dict) -> dict:
+    return {"model_type": "llama", **config_of(shape), "tie_word_embeddings": shape["tied"]}
 
 
 def config_of(shape: dict) -> dict:

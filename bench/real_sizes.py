@@ -1,6 +1,6 @@
 """What a job of real size takes, stage by stage: seconds, peak memory, tokens a second and the share of the device's limit.
 
-    python bench/real_sizes.py [--shapes tiny 1B 8B] [--recover-tokens 2097152] [--batch-tokens 131072] [--processes 1]
+    python bench/real_sizes.py [--shapes tiny 1B-4 1B 8B] [--recover-tokens 2097152] [--batch-tokens 131072] [--processes 1]
 
 Bases of the shapes of Llama 3 with random weights in bfloat16, cut to half their parameters and recovered on the demo's text:
 the time does not depend on weights. What runs is the engine as a user runs it, and the figures are its report's. Recovery's are
@@ -8,7 +8,10 @@ those of its curve, without what comes before its first step.
 
 FLOPs are those of the weights (6 a parameter and token that is trained on, 2 that the teacher reads), not of attention, and not
 those of activations that are computed again. The limit is the data sheet's where the device is known, else that of a square
-matrix product measured here. Needs four bytes of disk a parameter, and a GPU for all but `tiny`.
+matrix product measured here. Needs four bytes of disk a parameter. On a CPU ask for few tokens:
+
+    python bench/real_sizes.py --shapes 1B-4 --calibration-tokens 2048 --block-tokens 256 --skill-tokens 1024 \\
+        --recover-tokens 8192 --batch-tokens 2048
 """
 
 import argparse
@@ -25,14 +28,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from narrow_engine.doctor import gigaflops
 from narrow_engine.models import device
 from narrow_engine.muon import training_dtype
+from narrow_engine.sizing import plan_sizes
+from narrow_engine.spec import Options
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "1B-4": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32},
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
     "8B": {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32},
 }
-TIED = ("tiny", "1B")
+"""1B-4 is the first four layers of 1B, which a CPU is enough for."""
+TIED = ("tiny", "1B-4", "1B")
 DENSE_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "RTX 4090": 165e12}
 """FLOPs a second by NVIDIA's data sheets, without sparsity."""
 
@@ -69,11 +76,10 @@ def limit() -> tuple[float, str]:
     return measured * 1e9, f"{where}, {dtype}, measured"
 
 
-def run(base: Path, scratch: Path, asked: argparse.Namespace) -> dict:
-    """The report of a job."""
+def run(base: Path, scratch: Path, asked: argparse.Namespace) -> tuple[dict, dict[str, int]]:
+    """The report of a job, and the bytes that its stages were thought to take."""
+    inputs = {"base": {"path": str(base)}, "target": {"path": str(ROOT / "demo" / "data" / "python.jsonl.gz")}}
     spec = {
-        "base": {"path": str(base)},
-        "target": {"path": str(ROOT / "demo" / "data" / "python.jsonl.gz")},
         "method": {
             "units": ["neuron"],
             "calibration_tokens": asked.calibration_tokens,
@@ -84,13 +90,15 @@ def run(base: Path, scratch: Path, asked: argparse.Namespace) -> dict:
         "skill_tokens": asked.skill_tokens,
         "export": ["safetensors"],
     }
-    (scratch / "spec.json").write_text(json.dumps(spec))
+    (scratch / "spec.json").write_text(json.dumps({**inputs, **spec}))
     start = [sys.executable, "-m"]
     if asked.processes > 1:
         start += ["torch.distributed.run", "--nproc-per-node", str(asked.processes), "-m"]
     command = [*start, "narrow_engine", str(scratch / "spec.json"), "--out", str(scratch / "run"), "--quiet"]
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'client'}"})
-    return json.loads((scratch / "run" / "result" / "report.json").read_text())
+    config = json.loads((base / "config.json").read_text())
+    predicted = plan_sizes(config, Options.model_validate(spec), 2, low=training_dtype(device()) != torch.float32).memory
+    return json.loads((scratch / "run" / "result" / "report.json").read_text()), predicted
 
 
 def flops_of_recovery(report: dict) -> float:
@@ -115,7 +123,7 @@ def main() -> None:
     for shape in asked.shapes:
         with tempfile.TemporaryDirectory() as scratch:
             build(shape, Path(scratch) / "base")
-            report = run(Path(scratch) / "base", Path(scratch), asked)
+            report, predicted = run(Path(scratch) / "base", Path(scratch), asked)
         curve = [point for point in report["curve"] if point["phase"] == "recover"]
         pace = (curve[-1]["tokens"] - curve[0]["tokens"]) / (curve[-1]["seconds"] - curve[0]["seconds"])
         share = pace * flops_of_recovery(report) / (peak * asked.processes)
@@ -125,6 +133,7 @@ def main() -> None:
                 "shape": shape,
                 "parameters": [report["before"]["parameters"], report["after"]["parameters"]],
                 "seconds": provenance["seconds"],
+                "predicted_bytes": predicted,
                 "peak_bytes": provenance["memory"],
                 "recovery_tokens_per_second": pace,
                 "share_of_limit": share,
@@ -133,9 +142,10 @@ def main() -> None:
         )
         print(f"\n{shape}: {report['before']['parameters']:,} parameters, cut to {report['after']['parameters']:,}")
         print(f"recovery: {pace:,.0f} tokens/s, {share:.0%} of {peak / 1e12:.3g} TFLOP/s ({source})\n")
-        print("| stage | seconds | peak, GB |\n|---|---|---|")
+        print("| stage | seconds | predicted, GB | peak, GB |\n|---|---|---|---|")
         for stage, seconds in provenance["seconds"].items():
-            print(f"| {stage} | {seconds:.1f} | {provenance['memory'].get(stage, 0) / 1e9:.1f} |")
+            thought, taken = (bytes_of.get(stage, 0) / 1e9 for bytes_of in (predicted, provenance["memory"]))
+            print(f"| {stage} | {seconds:.1f} | {thought:.1f} | {taken:.1f} |")
     asked.out.parent.mkdir(exist_ok=True)
     written = {"limit": peak, "source": source, "processes": asked.processes, "torch": torch.__version__, "rows": found}
     asked.out.write_text(json.dumps(written, indent=1))

@@ -9,13 +9,13 @@ The dry run tells what is predicted here, and training chooses by it (`choose`):
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import Dimensions, family_of, present, tensor_shapes
-from narrow_engine.spec import Options, controls, taught
+from narrow_engine.spec import ROUNDED, Format, Options, controls, taught
 
 ROOM = 0.9
 """Share of the memory that may be filled, by predictions that are within a tenth of what is measured."""
@@ -31,6 +31,9 @@ LOGITS = {False: 3, True: 6}
 with a teacher both distributions, their ratio, and what is being made of them."""
 STACK = 2**24
 """Numbers that Muon iterates on together, but for a larger matrix. The iteration holds five arrays of them."""
+NEWTON_STEPS, BLOCK = 5, 512
+"""Of Muon's iteration; and rows of a matrix that are orthogonalised together. FLOPs go with their number: whole matrices of a
+model of 8 billion parameters would take ten times as many as the forward and backward pass of 2,048 tokens."""
 DROPPED = 3
 """Numbers of every pair of positions in every head that attention keeps where it has dropout, which is not fused on a CPU."""
 PIECE = 2**22
@@ -88,6 +91,8 @@ class Counts:
     layer_matrices: int
     largest_matrix: int
     """Of a layer; of experts, one."""
+    muon_flops: float
+    """That a step of Muon takes for the matrices of a layer."""
 
     @property
     def all(self) -> int:
@@ -115,7 +120,15 @@ def counts(config: dict[str, Any], dims: Dimensions) -> Counts:
         layers=dims.layers,
         layer_matrices=sum(sizes[name] for name in matrices),
         largest_matrix=max(math.prod(one_layer[name][-2:]) for name in matrices),
+        muon_flops=sum(_muon_flops(one_layer[name]) for name in matrices),
     )
+
+
+def _muon_flops(shape: tuple[int, ...]) -> float:
+    """X Xᵀ, its square and their product with X, of each block of rows."""
+    rows, columns = sorted(shape[-2:])
+    block = rows / -(-rows // BLOCK)
+    return NEWTON_STEPS * math.prod(shape[:-2]) * rows * block * (4.0 * columns + 2.0 * block)
 
 
 def training(task: Task, way: Way) -> int:
@@ -318,11 +331,17 @@ def stages(job: Job) -> dict[str, int]:
         "slice": job.fixed + base + layer + cut,
         "reconstruct": job.fixed + base + cut + _refit(job) if method.refit else 0,
         "measure": job.fixed + base + 2 * cut + _forward(dims, MEASURED, job.gpu, 3),
-        "export": job.fixed + base + 4 * cut,
+        "export": job.fixed + exporting(job.options.export, base, cut),
     }
     for name, task in trainings(job).items():
         found[name] = training(task, Way())
     return {name: found[name] for name in ORDER if found.get(name)}
+
+
+def exporting(forms: Sequence[Format], base: int, cut: int) -> int:
+    """The model and a copy to save; in other formats the file's weights, its graph and what runs it; and the base where what
+    rounding keeps is measured. `base` and `cut` are bytes of the models."""
+    return (base if set(forms) & set(ROUNDED) else 0) + (2 if set(forms) <= {"safetensors"} else 4) * cut
 
 
 def _forward(dims: Dimensions, tokens: int, gpu: bool, models: int = 1) -> int:

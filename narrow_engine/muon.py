@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from narrow_engine import rounding
-from narrow_engine.footprint import STACK
+from narrow_engine.footprint import BLOCK, NEWTON_STEPS, STACK
 from narrow_engine.shard import full, like
 
-STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Quintic Newton–Schulz coefficients of the source: fast, to singular values between about 0.7 and 1.2."""
 
@@ -79,14 +79,19 @@ def _wide(matrix: Tensor) -> Tensor:
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """[n, rows, columns] with rows ≤ columns → matrices with the same singular vectors and singular values near 1."""
+    """[n, rows, columns] with rows ≤ columns → matrices with the same singular vectors and singular values near 1; of more than
+    BLOCK rows, in equal blocks of rows, each by itself."""
     a, b, c = COEFFICIENTS
-    x: Tensor = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    stack, rows, columns = matrices.shape
+    blocks = -(-rows // BLOCK)
+    padding = -rows % blocks
+    x = F.pad(matrices, (0, 0, 0, padding)).view(stack * blocks, -1, columns)
     del matrices
-    for _ in range(STEPS):
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(NEWTON_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x
+    return x.view(stack, rows + padding, columns)[:, :rows]
 
 
 @cache

@@ -345,9 +345,16 @@ def plan_sizes(
     # Least squares runs the base once and the cut model three times; training is forward and backward.
     refit_flops = trimmed.flops_per_token + (3.0 + 3.0 * REFIT_PASSES) * after.flops_per_token
     scored = method.calibration_tokens if chooses(method) else 0
+    refits = method.refit * (2 if "random" in compared else 1)
+    batch = max(1, min(footprint.REFIT_BATCH, method.calibration_tokens // footprint.REFIT_BATCHES))
+    refit_steps = REFIT_PASSES * (method.calibration_tokens / batch - 1) * refits
+    cut, uncut = (footprint.counts(config, shape) for shape in (small, shrink(dims, {"token": small.vocab})))
+    steps = recover.tokens / recover.batch_tokens if recover.optimizer == "muon" else 0.0
     flops = (
         3.0 * trimmed.flops_per_token * (scored + lasso_tokens + (recover.correction.tokens if recover.correction else 0))
-        + refit_flops * method.calibration_tokens * method.refit * (2 if "random" in compared else 1)
+        + refit_flops * method.calibration_tokens * refits
+        + cut.muon_flops * cut.layers * (refit_steps + steps)
+        + uncut.muon_flops * uncut.layers * steps * ("trained" in compared)
         + 3.0 * trimmed.flops_per_token * (recover.tokens + lasso_tokens) * ("trained" in compared)
         + (3.0 * after.flops_per_token + told) * recover.tokens
         + (2.0 * before.flops_per_token + (3.0 + len(compared)) * after.flops_per_token) * options.skill_tokens * skills

@@ -395,6 +395,7 @@ def cut(run: Run, out: Path) -> None:
 
     parity = _despite_ties(run, "slice", compared(earlier.probe(run)), PARITY_BOUND, compared)
     require_exact(parity, "slicing")
+    run.models.pop("sparsify", None)  # as large as the base, and not asked again
     earlier.save_weights(small, out)
     write_json(out / "parity.json", parity.model_dump())
 
@@ -525,6 +526,9 @@ def export(run: Run, out: Path) -> None:
     """The model as files: stock safetensors, reloaded by a fresh process, and ONNX; each checked against the original."""
     model, probe = earlier.model(run, "recover"), earlier.probe(run)
     others: list[Format] = [form for form in run.spec.export if form != "safetensors"]
+    if not set(others) & set(ROUNDED):
+        # Only what rounding keeps is measured beside it, and it is the largest thing here.
+        run.models = {"recover": model}
     parity: dict[str, Parity] = {}
     steps = 2 + 2 * len(others)
     run.progress("export")(0, steps)
@@ -534,6 +538,8 @@ def export(run: Run, out: Path) -> None:
     rounded: dict[str, dict[str, Any]] = {}
     written = []
     for number, form in enumerate(others, 1):
+        if not _room_for(run, form, size_in_memory(model)):
+            continue
         try:
             made = formats.write(form, out / "model", out / form, out / "onnx")
         except NarrowError as error:
@@ -561,6 +567,20 @@ def export(run: Run, out: Path) -> None:
     write_json(out / "speed.json", speeds)
 
 
+def _room_for(run: Run, form: Format, size: int) -> bool:
+    """Whether a format can be made here of a model of so many bytes: being killed for it would cost the rest as well."""
+    taken = footprint.exporting([form], size_in_memory(base(run)) if form in ROUNDED else 0, size)
+    there = memory.limit(torch.device("cpu"))
+    if taken <= footprint.ROOM * there:
+        return True
+    told = (
+        f"{form} is left out: to make and check it takes {taken / 1e9:,.1f} GB of memory, and there are {there / 1e9:,.1f} GB. "
+        "A job of the kind export makes it of this result where there is more."
+    )
+    run.emit("notice", "export", told, {"code": "export_too_large"})
+    return False
+
+
 def _timed(run: Run, written: list[Format]) -> list[Format]:
     """The formats whose speed is measured."""
     config = earlier.info(run)["model"]["config"]
@@ -586,7 +606,7 @@ def _compared(run: Run, form: Format, made: PreTrainedModel, out: Path, probe: t
     bound = formats.BOUNDS.get(form, formats.BOUND)
     exact = _despite_ties(run, "export", checked.exact, bound, again)
     # Rounded weights send some tokens to other experts than the model's own.
-    if exact.relative_error > bound and not (family(base(run)).router and form == "gguf-q8_0"):
+    if exact.relative_error > bound and not (family(made).router and form == "gguf-q8_0"):
         raise formats.mismatch(form, exact)
     if form not in ROUNDED and exact.greedy_equal != exact.greedy_tokens:
         run.emit(

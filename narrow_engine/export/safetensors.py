@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from narrow_engine.errors import NarrowError
@@ -46,7 +46,9 @@ def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def save_model(model: PreTrainedModel, source: Path, out: Path, dtype: torch.dtype) -> None:
     """Writes weights in `dtype`, config, generation config, and `source`'s tokenizer files unchanged."""
-    rounded = copy.deepcopy(model).to(dtype)
+    # A copy whose weights are copied as what they are saved as.
+    weights = {id(weight): nn.Parameter(weight.detach().to(dtype), False) for weight in model.parameters()}
+    rounded = copy.deepcopy(model, weights).to(dtype)
     rounded.config.use_cache = True
     rounded.save_pretrained(out, max_shard_size=SHARD_BYTES)
     for path in out.glob("*.safetensors"):

@@ -1,10 +1,12 @@
 """How fast formats are, what bounds them, and which programs take them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import tiny_model
 
-from narrow_engine import speed
+from narrow_engine import footprint, memory, speed, stages
 from narrow_engine.errors import NarrowError
 from narrow_engine.export import matrix
 from narrow_engine.export.runtimes import form_of, open_runtime
@@ -83,3 +85,15 @@ def test_a_folder_tells_its_format(tmp_path):
     assert form_of(tmp_path) == "safetensors"
     runtime = open_runtime("safetensors", tmp_path, torch.get_num_threads())
     assert runtime.step(torch.ones(2, 3, dtype=torch.long).numpy()).shape == (2, 3, runtime.vocabulary)
+
+
+def test_a_format_that_does_not_fit_into_the_memory_is_left_out(monkeypatch):
+    told = []
+    run = SimpleNamespace(models={"base": tiny_model("llama")}, emit=lambda *event: told.append(event))
+    monkeypatch.setattr(memory, "limit", lambda _: round(4e9 / footprint.ROOM) + 1)
+    assert stages._room_for(run, "onnx", 10**9)
+    assert not told
+    assert not stages._room_for(run, "onnx-int8", 10**9), "it is measured beside the base"
+    monkeypatch.setattr(memory, "limit", lambda _: 4 * 10**9)
+    assert not stages._room_for(run, "onnx", 10**9)
+    assert [data["code"] for _, _, _, data in told] == ["export_too_large"] * 2

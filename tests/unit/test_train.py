@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, kept, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
 
-from narrow_engine import footprint, matching
+from narrow_engine import footprint, matching, models, muon
 from narrow_engine.corpus import Blocks
 from narrow_engine.errors import Cancelled
 from narrow_engine.families import dimensions
@@ -205,3 +206,31 @@ def test_a_batch_in_pieces_is_the_batch(case, pieces, tmp_path, monkeypatch):
     for (name, a), (_, b) in zip(*(m.named_parameters() for m in models), strict=True):
         assert torch.allclose(a, b, atol=2e-4), name
     assert [data["code"] for kind, _, _, data in told if kind == "notice"] == ["micro_batches"]
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(40, [14, 14, 12]), (32, [16, 16]), (12, [12])])
+def test_muon_orthogonalises_large_matrices_in_blocks_of_rows(monkeypatch, rows, parts):
+    monkeypatch.setattr(muon, "BLOCK", 16)
+    torch.manual_seed(0)
+    matrices = torch.randn(2, rows, 96)
+    for matrix, made in zip(matrices, muon.orthogonalize(matrices), strict=True):
+        for block, done in zip(matrix.split(parts), made.split(parts), strict=True):
+            values = torch.linalg.svdvals(done)
+            assert (values.min() > 0.6, values.max() < 1.3) == (True, True)
+            left, _, right = torch.linalg.svd(block, full_matrices=False)
+            assert torch.nn.functional.cosine_similarity(done.flatten(), (left @ right).flatten(), 0) > 0.97
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2"])
+def test_the_flops_of_muon_are_known_from_the_config(monkeypatch, family):
+    monkeypatch.setattr(muon, "BLOCK", 16)
+    monkeypatch.setattr(footprint, "BLOCK", 16)
+    model = tiny_model(family)
+    config, table = config_dict(model), models.family(model)
+    matrices = [p for name, p in model.named_parameters() if name.startswith(table.layers + ".") and p.ndim >= 2]
+    for parameter in matrices:
+        parameter.grad = torch.randn_like(parameter)
+    with FlopCounterMode(display=False) as counted:
+        muon.Muon(matrices, lr=1e-3).step()
+    found = footprint.counts(config, dimensions(config))
+    assert counted.get_total_flops() == pytest.approx(found.layers * found.muon_flops, rel=0.02)
