@@ -1,6 +1,7 @@
 """How much memory there is, and how much this process has had at its peak."""
 
 import ctypes
+import gc
 import os
 import resource
 from pathlib import Path
@@ -26,10 +27,13 @@ def limit(device: torch.device) -> int:
 
 def begin(device: torch.device) -> int:
     """Forgets the peak so far, and returns what is left to exceed: where it cannot be forgotten, as in a process that is shut in
-    (`sandbox`), all that it was. What was freed is given back first: glibc keeps it, hundreds of megabytes after tokenizing."""
+    (`sandbox`), all that it was. What was freed is given back first: glibc keeps it, hundreds of megabytes after tokenizing, and
+    torch keeps a GPU's, after training nearly all that there is, which processes of their own that time a model would lack."""
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
     if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return 0
     try:
