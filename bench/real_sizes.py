@@ -14,6 +14,7 @@ matrix product measured here. Needs four bytes of disk a parameter, and a GPU fo
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,9 @@ def build(shape: str, folder: Path) -> None:
     with device():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="4GB")
+    del model
+    if device().type == "cuda":
+        torch.cuda.empty_cache()  # the job is another process
     for path in (ROOT / "demo" / "base").glob("tokenizer*"):
         (folder / path.name).write_bytes(path.read_bytes())
 
@@ -60,7 +64,7 @@ def limit() -> tuple[float, str]:
     where = device()
     if where.type == "cuda":
         name = torch.cuda.get_device_name()
-        known = [peak for part, peak in DENSE_BF16.items() if part in name.split()]
+        known = [peak for part, peak in DENSE_BF16.items() if re.search(rf"\b{part}\b", name)]
         if known:
             return known[0], f"{name}, data sheet"
     dtype = training_dtype(where)
