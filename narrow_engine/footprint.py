@@ -318,7 +318,7 @@ def stages(job: Job) -> dict[str, int]:
         "slice": job.fixed + base + layer + cut,
         "reconstruct": job.fixed + base + cut + _refit(job) if method.refit else 0,
         "measure": job.fixed + base + 2 * cut + _forward(dims, MEASURED, job.gpu, 3),
-        "export": job.fixed + base + 4 * cut,
+        "export": job.fixed + base + (2 if job.gpu else 4) * cut,  # copies are made on the host
     }
     for name, task in trainings(job).items():
         found[name] = training(task, Way())

@@ -46,7 +46,7 @@ def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def save_model(model: PreTrainedModel, source: Path, out: Path, dtype: torch.dtype) -> None:
     """Writes weights in `dtype`, config, generation config, and `source`'s tokenizer files unchanged."""
-    rounded = copy.deepcopy(model).to(dtype)
+    rounded = _copy(model, dtype)
     rounded.config.use_cache = True
     rounded.save_pretrained(out, max_shard_size=SHARD_BYTES)
     for path in out.glob("*.safetensors"):
@@ -55,6 +55,13 @@ def save_model(model: PreTrainedModel, source: Path, out: Path, dtype: torch.dty
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
+
+
+def _copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy on the CPU, which takes no room where the model is: a GPU may have none left. What is there in this type already is
+    shared."""
+    weights = {id(p): torch.nn.Parameter(p.detach().to("cpu", dtype), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, weights).to("cpu", dtype)
 
 
 def check_reload(folder: Path, model: PreTrainedModel, ids: Tensor) -> Parity:
@@ -88,8 +95,7 @@ def check_reload(folder: Path, model: PreTrainedModel, ids: Tensor) -> Parity:
             raise NarrowError("reload_failed", f"The saved model does not pass its check in a fresh process: {last[:300]}")
         found = load_file(logits)["logits"]
     with torch.no_grad():
-        here = model if model.device.type == "cpu" else copy.deepcopy(model).cpu()
-        expected = here(input_ids=ids.cpu(), use_cache=False).logits.float()
+        expected = _copy(model, torch.float32)(input_ids=ids.cpu(), use_cache=False).logits
     error = (found - expected).abs().max().item()
     parity = Parity(max_error=error, relative_error=error / max(expected.abs().max().item(), 1e-9))
     if not parity.relative_error <= RELATIVE_BOUND:
