@@ -8,7 +8,7 @@ those of its curve, without what comes before its first step.
 
 FLOPs are those of the weights (6 a parameter and token that is trained on, 2 that the teacher reads), not of attention, and not
 those of activations that are computed again. The limit is the data sheet's where the device is known, else that of a square
-matrix product measured here. Needs four bytes of disk a parameter, and a GPU for all but `tiny`.
+matrix product measured here. Needs twenty bytes of disk a parameter (in TMPDIR), and a GPU for all but `tiny`.
 """
 
 import argparse
