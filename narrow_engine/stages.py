@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -67,6 +68,7 @@ SMALLEST_TIMED = 500_000
 """Parameters of a base below which nothing of a token's time is the weights'."""
 BASE_EXPORT_BYTES = 8 * 2**30
 """Of a base in float32, that is written in other formats to be timed in them."""
+DEVICES = Path("/dev")
 TIES = 3
 """Further tokens to compare mixtures of experts on. Of 72 models with 24 layers of 64 experts, exactly sliced, one chose another
 expert somewhere in 128 tokens, since two were tied to the last bits."""
@@ -82,6 +84,7 @@ def load(run: Run, out: Path) -> None:
         check_teacher(info.config, taught_by.config, readings, "token" in spec.method.units, spec.block_tokens)
     room, _ = solve(info.config, spec, DTYPES[info.dtype])
     _require_memory(run, info, taught_by, room)
+    _tell_unused_gpu(run)
     if any(form in formats.GGUF for form in spec.export):
         gguf.require_gguf(spec.base.path)
     model = earlier.load_base(run)
@@ -153,6 +156,18 @@ def load(run: Run, out: Path) -> None:
         corpus.save(broad, out, "broad", run.check)
     write_json(out / "info.json", {"model": info.model_dump(), "teacher": taught_by and taught_by.model_dump(), "tokens": tokens})
     run.models["untouched" if tokens else "base"] = model
+
+
+def _tell_unused_gpu(run: Run) -> None:
+    """Where a driver or its version is wrong, or torch was built without CUDA, torch says nothing and takes the CPU."""
+    if device().type == "cpu" and next(DEVICES.glob("nvidia[0-9]*"), None) and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        run.emit(
+            "notice",
+            "load",
+            f"There is a GPU in this machine, and torch {torch.__version__} does not find it: all is computed on the CPU, which "
+            "takes many times as long. 'narrow doctor' tells what torch sees.",
+            {"code": "gpu_not_used"},
+        )
 
 
 def _tell_parked(run: Run, info: ModelInfo) -> None:

@@ -7,6 +7,7 @@ types and autocast are those of a CPU: what a GPU lacks shows on a GPU alone.
 
 from contextlib import nullcontext
 from importlib import import_module
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
-from narrow_engine import footprint, importance, muon, parked, reconstruct, rounding, skills, teacher, train
+from narrow_engine import footprint, importance, muon, parked, reconstruct, rounding, skills, stages, teacher, train
 from narrow_engine.corpus import Blocks, Documents
 from narrow_engine.matching import beside
 from narrow_engine.models import along, config_dict, greedy
@@ -266,3 +267,19 @@ def test_a_cut_its_proof_and_its_refit(gpu, family):
     measured = skills.measure(whole, [small], DOCUMENTS, 16, lambda *_: None)
     assert all(np.isfinite(found.loss).all() for found in measured)
     assert len(greedy(small, BLOCKS.batch(0, 1)[:, :8].to(GPU), 2)) == 2
+
+
+def test_a_gpu_that_torch_does_not_find_is_told(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(stages, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(stages, "DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    stages._tell_unused_gpu(SimpleNamespace(emit=lambda *event: said.append(event[3]["code"])))
+    assert said == []
+    for name in ("nvidiactl", "nvidia0"):
+        (tmp_path / name).touch()
+    stages._tell_unused_gpu(SimpleNamespace(emit=lambda *event: said.append(event[3]["code"])))
+    assert said == ["gpu_not_used"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    stages._tell_unused_gpu(SimpleNamespace(emit=lambda *event: said.append(event[3]["code"])))
+    assert said == ["gpu_not_used"], "somebody wants it so"
