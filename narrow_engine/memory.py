@@ -25,15 +25,21 @@ def limit(device: torch.device) -> int:
     return min(there if own == resource.RLIM_INFINITY else [*there, own])
 
 
-def begin(device: torch.device) -> int:
-    """Forgets the peak so far, and returns what is left to exceed: where it cannot be forgotten, as in a process that is shut in
-    (`sandbox`), all that it was. What was freed is given back first: glibc keeps it, hundreds of megabytes after tokenizing, and
-    torch keeps a GPU's, after training nearly all that there is, which processes of their own that time a model would lack."""
+def give_back(device: torch.device) -> None:
+    """What was freed: glibc keeps it, hundreds of megabytes after tokenizing, and torch keeps a GPU's, nearly all that there is
+    after training."""
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def begin(device: torch.device) -> int:
+    """Forgets the peak so far, and returns what is left to exceed: where it cannot be forgotten, as in a process that is shut in
+    (`sandbox`), all that it was. What was freed is given back first."""
+    give_back(device)
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return 0
     try:

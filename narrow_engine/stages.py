@@ -20,7 +20,7 @@ import transformers
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from narrow_engine import corpus, earlier, footprint, importance, matching, memory, model_files, speed, teacher, train, vocabulary
 from narrow_engine import locality as sharing
@@ -546,6 +546,7 @@ def export(run: Run, out: Path) -> None:
     run.progress("export")(0, steps)
     safetensors_export.save_model(model, earlier.tokenizer_folder(run), out / "model", earlier.dtype(run))
     parity["reload"] = safetensors_export.check_reload(out / "model", model, probe)
+    del model, run.models["recover"]
     run.progress("export")(1, steps)
     rounded: dict[str, dict[str, Any]] = {}
     written = []
@@ -568,6 +569,9 @@ def export(run: Run, out: Path) -> None:
     if "onnx" not in run.spec.export:
         shutil.rmtree(out / "onnx", ignore_errors=True)
     speeds = []
+    # What is timed is in processes of its own, which need the memory: on a GPU it may be all of it that the models here take.
+    run.models.clear()
+    memory.give_back(device())
     for number, form in enumerate(_timed(run, written), 1):
         pace = _speed(run, form, out)
         speeds += [pace.model_dump()] if pace else []
@@ -624,6 +628,7 @@ def _kept(run: Run, made: PreTrainedModel) -> dict[str, Interval]:
         documents = earlier.documents(run, name)
         after = measuring.measure(base(run), [made], documents, run.spec.block_tokens, lambda *_: run.check())[1].per(first)
         kept[name] = measuring.retention(first, after, run.spec.seed)
+    made.cpu()
     return kept
 
 
@@ -632,8 +637,7 @@ def _speed(run: Run, form: Format, out: Path) -> Speed | None:
     if not runtimes.is_there(form):
         run.emit("notice", "export", f"llama.cpp is not installed here: {form} was written and not run.", {"code": "not_run"})
         return None
-    config = earlier.info(run)["model"]["config"]
-    small = config_dict(earlier.model(run, "recover"))
+    config, small = earlier.info(run)["model"]["config"], _config(out / "model")
     sizes = size_of(config, dimensions(config), 4), size_of(small, dimensions(small), 4)
     of_base = run.spec.base.path if form == "safetensors" else run.out("export_base") / form
     fits = 4 * sizes[0].parameters <= earlier.room()
@@ -642,6 +646,11 @@ def _speed(run: Run, form: Format, out: Path) -> Speed | None:
         run.emit("notice", "export", told, {"code": "base_not_timed"})
     folders = of_base if of_base.exists() and fits else None, out / ("model" if form == "safetensors" else form)
     return speed.measure_speed(form, folders, sizes, dimensions(config).context, run.check)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Of a saved model, with what is left out of the file."""
+    return dict(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict())
 
 
 def export_base(run: Run, out: Path) -> None:
@@ -671,7 +680,7 @@ def report(run: Run, out: Path) -> None:
         if (run.out("export") / name).exists():
             shutil.copytree(run.out("export") / name, out / name)
     shutil.copy(run.out("plan") / "plan.json", out / "plan.json")
-    small = config_dict(earlier.model(run, "recover"))
+    small = _config(run.out("export") / "model")
     parity = {
         name: json.loads(path.read_text())
         for name, path in (
