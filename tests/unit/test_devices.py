@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
-from narrow_engine import footprint, importance, muon, parked, reconstruct, rounding, skills, stages, teacher, train
+from narrow_engine import footprint, importance, muon, parked, reconstruct, rounding, shard, skills, stages, teacher, train
 from narrow_engine.corpus import Blocks, Documents
+from narrow_engine.errors import NarrowError
 from narrow_engine.matching import beside
 from narrow_engine.models import along, config_dict, greedy
 from narrow_engine.plan import make_plan, unscored
@@ -283,3 +284,14 @@ def test_a_gpu_that_torch_does_not_find_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     stages._tell_unused_gpu(SimpleNamespace(emit=lambda *event: said.append(event[3]["code"])))
     assert said == ["gpu_not_used"], "somebody wants it so"
+
+
+def test_each_process_has_a_gpu_or_says_so(monkeypatch):
+    monkeypatch.setattr(shard, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(NarrowError, match="Each of 2 processes takes a GPU, and there are 1") as raised, shard.processes():
+        pass
+    assert raised.value.code == "too_few_gpus"
