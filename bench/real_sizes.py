@@ -8,7 +8,7 @@ those of its curve, without what comes before its first step.
 
 FLOPs are those of the weights (6 a parameter and token that is trained on, 2 that the teacher reads), not of attention, and not
 those of activations that are computed again. The limit is the data sheet's where the device is known, else that of a square
-matrix product measured here. Needs four bytes of disk a parameter. On a CPU ask for few tokens:
+matrix product measured here. Needs twenty bytes of disk a parameter (in TMPDIR). On a CPU ask for few tokens:
 
     python bench/real_sizes.py --shapes 1B-4 --calibration-tokens 2048 --block-tokens 256 --skill-tokens 1024 \\
         --recover-tokens 8192 --batch-tokens 2048
@@ -17,6 +17,7 @@ matrix product measured here. Needs four bytes of disk a parameter. On a CPU ask
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,9 @@ def build(shape: str, folder: Path) -> None:
     with device():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="4GB")
+    del model
+    if device().type == "cuda":
+        torch.cuda.empty_cache()  # the job is another process
     for path in (ROOT / "demo" / "base").glob("tokenizer*"):
         (folder / path.name).write_bytes(path.read_bytes())
 
@@ -67,7 +71,7 @@ def limit() -> tuple[float, str]:
     where = device()
     if where.type == "cuda":
         name = torch.cuda.get_device_name()
-        known = [peak for part, peak in DENSE_BF16.items() if part in name.split()]
+        known = [peak for part, peak in DENSE_BF16.items() if re.search(rf"\b{part}\b", name)]
         if known:
             return known[0], f"{name}, data sheet"
     dtype = training_dtype(where)

@@ -44,6 +44,8 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Threads that wait for each other by spinning keep the ones they wait for off a core that is also wanted elsewhere: beside
 # one other busy process on two cores, a training step took more than four times as long. Sleeping costs a tenth when idle.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# NVIDIA's containers set it, and what reports state in float32 would have products of 10 bits (TF32).
+os.environ["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "0"
 if (_threads := processors.threads()) is not None:
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
 

@@ -331,17 +331,18 @@ def stages(job: Job) -> dict[str, int]:
         "slice": job.fixed + base + layer + cut,
         "reconstruct": job.fixed + base + cut + _refit(job) if method.refit else 0,
         "measure": job.fixed + base + 2 * cut + _forward(dims, MEASURED, job.gpu, 3),
-        "export": job.fixed + exporting(job.options.export, base, cut),
+        "export": job.fixed + exporting(job.options.export, base, cut, job.gpu),
     }
     for name, task in trainings(job).items():
         found[name] = training(task, Way())
     return {name: found[name] for name in ORDER if found.get(name)}
 
 
-def exporting(forms: Sequence[Format], base: int, cut: int) -> int:
-    """The model and a copy to save; in other formats the file's weights, its graph and what runs it; and the base where what
-    rounding keeps is measured. `base` and `cut` are bytes of the models."""
-    return (base if set(forms) & set(ROUNDED) else 0) + (2 if set(forms) <= {"safetensors"} else 4) * cut
+def exporting(forms: Sequence[Format], base: int, cut: int, gpu: bool = False) -> int:
+    """The model, and on the host a copy to save, or in other formats the file's weights, its graph and what runs it; and the base
+    where what rounding keeps is measured. `base` and `cut` are bytes of the models."""
+    copies = 1 if gpu else 2 if set(forms) <= {"safetensors"} else 4
+    return (base if set(forms) & set(ROUNDED) else 0) + copies * cut
 
 
 def _forward(dims: Dimensions, tokens: int, gpu: bool, models: int = 1) -> int:

@@ -1,6 +1,7 @@
 """How much memory there is, and how much this process has had at its peak."""
 
 import ctypes
+import gc
 import os
 import resource
 from pathlib import Path
@@ -24,11 +25,20 @@ def limit(device: torch.device) -> int:
     return min(there if own == resource.RLIM_INFINITY else [*there, own])
 
 
-def begin(device: torch.device) -> int:
-    """Forgets the peak so far, and returns what is left to exceed: where it cannot be forgotten, as in a process that is shut in
-    (`sandbox`), all that it was. What was freed is given back first: glibc keeps it, hundreds of megabytes after tokenizing."""
+def give_back(device: torch.device) -> None:
+    """What was freed: glibc keeps it, hundreds of megabytes after tokenizing, and torch keeps a GPU's, nearly all that there is
+    after training."""
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def begin(device: torch.device) -> int:
+    """Forgets the peak so far, and returns what is left to exceed: where it cannot be forgotten, as in a process that is shut in
+    (`sandbox`), all that it was. What was freed is given back first."""
+    give_back(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return 0

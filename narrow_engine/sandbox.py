@@ -6,7 +6,8 @@ far as the kernel lets anybody without rights do so:
     processes namespaces: it sees no others, has no shared memory or messages with them, and nothing that it starts outlives it
     files     mounts: everything is read-only but where it works, and what is hidden is not there; and
               Landlock: it reads what it is shown, and makes no links or pipes that others would follow
-    network   no sockets; or, for processes that train together, a network namespace with nothing in it but themselves
+    network   no sockets, or where drivers of GPUs want some, none that can be connected; or, for processes that train together, a
+              network namespace with nothing in it but themselves
     calls     seccomp: no debugging, mounting, kernel modules, io_uring, keys, BPF
     limits    memory, size of a file, number of files; no core dumps, no capabilities, first to go when memory runs out
 
@@ -45,6 +46,7 @@ PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 NEW_MOUNTS, NEW_IPC, NEW_USER, NEW_PROCESSES, NEW_NETWORK = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 ANY_NEW = 0x7E020000
 MOUNT_PRIVATE, MOUNT_SAFE = 0x4000 | 1 << 18, 2 | 4 | 8  # with all below it; no setuid, devices, programs
+MOUNT_BIND = 0x1000
 OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442
 HERE, RECURSIVE, CLONE, TO_A_PATH = -100, 0x8000, 1, 4
 READ_ONLY = 1
@@ -75,7 +77,8 @@ ETC = (
 HIDDEN = ("/tmp", "/var/tmp", "/run", "/dev/shm")  # noqa: S108
 """Where other programs have their sockets, locks and shared memory."""
 DEVICES = ("null", "zero", "full", "random", "urandom")
-GPUS = ("nvidia", "dri", "kfd")
+NVIDIA = ("nvidia", "dxg")  # the latter in Windows' subsystem for Linux
+GPUS = (*NVIDIA, "dri", "kfd")
 
 REFUSED = {
     # What reaches into other processes or the kernel.
@@ -127,12 +130,13 @@ REFUSED = {
     "memfd_secret": (447, 447),
 }
 """Calls, by their numbers on x86_64 and on aarch64."""
-REFUSED_ALONE = {"socket": (41, 198), "setsid": (112, 157), "setpgid": (109, 154)}
+REFUSED_ALONE = {"connect": (42, 203), "setsid": (112, 157), "setpgid": (109, 154)}
 """And to a program that is one process: it talks to nobody, and all of it is one group."""
+SOCKET = (41, 198)
 OWN = {"prlimit64": (302, 261), "sched_setaffinity": (203, 122)}
 """Calls of which the first argument is whom they change: 0, who makes them."""
 FAMILIES = (2, 10, 16)
-"""Of sockets of processes that train together: IPv4, IPv6, and what says which addresses there are."""
+"""Of sockets of processes that train together: IPv4, IPv6, and what says which addresses there are. One process has none."""
 MACHINES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}
 """Which of the numbers, the kernel's name of the machine, and the number of `clone`."""
 
@@ -155,6 +159,14 @@ def lacking() -> list[str]:
     return list(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
 
 
+def _there(devices: tuple[str, ...]) -> bool:
+    """Whether there are GPUs of a kind.
+
+    The driver of NVIDIA's does not start where it may not name its threads, by files in /proc, listen at an address of its own,
+    where others would ask it for memory, and make files in memory: torch then finds no GPU and takes the CPU."""
+    return any(name.startswith(devices) for name in os.listdir("/dev"))  # noqa: PTH208
+
+
 def missing(limits: dict[str, Any], apart: bool) -> list[str]:
     """Gives everything away that `limits` does not name; `apart`: in namespaces. Returns what could not be, as sentences."""
     lacking = []
@@ -168,7 +180,7 @@ def missing(limits: dict[str, Any], apart: bool) -> list[str]:
             lacking.append("jobs can signal the service's processes: the kernel's Landlock is too old for that")
     if limits.get("network") and not (_succeeds(_network_of_its_own) == 0 and _network_of_its_own() == 0):
         lacking.append("jobs on several processes can reach the network: network namespaces are not allowed here")
-    if not _files(limits, version):
+    if not _files(limits, version, apart):
         lacking.append("jobs can read every file that the service can: the kernel has no Landlock")
     _drop_capabilities()
     if not _calls(alone=not limits.get("network")):
@@ -256,6 +268,9 @@ def _mounts(limits: dict[str, Any]) -> int:
     working = os.getcwd()  # noqa: PTH109
     _done(libc.mount(None, b"/", None, MOUNT_PRIVATE, None), "/")
     _done(libc.mount(b"proc", b"/proc", b"proc", MOUNT_SAFE, None), "/proc")
+    named = ["/proc"] if _there(NVIDIA) else []
+    for path in _of_no_process() if named else ():
+        _done(libc.mount(path.encode(), path.encode(), None, MOUNT_BIND, None), path)  # a mount of its own, which stays read-only
     shown = {path: _tree(path) for path in (*read, *write) if os.path.exists(path)}  # noqa: PTH110
     kinds = {path: os.path.isdir(path) for path in shown}  # noqa: PTH112
     for path in sorted({*hidden, *shown}, key=len):
@@ -267,11 +282,21 @@ def _mounts(limits: dict[str, Any]) -> int:
             size = b"mode=1777" if path in shared else b"mode=755,size=1m"
             _done(libc.mount(b"tmpfs", path.encode(), b"tmpfs", MOUNT_SAFE, size), path)
     _done(libc.syscall(MOUNT_SETATTR, HERE, b"/", RECURSIVE, struct.pack("4Q", READ_ONLY, 0, 0, 0), 32), "/")
-    for path in (*write, *shared):
+    for path in (*write, *shared, *named):
         _done(libc.syscall(MOUNT_SETATTR, HERE, path.encode(), 0, struct.pack("4Q", 0, READ_ONLY, 0, 0), 32), path)
     if os.path.isdir(working):  # noqa: PTH112
         os.chdir(working)
     return 0
+
+
+def _of_no_process() -> list[str]:
+    """What in /proc is the system's and could be written to, as its settings."""
+    with os.scandir("/proc") as found:
+        return [
+            entry.path
+            for entry in found
+            if not entry.name.isdigit() and not entry.is_symlink() and (entry.is_dir() or entry.stat().st_mode & 0o222)
+        ]
 
 
 def _tree(path: str) -> int:
@@ -294,7 +319,7 @@ def _done(result: int, path: str) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
 
 
-def _files(limits: dict[str, Any], version: int) -> bool:
+def _files(limits: dict[str, Any], version: int, apart: bool) -> bool:
     if version < 1:
         return False
     # What a kernel does not know yet it cannot forbid.
@@ -318,6 +343,9 @@ def _files(limits: dict[str, Any], version: int) -> bool:
 
     for path in (*SYSTEM, *(f"/etc/{name}" for name in ETC), *limits.get("read", ())):
         allow(path, READ)
+    # Not to root where the system's settings are there to be written to.
+    if _there(NVIDIA) and (apart or os.geteuid() or os.statvfs("/proc/sys").f_flag & os.ST_RDONLY):
+        allow("/proc", READ | WRITE_FILE)
     for path in ("/dev", *limits.get("list", ())):
         allow(path, READ_DIR)
     for path in limits.get("write", ()):
@@ -342,10 +370,10 @@ def _calls(alone: bool) -> bool:
     load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, deny, unknown = 0x7FFF0000, 0x50000 | 13, 0x50000 | 38  # EACCES, ENOSYS
     number, kind, first = 0, 4, 16  # where they are in what the kernel hands it
-    families: tuple[int, ...] = FAMILIES
+    families: tuple[int, ...] = () if alone else FAMILIES
     refused = REFUSED | (REFUSED_ALONE if alone else {})
-    if any(name.startswith(GPUS) for name in os.listdir("/dev")):  # noqa: PTH208
-        # Their drivers and NCCL use these.
+    if _there(GPUS):
+        # Sockets within the machine, which one process alone can only listen at. NCCL uses both as well.
         families = (1, *families)
         refused = {name: numbers for name, numbers in refused.items() if name != "memfd_create"}
     program = [(load, 0, 0, kind), (equal, 1, 0, machine), (answer, 0, 0, deny)]
@@ -358,12 +386,10 @@ def _calls(alone: bool) -> bool:
     for numbers in OWN.values():
         program += [(equal, 0, 4, numbers[column]), (load, 0, 0, first), (equal, 0, 1, 0), (answer, 0, 0, allow)]
         program += [(answer, 0, 0, deny)]
-    if not alone:
-        program += [(equal, 0, 2 * len(families) + 2, REFUSED_ALONE["socket"][column]), (load, 0, 0, first)]
-        for family in families:
-            program += [(equal, 0, 1, family), (answer, 0, 0, allow)]
-        program += [(answer, 0, 0, deny)]
-    program += [(answer, 0, 0, allow)]
+    program += [(equal, 0, 2 * len(families) + 2, SOCKET[column]), (load, 0, 0, first)]
+    for family in families:
+        program += [(equal, 0, 1, family), (answer, 0, 0, allow)]
+    program += [(answer, 0, 0, deny), (answer, 0, 0, allow)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in program))
     filter_ = struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code))
     return bool(libc.prctl(PR_SET_SECCOMP, 2, filter_, 0, 0) == 0)

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from narrow_engine.errors import NarrowError
 from narrow_engine.models import device, layers
 
 PATIENCE = timedelta(days=365)
@@ -35,12 +36,18 @@ PATIENCE = timedelta(days=365)
 
 @contextmanager
 def processes() -> Iterator[DeviceMesh | None]:
-    """The processes that torchrun started, as a mesh of one dimension; None if this one is alone."""
+    """The processes that torchrun started, as a mesh of one dimension; None if this one is alone. Raises NarrowError
+    (too_few_gpus)."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield None
         return
     kind = device().type
     if kind == "cuda":
+        there, asked = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+        if asked > there:
+            raise NarrowError(
+                "too_few_gpus", f"Each of {asked} processes takes a GPU, and there are {there}: ask for {there} (resources.gpus)."
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # What they tell each other, as names and flags, is on the CPU and goes through gloo also where tensors go through NCCL.
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)

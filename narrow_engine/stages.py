@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import platform
 import re
 import shutil
@@ -19,7 +20,7 @@ import transformers
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from narrow_engine import corpus, earlier, footprint, importance, matching, memory, model_files, speed, teacher, train, vocabulary
 from narrow_engine import locality as sharing
@@ -67,6 +68,7 @@ SMALLEST_TIMED = 500_000
 """Parameters of a base below which nothing of a token's time is the weights'."""
 BASE_EXPORT_BYTES = 8 * 2**30
 """Of a base in float32, that is written in other formats to be timed in them."""
+DEVICES = Path("/dev")
 TIES = 3
 """Further tokens to compare mixtures of experts on. Of 72 models with 24 layers of 64 experts, exactly sliced, one chose another
 expert somewhere in 128 tokens, since two were tied to the last bits."""
@@ -82,6 +84,7 @@ def load(run: Run, out: Path) -> None:
         check_teacher(info.config, taught_by.config, readings, "token" in spec.method.units, spec.block_tokens)
     room, _ = solve(info.config, spec, DTYPES[info.dtype])
     _require_memory(run, info, taught_by, room)
+    _tell_unused_gpu(run)
     if any(form in formats.GGUF for form in spec.export):
         gguf.require_gguf(spec.base.path)
     model = earlier.load_base(run)
@@ -153,6 +156,18 @@ def load(run: Run, out: Path) -> None:
         corpus.save(broad, out, "broad", run.check)
     write_json(out / "info.json", {"model": info.model_dump(), "teacher": taught_by and taught_by.model_dump(), "tokens": tokens})
     run.models["untouched" if tokens else "base"] = model
+
+
+def _tell_unused_gpu(run: Run) -> None:
+    """Where a driver or its version is wrong, or torch was built without CUDA, torch says nothing and takes the CPU."""
+    if device().type == "cpu" and next(DEVICES.glob("nvidia[0-9]*"), None) and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        run.emit(
+            "notice",
+            "load",
+            f"There is a GPU in this machine, and torch {torch.__version__} does not find it: all is computed on the CPU, which "
+            "takes many times as long. 'narrow doctor' tells what torch sees.",
+            {"code": "gpu_not_used"},
+        )
 
 
 def _tell_parked(run: Run, info: ModelInfo) -> None:
@@ -524,7 +539,9 @@ def _harm(curve: list[CurvePoint]) -> str:
 
 def export(run: Run, out: Path) -> None:
     """The model as files: stock safetensors, reloaded by a fresh process, and ONNX; each checked against the original."""
+    run.models.pop("reconstruct", None)
     model, probe = earlier.model(run, "recover"), earlier.probe(run)
+    size = size_in_memory(model)
     others: list[Format] = [form for form in run.spec.export if form != "safetensors"]
     if not set(others) & set(ROUNDED):
         # Only what rounding keeps is measured beside it, and it is the largest thing here.
@@ -534,11 +551,12 @@ def export(run: Run, out: Path) -> None:
     run.progress("export")(0, steps)
     safetensors_export.save_model(model, earlier.tokenizer_folder(run), out / "model", earlier.dtype(run))
     parity["reload"] = safetensors_export.check_reload(out / "model", model, probe)
+    del model, run.models["recover"]
     run.progress("export")(1, steps)
     rounded: dict[str, dict[str, Any]] = {}
     written = []
     for number, form in enumerate(others, 1):
-        if not _room_for(run, form, size_in_memory(model)):
+        if not _room_for(run, form, size):
             continue
         try:
             made = formats.write(form, out / "model", out / form, out / "onnx")
@@ -558,6 +576,9 @@ def export(run: Run, out: Path) -> None:
     if "onnx" not in run.spec.export:
         shutil.rmtree(out / "onnx", ignore_errors=True)
     speeds = []
+    # What is timed is in processes of its own, which need the memory: on a GPU it may be all of it that the models here take.
+    run.models.clear()
+    memory.give_back(device())
     for number, form in enumerate(_timed(run, written), 1):
         pace = _speed(run, form, out)
         speeds += [pace.model_dump()] if pace else []
@@ -628,6 +649,7 @@ def _kept(run: Run, made: PreTrainedModel) -> dict[str, Interval]:
         documents = earlier.documents(run, name)
         after = measuring.measure(base(run), [made], documents, run.spec.block_tokens, lambda *_: run.check())[1].per(first)
         kept[name] = measuring.retention(first, after, run.spec.seed)
+    made.cpu()
     return kept
 
 
@@ -636,8 +658,7 @@ def _speed(run: Run, form: Format, out: Path) -> Speed | None:
     if not runtimes.is_there(form):
         run.emit("notice", "export", f"llama.cpp is not installed here: {form} was written and not run.", {"code": "not_run"})
         return None
-    config = earlier.info(run)["model"]["config"]
-    small = config_dict(earlier.model(run, "recover"))
+    config, small = earlier.info(run)["model"]["config"], _config(out / "model")
     sizes = size_of(config, dimensions(config), 4), size_of(small, dimensions(small), 4)
     of_base = run.spec.base.path if form == "safetensors" else run.out("export_base") / form
     fits = 4 * sizes[0].parameters <= earlier.room()
@@ -646,6 +667,11 @@ def _speed(run: Run, form: Format, out: Path) -> Speed | None:
         run.emit("notice", "export", told, {"code": "base_not_timed"})
     folders = of_base if of_base.exists() and fits else None, out / ("model" if form == "safetensors" else form)
     return speed.measure_speed(form, folders, sizes, dimensions(config).context, run.check)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Of a saved model, with what is left out of the file."""
+    return dict(AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict())
 
 
 def export_base(run: Run, out: Path) -> None:
@@ -675,7 +701,7 @@ def report(run: Run, out: Path) -> None:
         if (run.out("export") / name).exists():
             shutil.copytree(run.out("export") / name, out / name)
     shutil.copy(run.out("plan") / "plan.json", out / "plan.json")
-    small = config_dict(earlier.model(run, "recover"))
+    small = _config(run.out("export") / "model")
     parity = {
         name: json.loads(path.read_text())
         for name, path in (

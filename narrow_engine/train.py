@@ -46,7 +46,9 @@ LEARNING_RATE = {"muon": 2e-3, "adamw": 1e-3}
 FRESH_RATE = {"muon": 1.6e-2, "adamw": 1e-3}
 """Of weights that have learned nothing yet. Muon's was the best of six, to distill or not: experiments/frontier/run.py --tune."""
 WARM_UP = 0.02
-CHECKPOINT_SECONDS = 30.0
+CHECKPOINT_SECONDS, CHECKPOINT_TIMES = 30.0, 20.0
+"""Between two checkpoints, and how many times as long as the last one took: that of a large model takes a minute, and training on
+a GPU would do little else."""
 POINTS = 40
 """Points on the curve, at most; at the first two, where it falls fastest, and at every fourth the held-out loss is measured."""
 
@@ -147,7 +149,7 @@ def train(
         curve = [CurvePoint(phase=phase, tokens=0, validation=whole(validate), seconds=0.0)]
         emit("progress", phase, "", {"done": 0, "total": steps, **curve[0].model_dump(exclude={"phase"}, exclude_none=True)})
     started = time.monotonic() - curve[-1].seconds
-    saved = time.monotonic()
+    saved, pause = time.monotonic(), CHECKPOINT_SECONDS
     interval = max(1, steps // POINTS)
     losses: list[float] = []
     if (curve[-1].validation or math.inf) <= enough:
@@ -214,9 +216,11 @@ def train(
             )
             if measured is not None and measured <= enough:
                 break
-        if shard.any_of(mesh, time.monotonic() - saved > CHECKPOINT_SECONDS):
+        if shard.any_of(mesh, shard.is_first() and time.monotonic() - saved > pause):  # who writes it knows how long it takes
+            began = time.monotonic()
             _save(checkpoint, step + 1, parameters, optimizers, after_step, curve)
             saved = time.monotonic()
+            pause = max(CHECKPOINT_SECONDS, CHECKPOINT_TIMES * (saved - began))
     if way.recompute:
         trained.activation_checkpointing_disable()
         trained.disable_input_require_grads()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from narrow_engine.errors import NarrowError
@@ -46,9 +46,7 @@ def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def save_model(model: PreTrainedModel, source: Path, out: Path, dtype: torch.dtype) -> None:
     """Writes weights in `dtype`, config, generation config, and `source`'s tokenizer files unchanged."""
-    # A copy whose weights are copied as what they are saved as.
-    weights = {id(weight): nn.Parameter(weight.detach().to(dtype), False) for weight in model.parameters()}
-    rounded = copy.deepcopy(model, weights).to(dtype)
+    rounded = _copy(model, dtype)
     rounded.config.use_cache = True
     rounded.save_pretrained(out, max_shard_size=SHARD_BYTES)
     for path in out.glob("*.safetensors"):
@@ -59,11 +57,19 @@ def save_model(model: PreTrainedModel, source: Path, out: Path, dtype: torch.dty
             shutil.copyfile(source / name, out / name)
 
 
+def _copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy on the CPU, which takes no room where the model is: a GPU may have none left. What is there in this type already is
+    shared."""
+    weights = {id(p): torch.nn.Parameter(p.detach().to("cpu", dtype), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, weights).to("cpu", dtype)
+
+
 def check_reload(folder: Path, model: PreTrainedModel, ids: Tensor) -> Parity:
     """Loads `folder` in a fresh process with stock transformers and compares logits on tokens [rows, length] with `model`.
 
     `model` computes in float32 with weights that the saved type can hold (`round_weights`), so the figure shows the reload
-    alone. The process also generates, saves the model again and compares the files.
+    alone; and both on the CPU, since between a GPU's sums and a CPU's a router picks other experts. The process also generates,
+    saves the model again and compares the files.
     Raises NarrowError (reload_failed, reload_mismatch).
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -89,7 +95,7 @@ def check_reload(folder: Path, model: PreTrainedModel, ids: Tensor) -> Parity:
             raise NarrowError("reload_failed", f"The saved model does not pass its check in a fresh process: {last[:300]}")
         found = load_file(logits)["logits"]
     with torch.no_grad():
-        expected = model(input_ids=ids, use_cache=False).logits.float().cpu()
+        expected = _copy(model, torch.float32)(input_ids=ids.cpu(), use_cache=False).logits
     error = (found - expected).abs().max().item()
     parity = Parity(max_error=error, relative_error=error / max(expected.abs().max().item(), 1e-9))
     if not parity.relative_error <= RELATIVE_BOUND:

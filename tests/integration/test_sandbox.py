@@ -68,6 +68,8 @@ attacks = {
     "talks to the machine's host": lambda: socket.socket(40, socket.SOCK_STREAM),
     "uses an odd protocol": lambda: socket.socket(17, socket.SOCK_DGRAM),
     "begins a session": lambda: call(SETSID),
+    "changes the system's settings": lambda: os.open("/proc/sys/kernel/core_pattern", os.O_WRONLY),
+    "presses the system's keys": lambda: os.open("/proc/sysrq-trigger", os.O_WRONLY),
     "becomes somebody else": lambda: os.setuid(12345),
     "takes all memory": lambda: bytearray(4 << 30),
     "fills the disk": lambda: write_much(work + "/much"),
@@ -98,6 +100,8 @@ for name, attack in attacks.items():
         found[name] = type(error).__name__
 print(json.dumps(found))
 """
+BARE = {"gives it other rights", "gives it another time", "asks for its size", "sees what others run"}
+"""What cannot be helped without namespaces."""
 NAMES = ("PTRACE", "UNSHARE", "SETSID", "INOTIFY", "SHMGET", "MEMFD", "CLONE")
 NUMBERS = {"x86_64": (101, 272, 112, 254, 29, 319, 56), "aarch64": (117, 97, 157, 27, 194, 279, 220)}
 
@@ -138,14 +142,23 @@ def listening():
         yield server.getsockname()[1]
 
 
-def attacked(tmp_path, port, before=(), **limits) -> set[str]:
-    """Which attacks were successful."""
+def with_a_gpu(tmp_path) -> list[str]:
+    """Before a command and its limits: it is shut in as where there is a GPU of NVIDIA's, for which /dev/null stands."""
+    code = Path(sandbox.__file__).read_text()
+    assert code.count('NVIDIA = ("nvidia", ') == 1
+    (tmp_path / "with_a_gpu.py").write_text(code.replace('NVIDIA = ("nvidia", ', 'NVIDIA = ("null", '))
+    return [*sandbox.before()[:3], str(tmp_path / "with_a_gpu.py")]
+
+
+def attacked(tmp_path, port, before=(), shuts_in=(), **limits) -> set[str]:
+    """Which attacks were successful. `shuts_in` takes the place of the sandbox."""
     (tmp_path / "work").mkdir()
     (tmp_path / "others").mkdir()
     secret = tmp_path / "others" / "secret"
     secret.write_text("narrow.db")
     folders = {"write": [str(tmp_path / "work")], "hide": [str(tmp_path)]}
     shut_in = sandbox.before(**folders, memory=1 << 30, file=1 << 20, files=256, **limits)
+    shut_in[: len(shuts_in)] = shuts_in
     done = subprocess.run(
         [*before, *shut_in, sys.executable, "-c", numbered(ATTACKS), str(tmp_path / "work"), str(secret), str(os.getpid())],
         capture_output=True,
@@ -165,12 +178,7 @@ def test_nothing_gets_out_of_a_job(tmp_path, listening):
 
 def test_without_namespaces_little_more_gets_out(tmp_path, listening):
     """And that is said."""
-    assert attacked(tmp_path, listening, without_namespaces()) == {
-        "gives it other rights",
-        "gives it another time",
-        "asks for its size",
-        "sees what others run",
-    }
+    assert attacked(tmp_path, listening, without_namespaces()) == BARE
     probe = [*without_namespaces(), *sandbox.before()[:4], "--probe"]
     told = json.loads(subprocess.run(probe, capture_output=True, text=True, check=True).stdout)
     assert [sentence.partition(",")[0] for sentence in told] == [
@@ -190,6 +198,45 @@ def test_processes_that_train_together_reach_each_other_and_nobody_else(tmp_path
     )
     command = [*sandbox.before(network=True), sys.executable, "-c", code]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "b'x'\n"
+
+
+DRIVER = """
+import ctypes, os, socket, threading, time
+libc = ctypes.CDLL(None)
+
+def start():
+    thread = threading.Thread(target=time.sleep, args=(5,), daemon=True)
+    thread.start()
+    with open(os.open(f"/proc/self/task/{thread.native_id}/comm", os.O_WRONLY), "w") as file:
+        file.write("cuda-EvtHandlr")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(f"\\0cuda-uvmfd-{os.getpid()}")
+        listening.listen()
+    assert libc.syscall(MEMFD, b"cuda", 0) > 0
+
+start()
+if os.fork() == 0:
+    start()
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.parametrize("before", [(), without_namespaces()], ids=["namespaces", "bare"])
+def test_a_gpus_driver_can_start_and_nothing_more_gets_out(tmp_path, listening, before):
+    """In a job, and in what it starts to time a model."""
+    if before and os.geteuid() == 0:
+        pytest.skip("the system's settings are there to be written to: no driver starts")
+    gpu = with_a_gpu(tmp_path)
+    command = [*before, *gpu, sandbox.before()[4], sys.executable, "-c", numbered(DRIVER)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "0\n"
+    more = {"keeps memory in a file"} if before == () else {"keeps memory in a file", *BARE}
+    assert attacked(tmp_path, listening, before, gpu) == more
+
+
+def test_a_job_of_roots_writes_no_settings_of_the_system(tmp_path, listening):
+    """Where namespaces are not allowed, and whoever made the container has not made them read-only."""
+    assert attacked(tmp_path, listening, without_namespaces(), with_a_gpu(tmp_path)) == {"keeps memory in a file", *BARE}
 
 
 ESCAPE = """
