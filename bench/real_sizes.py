@@ -92,7 +92,8 @@ def run(base: Path, scratch: Path, asked: argparse.Namespace) -> dict:
     start = [sys.executable, "-m"]
     if asked.processes > 1:
         start += ["torch.distributed.run", "--nproc-per-node", str(asked.processes), "-m"]
-    command = [*start, "narrow_engine", str(scratch / "spec.json"), "--out", str(scratch / "run"), "--quiet"]
+    command = [*start, "narrow_engine", str(scratch / "spec.json"), "--out", str(scratch / "run")]
+    # It tells each stage as it ends: a bench that is cut off has those.
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'client'}"})
     return json.loads((scratch / "run" / "result" / "report.json").read_text())
 
