@@ -98,7 +98,8 @@ def run(base: Path, scratch: Path, asked: argparse.Namespace) -> tuple[dict, dic
     start = [sys.executable, "-m"]
     if asked.processes > 1:
         start += ["torch.distributed.run", "--nproc-per-node", str(asked.processes), "-m"]
-    command = [*start, "narrow_engine", str(scratch / "spec.json"), "--out", str(scratch / "run"), "--quiet"]
+    command = [*start, "narrow_engine", str(scratch / "spec.json"), "--out", str(scratch / "run")]
+    # It tells each stage as it ends: a bench that is cut off has those.
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'client'}"})
     config = json.loads((base / "config.json").read_text())
     predicted = plan_sizes(config, Options.model_validate(spec), 2, low=training_dtype(device()) != torch.float32).memory

@@ -330,7 +330,7 @@ def stages(job: Job) -> dict[str, int]:
         "score": job.fixed + base + _scoring(job),
         "slice": job.fixed + base + layer + cut,
         "reconstruct": job.fixed + base + cut + _refit(job) if method.refit else 0,
-        "measure": job.fixed + base + 2 * cut + _forward(dims, MEASURED, job.gpu, 3),
+        "measure": job.fixed + base + (1 if job.gpu else 2) * cut + _forward(dims, MEASURED, job.gpu, 2 if job.gpu else 3),
         "export": job.fixed + exporting(job.options.export, base, cut, job.gpu),
     }
     for name, task in trainings(job).items():

@@ -18,7 +18,7 @@ from narrow_engine import reconstruct as least_squares
 from narrow_engine.earlier import base, untouched
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import dimensions
-from narrow_engine.models import config_dict, greedy, size_in_memory
+from narrow_engine.models import config_dict, device, greedy, size_in_memory
 from narrow_engine.plan import Scores, make_plan
 from narrow_engine.report.model import Locality, LocalityCurve, Relearning, Sample, Skill
 from narrow_engine.run import Run, write_json
@@ -62,6 +62,7 @@ def measure_base(run: Run, out: Path) -> None:
 def controls(run: Run, out: Path) -> None:
     """What the result is compared with: chance, and the base that was trained alike; each measured on every skill."""
     make = {"random": _by_chance, "trained": _trained_base}
+    run.models.pop("recover", None)  # it is read again when it is measured
     for control in wanted_controls(run.spec):
         model = make[control](run)
         for name, skill in earlier.skills(run).items():
@@ -90,12 +91,11 @@ def _trained_base(run: Run) -> PreTrainedModel:
 
 def measure(run: Run, out: Path) -> None:
     """Base, cut and recovered model on every skill, side by side on the same text, and a sample of what they write."""
-    variants = [earlier.model(run, "reconstruct"), earlier.model(run, "recover")]
-    rows, seed = {}, run.spec.seed
+    rows, seed, measured = {}, run.spec.seed, _side_by_side(run)
     for name, skill in earlier.skills(run).items():
         first = skills.Measured.load(run.out("measure_base") / f"{skill.file}.npz")
-        beside = skills.measure(base(run), variants, earlier.documents(run, name), run.spec.block_tokens, run.progress("measure"))
-        before, after = (found.per(first) for found in beside[1:])
+        beside = measured[name]
+        before, after = (variant.per(first) for variant in beside[1:])
         kept = skills.retention(first, after, seed)
         beside_it = {
             control: skills.Measured.load(run.out("controls") / f"{control}.{skill.file}.npz").per(first)
@@ -130,6 +130,21 @@ def measure(run: Run, out: Path) -> None:
                 )
     write_json(out / "skills.json", rows)
     write_json(out / "samples.json", [sample.model_dump() for sample in _samples(run)])
+
+
+def _side_by_side(run: Run) -> dict[str, list[skills.Measured]]:
+    """Base, cut and recovered model on every skill. On a GPU, which may not hold all three, the base reads the text with each."""
+    stages, found = ("reconstruct", "recover"), dict[str, list[skills.Measured]]()
+    for together in [stages] if device().type == "cpu" else [stages[:1], stages[1:]]:
+        models = [earlier.model(run, stage) for stage in together]
+        for name in earlier.skills(run):
+            documents, tell = earlier.documents(run, name), run.progress("measure")
+            of_base, *others = skills.measure(base(run), models, documents, run.spec.block_tokens, tell)
+            found.setdefault(name, [of_base]).extend(others)
+        for stage in together:
+            del run.models[stage]
+        del models
+    return found
 
 
 def answer(run: Run, out: Path) -> None:

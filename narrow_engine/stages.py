@@ -539,7 +539,7 @@ def _harm(curve: list[CurvePoint]) -> str:
 
 def export(run: Run, out: Path) -> None:
     """The model as files: stock safetensors, reloaded by a fresh process, and ONNX; each checked against the original."""
-    run.models.pop("reconstruct", None)
+    run.models.pop("reconstruct", None)  # of who asked for answers
     model, probe = earlier.model(run, "recover"), earlier.probe(run)
     size = size_in_memory(model)
     others: list[Format] = [form for form in run.spec.export if form != "safetensors"]
