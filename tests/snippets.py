@@ -192,7 +192,9 @@ def _real(word: str) -> str:
             things = kinds[word.removesuffix("...")].list()
             if word == "job_...":
                 return next(job.id for job in things if job.status == "succeeded")
-            return next(thing.id for thing in things)
+            # A dataset that is there already is not uploaded again, so the newest may be any.
+            found = list(things)
+            return next((thing.id for thing in found if getattr(thing, "name", "") == "python"), found[0].id)
     return word
 
 
