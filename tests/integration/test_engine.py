@@ -339,6 +339,7 @@ def test_a_report_is_made_again_from_the_same_bytes_and_from_no_other(spec, tmp_
     assert "and was 1.0" in told
 
 
+@pytest.mark.slow
 def test_names_of_skills_may_be_anything(spec, tmp_path, german_file):
     """They once were file names: 'training' took the place of the training text."""
     names = ["training", "字" * 100]
@@ -488,7 +489,7 @@ def test_what_the_teacher_said_teaches_as_the_teacher_does(spec, tmp_path):
     [
         pytest.param({"cache": "top", "top": 32, "temperature": 2.0}, marks=pytest.mark.slow),
         {"correction": {"tokens": 2560}, "cache": "hidden"},
-        {"match": {"hidden": 1.0, "attention": 1.0}, "on_policy": 0.5},
+        pytest.param({"match": {"hidden": 1.0, "attention": 1.0}, "on_policy": 0.5}, marks=pytest.mark.slow),
     ],
 )
 def test_ways_of_being_taught(spec, tmp_path, recover):

@@ -17,6 +17,7 @@ from experiments import language
 from experiments.parity import Parity
 
 
+@pytest.mark.slow
 def test_hierarchy(tmp_path):
     """A composite of eight of 24 bits is learned beside its subtasks, and not alone."""
     setting = hierarchy.Setting(4, 64, 3, 1_200_000, bits=24, each=2)

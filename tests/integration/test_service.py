@@ -254,6 +254,7 @@ def test_bad_datasets_are_refused_by_line(service):
     assert service.http.delete(f"/datasets/{made.json()['id']}").status_code == 204
 
 
+@pytest.mark.slow
 def test_bad_rows_are_left_out_where_that_is_asked_for(service, done, tmp_path, python_file):
     texts = [json.loads(line)["text"] for line in python_file.read_text().splitlines()]
     path = tmp_path / "d.parquet"

@@ -40,6 +40,7 @@ def test_what_bounds_a_result_is_what_does_not_shrink_with_it():
     assert speed.bound(timed((1000, 250), (1000, 250), predicted=1.0), size()) == "", "nothing was to be faster"
 
 
+@pytest.mark.slow
 def test_base_and_result_are_timed_in_processes_of_their_own(tmp_path):
     for name, width in (("base", 512), ("narrow", 32)):
         tiny_model("llama", intermediate_size=width, hidden_size=128, num_hidden_layers=6).save_pretrained(tmp_path / name)
