@@ -10,8 +10,8 @@ FLOPs are those of the weights (6 a parameter and token that is trained on, 2 th
 those of activations that are computed again. The limit is the data sheet's where the device is known, else that of a square
 matrix product measured here. Needs twenty bytes of disk a parameter (in TMPDIR). On a CPU ask for few tokens:
 
-    python bench/real_sizes.py --shapes 1B-4 --calibration-tokens 2048 --block-tokens 256 --skill-tokens 1024 \\
-        --recover-tokens 8192 --batch-tokens 2048
+    python bench/real_sizes.py --shapes 1B-4 --budget 0.75 --calibration-tokens 1024 --block-tokens 512 --skill-tokens 1024 \\
+        --recover-tokens 6144 --batch-tokens 2048
 """
 
 import argparse

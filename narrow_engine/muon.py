@@ -80,7 +80,8 @@ def _wide(matrix: Tensor) -> Tensor:
 
 def orthogonalize(matrices: Tensor) -> Tensor:
     """[n, rows, columns] with rows ≤ columns → matrices with the same singular vectors and singular values near 1; of more than
-    BLOCK rows, in equal blocks of rows, each by itself."""
+    BLOCK rows, in equal blocks of rows, each by itself (arXiv 2510.16981, without its steps on whole matrices: what that costs is
+    in docs/explanation/recovery.md)."""
     a, b, c = COEFFICIENTS
     stack, rows, columns = matrices.shape
     blocks = -(-rows // BLOCK)
