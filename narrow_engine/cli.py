@@ -381,7 +381,8 @@ def _known(error: Exception) -> NarrowError | None:
     if out_of_memory(error):
         return NarrowError(
             "out_of_memory",
-            "The job ran out of memory: lower method.recover.batch_tokens or block_tokens, or take a machine with more.",
+            "The job ran out of memory: give it more, where it has a limit (resources.memory, NARROW_MAX_JOB_MEMORY), or take a "
+            "machine with more; in training, lower method.recover.batch_tokens or block_tokens.",
         )
     return None
 

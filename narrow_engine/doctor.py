@@ -17,7 +17,7 @@ import click
 import torch
 from pydantic import ValidationError
 
-from narrow_engine import memory, processors, sandbox
+from narrow_engine import footprint, memory, processors, sandbox
 from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import DTYPES, inspect_model
 from narrow_engine.models import device
@@ -89,7 +89,7 @@ def job(base: Path, budget: dict[str, float] | None, recover_tokens: int | None)
         "memory_peak_in": max(sizes.memory, key=lambda stage: sizes.memory[stage]),
         "least_memory_bytes": sizes.least_memory_bytes,
         "memory_here_bytes": there,
-        "fits": sizes.least_memory_bytes <= there,
+        "fits": sizes.least_memory_bytes <= footprint.ROOM * there,
         "estimated_seconds": round(sizes.seconds),
         "notes": [
             *sizes.notices,

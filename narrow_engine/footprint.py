@@ -21,6 +21,8 @@ ROOM = 0.9
 """Share of the memory that may be filled, by predictions that are within a tenth of what is measured."""
 FIXED = 380 * 2**20
 """What a process has of libraries and code before any model."""
+READING = 160 * 10**6
+"""What reading and tokenizing text takes beside the base, of the text no more than that."""
 SMALL_PIECE = 4096
 """Tokens of a piece of a batch, below which matrix products lose speed: recomputing comes first."""
 CHUNK, GPU_LOGITS = 256, 2**27
@@ -33,7 +35,7 @@ STACK = 2**24
 """Numbers that Muon iterates on together, but for a larger matrix. The iteration holds five arrays of them."""
 NEWTON_STEPS, BLOCK = 5, 512
 """Of Muon's iteration; and rows of a matrix that are orthogonalised together. FLOPs go with their number: whole matrices of a
-model of 8 billion parameters would take ten times as many as the forward and backward pass of 2,048 tokens."""
+model of 8 billion parameters would take nearly five times as many as the forward and backward pass of 2,048 tokens, taught."""
 DROPPED = 3
 """Numbers of every pair of positions in every head that attention keeps where it has dropout, which is not fused on a CPU."""
 PIECE = 2**22
@@ -225,9 +227,17 @@ def ways(rows: int, length: int, may_round: bool) -> Iterator[Way]:
             yield Way(pieces, recompute=True, bfloat16=rounded)
 
 
-def choose(task: Task, there: int, phase: str, may_round: bool) -> Way:
-    """The fastest way that fits into the memory that there is. Raises NarrowError (too_little_memory)."""
-    found = list(ways(math.ceil(task.rows / task.processes), task.length, may_round))
+def choose(task: Task, there: int, phase: str, may_round: bool, rounded: bool | None = None) -> Way:
+    """The fastest way that fits into the memory that there is, of those whose weights are bfloat16 or not if `rounded` says.
+    Raises NarrowError (too_little_memory, cannot_go_on)."""
+    found = [
+        way for way in ways(math.ceil(task.rows / task.processes), task.length, may_round) if rounded in (None, way.bfloat16)
+    ]
+    if not found:
+        raise NarrowError(
+            "cannot_go_on",
+            f"Training in {phase} was begun in bfloat16, which takes one process: let one go on, or begin anew elsewhere.",
+        )
     for way in found:
         if training(task, way) <= ROOM * there:
             return way
@@ -309,7 +319,7 @@ def trainings(job: Job) -> dict[str, Task]:
     if taught(method) and method.recover.correction:
         found["correct"] = task(job.base, method.recover.optimizer, 2 * base)
     if method.recover.tokens:
-        beside = base + (job.teacher if taught(method) and not method.recover.cache else 0)
+        beside = 0 if method.recover.cache else base + (job.teacher if taught(method) else 0)
         found["recover"] = task(job.small, method.recover.optimizer, beside, taught(method))
     if "trained" in controls(job.options):
         found["controls"] = task(job.base, method.recover.optimizer, 2 * base)
@@ -325,7 +335,7 @@ def stages(job: Job) -> dict[str, int]:
     trimmed = 4 * dims.vocab * dims.hidden if job.whole.vocab != dims.vocab else 0
     layer = 4 * counts(job.config, dims).layer
     found = {
-        "load": job.fixed + whole,
+        "load": job.fixed + whole + READING,
         "measure_base": job.fixed + whole + trimmed + _forward(job.whole, MEASURED, job.gpu),
         "score": job.fixed + base + _scoring(job),
         "slice": job.fixed + base + layer + cut,

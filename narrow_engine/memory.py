@@ -10,6 +10,9 @@ import torch
 
 CONTAINER = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """What the container that this process is in may have, in control groups of version 2 and 1."""
+TIGHT = 0.6
+"""Share of the memory from which on glibc must not keep what is freed: it keeps up to a third of what training takes."""
+TRIM, MAP, SOON = -1, -3, 2**16  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, and bytes for both
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -23,6 +26,14 @@ def limit(device: torch.device) -> int:
     own, _ = resource.getrlimit(resource.RLIMIT_DATA)
     there = [physical, *(int(most) for most in container if most.isdigit())]
     return min(there if own == resource.RLIM_INFINITY else [*there, own])
+
+
+def keep_within(taken: int, device: torch.device) -> None:
+    """Where so many bytes are most of the memory there is, has glibc give back what is freed at once from now on, and not keep it
+    for later, which is faster."""
+    if device.type == "cpu" and taken > TIGHT * limit(device) and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for threshold in (TRIM, MAP):
+            libc.mallopt(threshold, SOON)
 
 
 def give_back(device: torch.device) -> None:

@@ -590,14 +590,17 @@ Priority = Annotated[int, Field(ge=-10, le=10, description="Of a tenant's jobs t
 
 
 class Resources(Model):
-    """What a job gets of a cluster's node. On a service without a cluster it has the whole machine, with as many processes in
-    training as `gpus` says, each of which takes a GPU where there are any.
+    """What a job gets of a cluster's node. On a service without a cluster it has the whole machine but for `memory`, with as many
+    processes in training as `gpus` says, each of which takes a GPU where there are any.
     """
 
     gpus: int = Field(0, ge=0, le=64, description="Training is spread over them.")
     cpus: int | None = Field(None, ge=1, le=1024, description="By default as the service says.")
     memory: int | None = Field(
-        None, ge=2**20, le=2**50, description="Bytes of main memory; by default as `POST /plans` estimates."
+        None,
+        ge=2**20,
+        le=2**50,
+        description="Bytes of main memory; by default the machine's, and of a cluster's node as `POST /plans` estimates.",
     )
 
 

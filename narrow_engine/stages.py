@@ -108,7 +108,9 @@ def load(run: Run, out: Path) -> None:
     target, tokens = needed[spec.target_name].documents, None
     if trimmed:
         tokens = _trim(run, model, reader, [text.counts for text in needed.values()], room["token"])
-        solve(info.config, spec, DTYPES[info.dtype], len(tokens) if tokens else reader.size)
+        count = len(tokens) if tokens else reader.size
+        room, _ = solve(info.config, spec, DTYPES[info.dtype], count)
+        _require_memory(run, info, taught_by, room, count)
         if taught_by and not tokens:
             # It could not be trimmed after all, and has all its rows.
             check_teacher(info.config, taught_by.config, readings, False, spec.block_tokens)
@@ -190,20 +192,21 @@ def _tell_parked(run: Run, info: ModelInfo) -> None:
     )
 
 
-def _require_memory(run: Run, info: ModelInfo, taught_by: ModelInfo | None, keep: Keep) -> None:
+def _require_memory(run: Run, info: ModelInfo, taught_by: ModelInfo | None, keep: Keep, tokens: int | None = None) -> None:
     """Refuses at the start what could not be trained here after hours. Raises NarrowError (too_little_memory).
 
-    A vocabulary whose size the text decides is counted without its tokens: what they add is judged when training begins.
+    A vocabulary whose size the text decides is counted without its tokens until the text has been read, and there are `tokens`.
     """
     dims, spec, where = dimensions(info.config), run.spec, device()
-    if "token" in keep and not vocabulary_is_fixed(spec):
-        dims, keep = replace(dims, vocab=1), {**keep, "token": 1}
+    if tokens or ("token" in keep and not vocabulary_is_fixed(spec)):
+        dims, keep = replace(dims, vocab=tokens or 1), {**keep, "token": tokens or 1}
     size = size_of(taught_by.config, dimensions(taught_by.config), DTYPES[taught_by.dtype]).bytes if taught_by else 0
     low, gpu = training_dtype(where) != torch.float32, where.type == "cuda"
     parked = 4 * info.parameters > earlier.room()
     job = footprint.Job(info.config, spec, dims, dims, shrink(dims, keep), size, low, gpu, parked)
     if run.mesh is None:
         footprint.check(job, memory.limit(where))
+    memory.keep_within(max(footprint.stages(job).values()), where)
 
 
 def _keep_to_relearn(run: Run, text: corpus.Documents, name: str, file: str, out: Path) -> bool:
@@ -479,6 +482,9 @@ def recover(run: Run, out: Path) -> None:
     options = run.spec.method.recover
     run.models.pop("reconstruct", None)  # it is read again when it is measured
     small, whole = earlier.copy(run, "reconstruct"), size_in_memory(base(run))
+    if options.cache:
+        # What it says has been written down.
+        run.models, whole = {}, 0
     curve: list[CurvePoint] = []
     if options.tokens:
         blocks, count = earlier.recovery_blocks(run)

@@ -127,7 +127,9 @@ def train(
     write it. `resident` is what other models take of the memory, the teacher's aside. Raises NarrowError (too_little_memory).
     """
     rows, steps = shape(settings, blocks)
-    way = _way(model, teacher, settings, rows, blocks.length, mesh, after_step is None, resident, phase, emit)
+    checkpoint = folder / "checkpoint.safetensors"
+    rounded = _is_rounded(checkpoint)
+    way = _way(model, teacher, settings, rows, blocks.length, mesh, after_step is None, rounded, resident, phase, emit)
     parts = shard.parts(mesh, rows, way.pieces)
     place = model.device
     if way.bfloat16:
@@ -143,7 +145,6 @@ def train(
         in_float32.enter_context(rounding.computed_in_float32(trained))
     optimizers = _optimizers(trained, settings, way.bfloat16)
     parameters = dict(trained.named_parameters())
-    checkpoint = folder / "checkpoint.safetensors"
     done, curve = _restore(checkpoint, parameters, optimizers, after_step)
     if not curve:
         curve = [CurvePoint(phase=phase, tokens=0, validation=whole(validate), seconds=0.0)]
@@ -257,11 +258,13 @@ def _way(
     length: int,
     mesh: DeviceMesh | None,
     may_round: bool,
+    rounded: bool | None,
     resident: int,
     phase: str,
     emit: Sink,
 ) -> footprint.Way:
-    """How a step is done on this machine, and a notice of whatever is not the plain way."""
+    """How a step is done on this machine, and a notice of whatever is not the plain way. What was begun with weights in one type
+    (`rounded`) goes on so, whatever memory there is by now."""
     processes, config = mesh.size() if mesh is not None else 1, config_dict(model)
     there, beside = memory.limit(model.device), resident + (teacher.bytes if teacher is not None else 0)
     if model.device.type == "cpu":
@@ -279,7 +282,8 @@ def _way(
         gpu=model.device.type == "cuda",
         taught=teacher is not None,
     )
-    way = footprint.choose(task, there, phase, may_round and mesh is None)
+    way = footprint.choose(task, there, phase, may_round and mesh is None, rounded)
+    memory.keep_within(footprint.training(task, way), model.device)
     for code, sentence in footprint.told(task, way, there):
         emit("notice", phase, sentence, {"code": code})
     return way
@@ -403,10 +407,19 @@ def _save(
         return
     temporary = path.with_suffix(".tmp")
     points = json.dumps([point.model_dump() for point in curve])
-    save_file(tensors, temporary, {"step": str(step), "curve": points})
+    rounded = str(any(parameter.dtype == torch.bfloat16 for parameter in parameters.values()))
+    save_file(tensors, temporary, {"step": str(step), "curve": points, "rounded": rounded})
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _is_rounded(path: Path) -> bool | None:
+    """Whether what a checkpoint holds is in bfloat16; None if there is no checkpoint."""
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        return bool(file.metadata()["rounded"] == "True")
 
 
 def _restore(

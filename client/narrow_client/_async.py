@@ -623,7 +623,7 @@ class AsyncModels:
         name = _calls.model_name(folder, name)
         files = await asyncio.to_thread(_calls.describe, *_calls.model_files(folder))
         async for known in self.list(sha256=_calls.model_sha256(files)):
-            if known.name == name:
+            if _calls.same_name(known.name, name or ""):
                 return known
         uploads = [await self._transport.upload(file) for file in files if file.large]
         return await self._transport.send(_calls.upload_model(files, uploads, name))

@@ -66,6 +66,9 @@ MODEL_FILES = (
 )
 
 
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+
 @dataclass(frozen=True)
 class Call(Generic[Result]):
     """One request. `safe`: sending it twice does no more than sending it once, so it may be retried."""
@@ -272,7 +275,7 @@ def data_file(path: object) -> Path:
 
 def model_files(folder: Path) -> list[Path]:
     """What belongs to a model, of a folder in the Hugging Face layout."""
-    return [p for p in sorted(folder.iterdir()) if p.is_file() and (p.name in MODEL_FILES or p.name.endswith(".safetensors"))]
+    return [p for p in sorted(folder.iterdir()) if p.is_file() and (p.name in MODEL_FILES or WEIGHTS.fullmatch(p.name))]
 
 
 @dataclass(frozen=True)
@@ -310,9 +313,14 @@ def model_sha256(files: list[LocalFile]) -> str:
 
 def same_dataset(known: Dataset, file: LocalFile, name: str | None, column: str, bad_rows: BadRows) -> bool:
     """Whether a dataset of the same bytes is what would come of an upload."""
-    stem = file.path.name.removesuffix(known.format)
-    read_alike = stem != file.path.name and (known.column, known.bad_rows) == (column, bad_rows)
-    return read_alike and known.name == (name or stem)
+    called = file.path.name
+    read_alike = called.lower().endswith(known.format) and (known.column, known.bad_rows) == (column, bad_rows)
+    return read_alike and same_name(known.name, name or called[: -len(known.format)])
+
+
+def same_name(kept: str, given: str) -> bool:
+    """Whether the service may have made one of the other: it leaves out what no name can hold."""
+    return re.findall(r"\w+", kept) == re.findall(r"\w+", given)
 
 
 def upload_model(files: list[LocalFile], uploads: list[str], name: str | None) -> Call[Model]:

@@ -622,7 +622,7 @@ class Models:
         name = _calls.model_name(folder, name)
         files = _calls.describe(*_calls.model_files(folder))
         for known in self.list(sha256=_calls.model_sha256(files)):
-            if known.name == name:
+            if _calls.same_name(known.name, name or ""):
                 return known
         uploads = [self._transport.upload(file) for file in files if file.large]
         return self._transport.send(_calls.upload_model(files, uploads, name))

@@ -1416,7 +1416,7 @@ class Memory(RootModel[int]):
     root: Annotated[
         int,
         Field(
-            description="Bytes of main memory; by default as `POST /plans` estimates.",
+            description="Bytes of main memory; by default the machine's, and of a cluster's node as `POST /plans` estimates.",
             ge=1048576,
             le=1125899906842624,
             title="Memory",
@@ -1426,8 +1426,8 @@ class Memory(RootModel[int]):
 
 class Resources(Resource):
     """
-    What a job gets of a cluster's node. On a service without a cluster it has the whole machine, with as many processes in
-    training as `gpus` says, each of which takes a GPU where there are any.
+    What a job gets of a cluster's node. On a service without a cluster it has the whole machine but for `memory`, with as many
+    processes in training as `gpus` says, each of which takes a GPU where there are any.
     """
 
     model_config = ConfigDict(
@@ -1443,7 +1443,7 @@ class Resources(Resource):
     memory: Annotated[
         Memory | None,
         Field(
-            description="Bytes of main memory; by default as `POST /plans` estimates.",
+            description="Bytes of main memory; by default the machine's, and of a cluster's node as `POST /plans` estimates.",
             title="Memory",
         ),
     ] = None

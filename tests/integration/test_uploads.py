@@ -214,7 +214,10 @@ def test_what_is_there_is_not_sent_again(service, tiny_folder, tmp_path, monkeyp
         assert client.models.upload(tiny_folder, "another").id != model.id
         assert {found.id for found in client.models.list(sha256=model.sha256)} >= {model.id}
         assert list(client.models.list(sha256="0" * 64)) == []
+        odd = shutil.copy(path, tmp_path / "My data (v1).JSONL")
+        assert client.datasets.upload(odd) == client.datasets.upload(odd) != first
         copy = shutil.copytree(tiny_folder, tmp_path / tiny_folder.name)
+        (copy / "consolidated.safetensors").write_bytes(b"the same weights in another layout")
         assert client.models.upload(copy).id == model.id
         config = (copy / "config.json").read_text()
         (copy / "config.json").write_text(config + "\n")

@@ -86,6 +86,18 @@ def test_slower_ways_take_less():
         assert footprint.training(task, chosen) <= there
 
 
+def test_what_was_begun_in_one_type_goes_on_in_it():
+    config = tiny_config("llama", vocab_size=8192, hidden_size=512, intermediate_size=2048).to_dict()
+    task = Task(config, dimensions(config), 64, 512, "muon", False)
+    least, plenty = round(footprint.training(task, list(footprint.ways(64, 512, True))[-1]) / footprint.ROOM) + 1, 2**50
+    assert footprint.choose(task, plenty, "recover", True, True) == Way(1, recompute=True, bfloat16=True)
+    assert footprint.choose(task, plenty, "recover", True, False) == Way()
+    for there, may_round, rounded, code in ((least, True, False, "too_little_memory"), (plenty, False, True, "cannot_go_on")):
+        with pytest.raises(NarrowError) as caught:
+            footprint.choose(task, there, "recover", may_round, rounded)
+        assert caught.value.code == code
+
+
 def test_what_fits_in_no_way_is_refused_with_what_is_short():
     config = tiny_config("llama").to_dict()
     task = Task(config, dimensions(config), 4, 32, "muon", False)

@@ -61,6 +61,18 @@ def test_it_learns_and_a_run_that_was_stopped_ends_with_the_same_weights(family,
         assert a.ndim < 2 or torch.equal(a, a.bfloat16().float()), f"{name} was in bfloat16"
 
 
+def test_a_run_that_is_resumed_where_there_is_more_memory_goes_on_in_bfloat16(tmp_path, monkeypatch):
+    settings, told = Settings(32 * 4 * 12, 128, "next_token", 1.0, "adamw", 3e-3), []
+    with monkeypatch.context() as little:
+        little.setattr(footprint, "choose", lambda *_: footprint.Way(2, recompute=True, bfloat16=True))
+        with pytest.raises(Cancelled):
+            run(tiny_model("llama"), settings, tmp_path / "run", stop_at=5)
+    model = tiny_model("llama", seed=9)
+    run(model, settings, tmp_path / "run", emit=lambda *event: told.append(event))
+    assert all(p.ndim < 2 or torch.equal(p, p.bfloat16().float()) for p in model.parameters())
+    assert {data["code"] for kind, *_, data in told if kind == "notice"} == {"recomputed", "bfloat16"}
+
+
 def test_the_held_out_loss_is_that_of_the_weights_as_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(footprint, "choose", lambda *_: footprint.Way(1, recompute=True, bfloat16=True))
     model, ids = tiny_model("llama"), torch.arange(64).view(2, 32)
