@@ -393,7 +393,7 @@ def problems_page() -> str:
     )
 
 
-ERRORS = {"ApiError": (0, 1, 2), "NarrowError": (None, 0, 1), "_Refused": (None, 0, 1), "_failed": (None, 0, 1)}
+ERRORS = {"ApiError": (0, 1, 2), **dict.fromkeys(("NarrowError", "BadRow", "_Refused", "_failed"), (None, 0, 1))}
 """What makes an error: the places of its status, code and sentence among the arguments."""
 SAYING = {*ERRORS, "not_found", "_unknown", "_refuse"}
 

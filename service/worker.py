@@ -154,7 +154,7 @@ class _Execution:
         self.saves = Saves(storage, job.id, job.last_seq, self.folder) if settings.storage_url else None
         self.held = time.monotonic()
         self.outcome = "error"
-        self.exceeded: tuple[str, str] | None = None
+        self.exceeded: NarrowError | None = None
         self.error: dict[str, str] | None = None
         self.span = span
         self.started: dict[str, Event] = {}
@@ -199,7 +199,7 @@ class _Execution:
             self._finish("cancelled")
         elif status == "exceeded":
             assert self.exceeded
-            self._failed(*self.exceeded)
+            self._failed(self.exceeded.code, str(self.exceeded))
         elif process.returncode != 0 and (self.stop.is_set() or status in ("pausing", "away")):
             self._save()
             self._release(counts=False)
@@ -240,10 +240,10 @@ class _Execution:
                 time.sleep(LOOK_SECONDS)
         return status
 
-    def _exceeded(self, process: subprocess.Popen[bytes], seconds: float, shelf: local.Kept) -> tuple[str, str] | None:
-        """What a job has taken too much of, as code and message of its failure. `shelf`: what was on its tenant's as it began."""
+    def _exceeded(self, process: subprocess.Popen[bytes], seconds: float, shelf: local.Kept) -> NarrowError | None:
+        """What a job has taken too much of. `shelf`: what was on its tenant's as it began."""
         if seconds > self.settings.max_job_seconds:
-            return (
+            return NarrowError(
                 "too_long",
                 f"The job has run for {self.settings.max_job_seconds:g} s, which is all that this service gives one: recover on "
                 "fewer tokens, or cut by an importance that costs less.",
@@ -252,17 +252,18 @@ class _Execution:
         # Twice, since the process that checks a result loads it beside the one that has made it.
         most = 2 * self.processes * local.memory_of(self.settings, self.memory)
         if memory > most:
-            return (
+            return NarrowError(
                 "out_of_memory",
                 f"The job's processes took {memory:,} bytes of memory together, of {most:,}: give it more, in resources.memory, "
                 "or lower method.recover.batch_tokens or block_tokens.",
             )
         if processes > self.processes * local.PROCESSES:
-            return "too_many_processes", f"The job began {processes} processes, which no method needs: it was ended."
+            told = f"The job began {processes} processes, which no method needs: it was ended."
+            return NarrowError("too_many_processes", told)
         own, others = local.kept(self.folder), local.kept(self.shelf)
         size, files = own.bytes + max(0, others.bytes - shelf.bytes), own.files + max(0, others.files - shelf.files)
         if size > self.settings.max_job_bytes or files > local.KEPT_FILES:
-            return (
+            return NarrowError(
                 "too_much_disk",
                 f"The job keeps {size:,} bytes in {files:,} files while it runs, and the service gives it "
                 f"{self.settings.max_job_bytes:,} bytes in {local.KEPT_FILES:,} files (NARROW_MAX_JOB_BYTES).",
