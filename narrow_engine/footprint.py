@@ -378,11 +378,16 @@ def _scoring(job: Job) -> int:
     return (0 if job.gpu else streams) + max(batch, squares)
 
 
+def refit_batch(tokens: int) -> int:
+    """Tokens of a batch that the refit reads, of so many in all; whole blocks of it are taken."""
+    return max(1, min(REFIT_BATCH, tokens // REFIT_BATCHES))
+
+
 def _refit(job: Job) -> int:
     """The calibration tokens' streams in both models, a layer's second moments and their solution, and the layer's training."""
     method, dims, small = job.options.method, job.base, job.small
     tokens, n = method.calibration_tokens, counts(job.config, job.small)
-    batch = max(1, min(REFIT_BATCH, tokens // REFIT_BATCHES))
+    batch = refit_batch(tokens)
     kept, _ = kept_per_token(job.config, small, job.options.block_tokens, job.low)
     solving = 8 * (4 * max(small.width, small.axis("q")) ** 2 + 3 * small.width * small.hidden)
     layer = (

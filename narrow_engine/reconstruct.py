@@ -35,7 +35,7 @@ from transformers import PreTrainedModel
 
 from narrow_engine.corpus import Blocks
 from narrow_engine.families import Dimensions, Family, dimensions
-from narrow_engine.footprint import REFIT_BATCH, REFIT_BATCHES
+from narrow_engine.footprint import refit_batch
 from narrow_engine.layerwise import Call, begin, enter, room
 from narrow_engine.models import config_dict, family, output_weight, routed
 from narrow_engine.muon import Muon, training_dtype
@@ -69,7 +69,7 @@ def refit(
     """Refits `cut` in place on about `tokens` calibration tokens. `progress` is called with (done, total) layers, before every
     step of training too, and may raise to stop. `passes` is how often training goes through the tokens; 0 is none."""
     table, dims, like = family(base), dimensions(config_dict(base)), base.get_input_embeddings().weight
-    rows = max(1, min(REFIT_BATCH, tokens // REFIT_BATCHES) // blocks.length)
+    rows = max(1, refit_batch(tokens) // blocks.length)
     count = max(1, tokens // blocks.length // rows)
     ids = [blocks.batch(first * rows, rows)[:, :-1] for first in range(count)]
     targets, calls = begin(base, ids)

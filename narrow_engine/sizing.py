@@ -346,8 +346,7 @@ def plan_sizes(
     refit_flops = trimmed.flops_per_token + (3.0 + 3.0 * REFIT_PASSES) * after.flops_per_token
     scored = method.calibration_tokens if chooses(method) else 0
     refits = method.refit * (2 if "random" in compared else 1)
-    batch = max(1, min(footprint.REFIT_BATCH, method.calibration_tokens // footprint.REFIT_BATCHES))
-    refit_steps = REFIT_PASSES * (method.calibration_tokens / batch - 1) * refits
+    refit_steps = REFIT_PASSES * (method.calibration_tokens / footprint.refit_batch(method.calibration_tokens) - 1) * refits
     cut, uncut = (footprint.counts(config, shape) for shape in (small, shrink(dims, {"token": small.vocab})))
     steps = recover.tokens / recover.batch_tokens if recover.optimizer == "muon" else 0.0
     flops = (

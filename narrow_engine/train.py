@@ -407,8 +407,7 @@ def _save(
         return
     temporary = path.with_suffix(".tmp")
     points = json.dumps([point.model_dump() for point in curve])
-    rounded = str(any(parameter.dtype == torch.bfloat16 for parameter in parameters.values()))
-    save_file(tensors, temporary, {"step": str(step), "curve": points, "rounded": rounded})
+    save_file(tensors, temporary, {"step": str(step), "curve": points})
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -419,7 +418,7 @@ def _is_rounded(path: Path) -> bool | None:
     if not path.exists():
         return None
     with safe_open(path, "pt") as file:
-        return bool(file.metadata()["rounded"] == "True")
+        return any(file.get_slice(name).get_dtype() == "BF16" for name in file.keys() if name.startswith("weight/"))  # noqa: SIM118
 
 
 def _restore(
