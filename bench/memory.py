@@ -16,9 +16,12 @@ import os
 import subprocess
 import sys
 import tempfile
+from bisect import bisect_left
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
+
+from narrow_engine import footprint
 
 HERE = Path(__file__).resolve().parent
 BASE, DATA = HERE.parent / "demo" / "base", HERE.parent / "demo" / "data"
@@ -67,7 +70,6 @@ H100 = 0.4 * 989e12
 
 def table() -> None:
     """Prints what is predicted for KNOWN, half of whose parameters are kept: GB by stage and way of training, FLOPs, hours."""
-    from narrow_engine import footprint
     from narrow_engine.families import dimensions
     from narrow_engine.sizing import plan_sizes, shrink, solve
     from narrow_engine.spec import Options
@@ -83,28 +85,36 @@ def table() -> None:
         + " | ".join(stages)
         + " | "
         + " | ".join(f"recover, {way}" for way in ways)
-        + " | and the base parked |"
+        + " | and the base parked | machine, at least | machine, base whole |"
     )
-    print("|---" * (3 + len(stages) + len(ways)) + "|")
+    print("|---" * (5 + len(stages) + len(ways)) + "|")
     for name, shape in KNOWN.items():
         config = known_config(shape)
         options = Options.model_validate({"budget": {"parameters": 0.5}, "method": {"units": ["neuron"]}})
         dims = dimensions(config)
         for device, low in (("CPU", False), ("GPU", True)):
             small = shrink(dims, solve(config, options, 2)[0])
-            job = footprint.Job(config, options, dims, dims, small, 0, low, gpu=low)
+            job = footprint.Job(config, options, dims, dims, small, machine=footprint.Machine(gpu=low, low=low))
             task, memory = footprint.trainings(job)["recover"], footprint.stages(job)
             found = [memory[stage] for stage in stages] + [footprint.training(task, way) for way in ways.values()]
             parked = footprint.trainings(replace(job, parked=True))["recover"]
             found.append(footprint.training(parked, footprint.Way(recompute=True, bfloat16=True)))
+            found.append(footprint.least(job) / footprint.ROOM)
+            # The least whole gigabyte; it goes up but once.
+            enough = range(1, 10_000)
+            found.append(1e9 * enough[bisect_left(enough, True, key=lambda n: not footprint.parks(with_memory(job, n * 10**9)))])
             print(f"| {name} | {device} | " + " | ".join(f"{value / 1e9:,.0f}" for value in found) + " |")
     print("\n| base | tokens of recovery | of a batch | FLOPs | hours of an H100 at 40 % |\n|---|---|---|---|---|")
     for name, shape in KNOWN.items():
         for tokens, batch in RECOVERIES:
             method = {"units": ["neuron"], "recover": {"tokens": tokens, "batch_tokens": batch}}
             options = Options.model_validate({"budget": {"parameters": 0.5}, "method": method})
-            flops = plan_sizes(known_config(shape), options, 2, low=True).flops
+            flops = plan_sizes(known_config(shape), options, 2).flops
             print(f"| {name} | {tokens:,} | {batch:,} | {flops:.1e} | {flops / H100 / 3600:.2g} |")
+
+
+def with_memory(job: footprint.Job, size: int) -> footprint.Job:
+    return replace(job, machine=replace(job.machine, memory=size, host=size))
 
 
 def known_config(shape: dict) -> dict:
@@ -133,7 +143,7 @@ def one(name: str, options: dict) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from narrow_engine import footprint, memory, train
+    from narrow_engine import memory, train
     from narrow_engine.corpus import Blocks
     from narrow_engine.families import dimensions
     from narrow_engine.models import config_dict

@@ -31,6 +31,7 @@ from narrow_engine.models import device
 from narrow_engine.muon import training_dtype
 from narrow_engine.sizing import plan_sizes
 from narrow_engine.spec import Options
+from narrow_engine.train import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {
@@ -102,7 +103,7 @@ def run(base: Path, scratch: Path, asked: argparse.Namespace) -> tuple[dict, dic
     # It tells each stage as it ends: a bench that is cut off has those.
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'client'}"})
     config = json.loads((base / "config.json").read_text())
-    predicted = plan_sizes(config, Options.model_validate(spec), 2, low=training_dtype(device()) != torch.float32).memory
+    predicted = plan_sizes(config, Options.model_validate(spec), 2, machine=machine(device())).memory
     return json.loads((scratch / "run" / "result" / "report.json").read_text()), predicted
 
 

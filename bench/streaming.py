@@ -34,8 +34,7 @@ from narrow_engine.slice import compare, slice_model
 
 RESULTS = Path(__file__).resolve().parent / "results" / "streaming.json"
 VOCABULARY, LENGTH = 8192, 128
-WAYS = {"whole": None, "parked": 0}
-"""And the room that each is loaded with."""
+WAYS = ("whole", "parked")
 
 
 def make(folder: Path, options: argparse.Namespace) -> None:
@@ -85,7 +84,7 @@ def one_way(way: str, folder: Path, tokens: int) -> None:
         gradients, grams = criterion in importance.NEEDS_GRADIENTS, criterion in importance.NEEDS_GRAMS
         return importance.CRITERIA[criterion](model, importance.collect(model, blocks, tokens, gradients, quiet, grams), 0)
 
-    model = step("load", lambda: load_model(folder, room=WAYS[way]))
+    model = step("load", lambda: load_model(folder, parked=way == "parked"))
     numbers = np.random.default_rng(0).integers(0, VOCABULARY, 4 * tokens + 1).astype(np.uint32)
     blocks, text = Blocks(numbers, LENGTH, 0), Documents(numbers[:tokens], np.array([0, tokens]), np.zeros(1, np.uint64))
     config = config_dict(model)

@@ -41,7 +41,6 @@ from narrow_engine.sizing import (
     TRIAL_TOKENS,
     Keep,
     affordable,
-    chosen_units,
     cost_and_limit,
     parameters,
     round_fractions,
@@ -54,7 +53,7 @@ from narrow_engine.sizing import (
     whole,
 )
 from narrow_engine.slice import slice_model
-from narrow_engine.spec import PLURAL, CompressionSpec, Unit
+from narrow_engine.spec import PLURAL, CompressionSpec, Unit, chosen_units
 from narrow_engine.teacher import Live
 
 TIMINGS = 6

@@ -172,7 +172,7 @@ def tokenize(
     if told["blank"]:
         emit("notice", "load", f"{told['blank']} blank documents of {path.name} were left out.", {"code": "blank_documents"})
     if told["skipped"]:
-        message = f"{told['skipped']:,} bad rows of {path.name} were left out. The first: {told['first']}"
+        message = f"Bad rows of {path.name} that were left out: {told['skipped']:,}. The first: {told['first']}"
         emit("notice", "load", message, {"code": "skipped_rows"})
     mapped = {name: np.asarray(np.memmap(folder / name, kind, "r")) for name, kind in _ARRAYS.items()}
     return Tokenized(Documents(**mapped), told["counts"])

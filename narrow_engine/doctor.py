@@ -17,7 +17,7 @@ import click
 import torch
 from pydantic import ValidationError
 
-from narrow_engine import footprint, memory, processors, sandbox
+from narrow_engine import memory, processors, sandbox, train
 from narrow_engine.errors import NarrowError
 from narrow_engine.model_files import DTYPES, inspect_model
 from narrow_engine.models import device
@@ -40,7 +40,6 @@ DRIVER = Path("/proc/driver/nvidia/version")
 SIDES = {"cpu": 512, "cuda": 8192}
 """Of the matrices that are multiplied: large enough for the device to be busy, small enough for a type it is slow in."""
 COPIED = 256 * 2**20
-TOO_LARGE = "It does not fit: lower method.recover.batch_tokens or block_tokens, or take a smaller base or a larger machine."
 MEASURED_SECONDS = 0.25
 """That each measurement takes, about."""
 
@@ -72,14 +71,12 @@ def job(base: Path, budget: dict[str, float] | None, recover_tokens: int | None)
     try:
         options = Options.model_validate({"budget": budget or {"parameters": 0.5}, "method": method})
         info = inspect_model(base)
-        low = training_dtype(device()) != torch.float32
-        sizes = plan_sizes(info.config, options, DTYPES[info.dtype], low=low)
+        where = train.machine(device())
+        sizes = plan_sizes(info.config, options, DTYPES[info.dtype], machine=where)
     except ValidationError as error:
         raise click.UsageError(first_fault(error)) from error
     except (NarrowError, OSError) as error:
         raise click.UsageError(f"{base}: {error}") from error
-    where = device()
-    there = memory.limit(where)
     return {
         "base": f"{base}, {info.family}, {info.parameters:,} parameters in {info.dtype}",
         "parameters": {"before": sizes.before.parameters, "after": sizes.after.parameters},
@@ -88,13 +85,13 @@ def job(base: Path, budget: dict[str, float] | None, recover_tokens: int | None)
         "memory_bytes": sizes.memory_bytes,
         "memory_peak_in": max(sizes.memory, key=lambda stage: sizes.memory[stage]),
         "least_memory_bytes": sizes.least_memory_bytes,
-        "memory_here_bytes": there,
-        "fits": sizes.least_memory_bytes <= footprint.ROOM * there,
+        "memory_here_bytes": where.memory,
+        "fits": not sizes.lacking,
         "estimated_seconds": round(sizes.seconds),
         "notes": [
             *sizes.notices,
             f"Time counts on {1 / SECONDS_PER_FLOP / 1e9:.0f} GFLOP/s in training: 'narrow doctor' measures this machine.",
-            *([] if sizes.least_memory_bytes <= there else [TOO_LARGE]),
+            *([f"It does not fit. {sizes.lacking}"] if sizes.lacking else []),
         ],
     }
 

@@ -118,7 +118,7 @@ def read_answers(path: Path, column: str, answer: str, bad: Callable[[BadRow], N
 def nothing_left(name: str, skipped: Skipped) -> NarrowError:
     """The refusal of a file without a document."""
     if skipped.count:
-        detail = f"{name} holds nothing but bad rows, {skipped.count:,} of them. The first: {skipped.first}"
+        detail = f"{name} holds nothing but bad rows ({skipped.count:,}). The first: {skipped.first}"
     else:
         detail = f"{name} holds no text: bring at least one document."
     return NarrowError("empty_dataset", detail)
@@ -369,6 +369,11 @@ def _table_rows(path: Path, delimiter: str, columns: list[str], position: Positi
             fields = next(reader, None)
             problem = damage
         except csv.Error as error:
+            if "end of data" in str(error) and where != f"line {number} of {name}":
+                # The rest of the file is in this row.
+                raise NarrowError(
+                    "bad_row", f"{where} opens a quotation mark that {name} closes nowhere: close it, or double it within a text."
+                ) from error
             fields, problem = [], damage or BadRow("bad_row", f"{where} is not valid CSV: {str(error).split(' - ')[0]}.")
         except BadRow as error:
             fields, problem = [], error

@@ -6,6 +6,7 @@ Models are kept in memory where this process made them, and read from their stag
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,15 +16,17 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from narrow_engine import corpus, memory, shard, train
+from narrow_engine import corpus, footprint, shard, train
 from narrow_engine import skills as measuring
 from narrow_engine.errors import NarrowError
 from narrow_engine.export import safetensors as safetensors_export
-from narrow_engine.families import opening
+from narrow_engine.families import dimensions, opening
+from narrow_engine.model_files import DTYPES, ModelInfo
 from narrow_engine.models import config_dict, device, load_model
 from narrow_engine.plan import Plan, Scores, whole_plan
 from narrow_engine.report.model import Allocation, CurvePoint
 from narrow_engine.run import Run
+from narrow_engine.sizing import Keep, shrink, solve, vocabulary_is_fixed
 from narrow_engine.slice import slice_model, trim_vocabulary
 from narrow_engine.spec import DatasetPath, Role
 from narrow_engine.trial import read_tokenizer
@@ -193,12 +196,43 @@ def untouched(run: Run) -> PreTrainedModel:
 
 
 def load_base(run: Run) -> PreTrainedModel:
-    return load_model(run.spec.base.path, room=room())
+    return load_model(run.spec.base.path, parked=job(run).parked)
 
 
-def room() -> int:
-    """For the weights of the base, or of another teacher, beside what is made of it, gradients and activations: half."""
-    return memory.limit(device()) // 2
+def job(run: Run) -> footprint.Job:
+    """What is left to do, once the text has been read."""
+    found = info(run)
+    base, teacher = (ModelInfo.model_validate(found[part]) if found[part] else None for part in ("model", "teacher"))
+    assert base
+    chosen = allocation(run).keep if (run.out("allocate") / "allocation.json").exists() else None
+    return planned(run, base, teacher, len(found["tokens"] or range(base.config["vocab_size"])), chosen)
+
+
+def planned(
+    run: Run, base: ModelInfo, teacher: ModelInfo | None, tokens: int | None = None, keep: Keep | None = None
+) -> footprint.Job:
+    """What the stages have to do with on this machine, and whether the base is parked for it. Raises like `sizing.solve`.
+
+    A vocabulary whose size the text decides is counted without its tokens until the text has been read, and there are `tokens`.
+    What is kept is chosen in `allocate`, and until then what the budget says.
+    """
+    spec, dims = run.spec, dimensions(base.config)
+    if keep is None:
+        keep, _ = solve(base.config, spec, DTYPES[base.dtype], tokens)
+    trimmed = dims
+    if "token" in keep and (tokens or not vocabulary_is_fixed(spec)):
+        trimmed, keep = replace(dims, vocab=tokens or 1), {**keep, "token": tokens or 1}
+    made = footprint.Job(
+        base.config,
+        spec,
+        dims,
+        trimmed,
+        shrink(dims, keep),
+        [skill.role for skill in spec.skills],
+        footprint.teaching(teacher.config, teacher.dtype == "BF16") if teacher else None,
+        train.machine(device(), run.mesh),
+    )
+    return replace(made, parked=footprint.parks(made))
 
 
 def source(run: Run) -> PreTrainedModel:
@@ -211,6 +245,13 @@ def model(run: Run, stage: str) -> PreTrainedModel:
     if stage not in run.models:
         run.models[stage] = copy(run, stage)
     return run.models[stage]
+
+
+def alone(run: Run, model: PreTrainedModel) -> PreTrainedModel:
+    """A model that is to be trained, for which all others leave the memory, but who teaches. What is needed of them again is read
+    again."""
+    run.models = {}
+    return model
 
 
 def copy(run: Run, stage: str) -> PreTrainedModel:

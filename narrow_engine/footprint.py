@@ -9,13 +9,14 @@ The dry run tells what is predicted here, and training chooses by it (`choose`):
 """
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from narrow_engine.errors import NarrowError
-from narrow_engine.families import Dimensions, family_of, present, tensor_shapes
-from narrow_engine.spec import ROUNDED, Format, Options, controls, taught
+from narrow_engine.families import Dimensions, dimensions, family_of, present, tensor_shapes
+from narrow_engine.spec import ROUNDED, Format, Options, Role, chooses, controls, leaves_a_choice, taught
 
 ROOM = 0.9
 """Share of the memory that may be filled, by predictions that are within a tenth of what is measured."""
@@ -45,12 +46,38 @@ MEASURED, REFIT_BATCH, REFIT_BATCHES = 4096, 4096, 8
 """Tokens of a batch that is measured, and of one that the refit reads, at most; and batches that the refit reads, at least."""
 STREAMS, EXPERT_STREAMS = 3, 5
 """Arrays of the size of a stream that the refit holds of all its tokens."""
+LARGE, KEPT = 1 / 32, 1 / 8
+"""Of the host's memory: an array of streams that is larger is in a mapped file; and what the streams before all layers may take,
+where gradients go back through them, of as many tokens as go through together (`layerwise`)."""
 SCORED, VALUES = 8, 2**26
 """Blocks of a batch that is scored, and numbers that its taps hold, at most (`importance.statistics`)."""
 ORDER = (
-    *("load", "measure_base", "score", "sparsify", "slice", "reconstruct"),
-    *("correct", "recover", "controls", "measure", "export"),
+    *("load", "measure_base", "score", "allocate", "sparsify", "slice", "reconstruct", "correct", "teach"),
+    *("recover", "controls", "measure", "locality", "relearn", "export"),
 )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a job runs on."""
+
+    memory: int = sys.maxsize
+    """Bytes of the device's, where models are."""
+    host: int = sys.maxsize
+    """Bytes of main memory: the same, but on a GPU."""
+    gpu: bool = False
+    low: bool = False
+    """Whether training multiplies in bfloat16."""
+    processes: int = 1
+    """That share what is trained, each of which takes a GPU or its part of the main memory."""
+
+    @property
+    def each(self) -> int:
+        """Bytes that a process of a training may have."""
+        return self.memory if self.gpu else self.memory // self.processes
+
+
+UNKNOWN = Machine()
 
 
 @dataclass(frozen=True)
@@ -242,11 +269,16 @@ def choose(task: Task, there: int, phase: str, may_round: bool, rounded: bool | 
         if training(task, way) <= ROOM * there:
             return way
     least = min(training(task, way) for way in found)
-    raise NarrowError(
+    raise _too_little(f"Training in {phase}", least, there)
+
+
+def _too_little(who: str, least: int, there: int) -> NarrowError:
+    room = round(ROOM * there)
+    return NarrowError(
         "too_little_memory",
-        f"Training in {phase} takes {least:,} bytes of memory at least, {round(least - ROOM * there):,} more than the "
-        f"{round(ROOM * there):,} that may be filled of {there:,}: lower block_tokens or the budget"
-        ", or take a machine with more.",
+        f"{who} takes {least:,} bytes of memory at least, {least - room:,} more than the {room:,} that may be filled of "
+        f"{there:,}: give the job more, where it has a limit (resources.memory, NARROW_MAX_JOB_MEMORY), take a machine with "
+        "more, or lower block_tokens or the budget.",
     )
 
 
@@ -279,73 +311,134 @@ def told(task: Task, way: Way, there: int) -> list[tuple[str, str]]:
 @dataclass(frozen=True)
 class Job:
     """What a job's stages have to do with: the base's config; its lengths as it was brought, with its vocabulary trimmed, and
-    cut; bytes of the teacher, where it is not the base; and the kind of device."""
+    cut; the roles of the skills beside the target; and the machine."""
 
     config: dict[str, Any]
     options: Options
     whole: Dimensions
     base: Dimensions
     small: Dimensions
-    teacher: int = 0
-    low: bool = False
-    gpu: bool = False
-    """Whose memory is not the host's, where libraries and streams are."""
+    roles: Sequence[Role] = ()
+    teacher: tuple[int, int] | None = None
+    """Bytes of who teaches, where it is not the base: whole and parked."""
+    machine: Machine = UNKNOWN
     parked: bool = False
-    """Whether the weights of the base's layers stay in their file (`parked`)."""
+    """Whether the weights of the layers of the base, and of another teacher, stay in their file (`parked`)."""
 
     @property
     def fixed(self) -> int:
-        return 0 if self.gpu else FIXED
+        return 0 if self.machine.gpu else FIXED
 
 
-def held(config: dict[str, Any], dims: Dimensions, parked: bool) -> int:
-    """Bytes of a base: of all its weights, or of one layer's and of those outside of layers."""
+def teaching(config: dict[str, Any], half: bool) -> tuple[int, int]:
+    """Of a job whose teacher is not the base: its bytes, in bfloat16 if it is `half`."""
+    whole, parked = (held(config, dimensions(config), parked, 2 if half else 4) for parked in (False, True))
+    return whole, parked
+
+
+def held(config: dict[str, Any], dims: Dimensions, parked: bool, size: int = 4) -> int:
+    """Bytes of a model with parameters of so many: of all its weights, or of one layer's and of those outside of layers."""
     n = counts(config, dims)
-    return 4 * (n.outer + n.layer if parked else n.all)
+    return size * (n.outer + n.layer if parked else n.all)
+
+
+def batch_rows(batch_tokens: int, tokens: int, length: int) -> int:
+    """Blocks of a batch: no more than there are tokens to train on in all."""
+    return max(1, min(batch_tokens, tokens) // length)
+
+
+def _teaching(job: Job) -> int:
+    """Bytes of who teaches in recovery. The base after its correction was trained, and is whole."""
+    if job.teacher:
+        return job.teacher[job.parked]
+    return held(job.config, job.base, job.parked and job.options.method.recover.correction is None)
 
 
 def trainings(job: Job) -> dict[str, Task]:
-    """The stages that train, and how."""
-    method, length = job.options.method, job.options.block_tokens
-    rows = max(1, method.recover.batch_tokens // length)
-    base = held(job.config, job.base, job.parked)
+    """The stages that train, and how. Beside what is trained there is nothing in memory but who teaches."""
+    options, method = job.options, job.options.method
+    recover, lasso, base = method.recover, method.regularizer.tokens if method.regularizer else 0, job.base
 
-    def task(dims: Dimensions, optimizer: str, beside: int, by_teacher: bool = False) -> Task:
-        return Task(job.config, dims, rows, length, optimizer, job.low, job.fixed + beside, gpu=job.gpu, taught=by_teacher)
+    def task(dims: Dimensions, tokens: int, optimizer: str = recover.optimizer, teacher: int | None = None) -> Task:
+        return Task(
+            job.config,
+            dims,
+            batch_rows(recover.batch_tokens, tokens, options.block_tokens),
+            options.block_tokens,
+            optimizer,
+            job.machine.low,
+            job.fixed + (teacher or 0),
+            job.machine.processes,
+            job.machine.gpu,
+            taught=teacher is not None,
+        )
 
     found = {}
+    if leaves_a_choice(options):
+        found["allocate"] = task(job.small, recover.tokens, teacher=held(job.config, base, job.parked))
     if method.regularizer:
-        found["sparsify"] = task(job.base, "adamw", base)
-    if taught(method) and method.recover.correction:
-        found["correct"] = task(job.base, method.recover.optimizer, 2 * base)
-    if method.recover.tokens:
-        beside = 0 if method.recover.cache else base + (job.teacher if taught(method) else 0)
-        found["recover"] = task(job.small, method.recover.optimizer, beside, taught(method))
-    if "trained" in controls(job.options):
-        found["controls"] = task(job.base, method.recover.optimizer, 2 * base)
+        found["sparsify"] = task(base, lasso, "adamw")
+    if taught(method) and recover.correction:
+        found["correct"] = task(base, recover.correction.tokens)
+    if recover.tokens:
+        teacher = (0 if recover.cache else _teaching(job)) if taught(method) else None
+        found["recover"] = task(job.small, recover.tokens, teacher=teacher)
+    if "trained" in controls(options):
+        found["controls"] = task(base, recover.tokens + lasso)
+    if options.relearn and "forget" in job.roles:
+        found["relearn"] = task(job.small, options.relearn.tokens)
     return found
 
 
-def stages(job: Job) -> dict[str, int]:
-    """Bytes of the process at the peak of each stage that matters, with training done in the plain way."""
-    method, dims, small = job.options.method, job.base, job.small
+def resting(job: Job) -> dict[str, int]:
+    """Bytes of the process at the peak of each stage that trains nothing, or of what such a stage does beside."""
+    options, method, gpu = job.options, job.options.method, job.machine.gpu
+    dims = job.base
     whole, base = (held(job.config, d, job.parked) for d in (job.whole, dims))
-    cut = held(job.config, small, False)
+    cut = held(job.config, job.small, False)
     # Beside the base as it came, which shares its layers.
     trimmed = 4 * dims.vocab * dims.hidden if job.whole.vocab != dims.vocab else 0
     layer = 4 * counts(job.config, dims).layer
+    copied = held(job.config, dims, False)
+    refitted = base + cut + _refit(job) if method.refit else 0
     found = {
-        "load": job.fixed + whole + READING,
-        "measure_base": job.fixed + whole + trimmed + _forward(job.whole, MEASURED, job.gpu),
-        "score": job.fixed + base + _scoring(job),
-        "slice": job.fixed + base + layer + cut,
-        "reconstruct": job.fixed + base + cut + _refit(job) if method.refit else 0,
-        "measure": job.fixed + base + (1 if job.gpu else 2) * cut + _forward(dims, MEASURED, job.gpu, 2 if job.gpu else 3),
-        "export": job.fixed + exporting(job.options.export, base, cut, job.gpu),
+        "load": whole + READING,
+        "measure_base": whole + trimmed + _forward(job.whole, MEASURED, gpu),
+        "score": base + _scoring(job) if chooses(method) else 0,
+        # Trials that lost the first quarter of one kind of unit have nearly all of the base.
+        "allocate": base + copied + (_refit(job) if method.refit else 0) if leaves_a_choice(options) else 0,
+        "slice": (copied if method.regularizer else base) + layer + cut,
+        "reconstruct": refitted,
+        "teach": _teaching(job) + _forward(dims, MEASURED, gpu) if method.recover.cache and taught(method) else 0,
+        # What is read again before the base goes.
+        "recover": base + copied + cut if method.recover.correction and taught(method) else 0,
+        "controls": refitted if "random" in controls(options) else 0,
+        "measure": _measuring(job, together(job)),
+        # The same.
+        "locality": base + copied + _forward(dims, MEASURED, gpu) if options.locality and job.roles and chooses(method) else 0,
+        "export": exporting(["safetensors"], 0, cut, gpu),
     }
+    return {name: job.fixed + taken for name, taken in found.items() if taken}
+
+
+def together(job: Job) -> int:
+    """Models that are measured beside the base at once: the cut and the recovered one, where there is enough memory."""
+    return 2 if job.fixed + _measuring(job, 2) <= ROOM * job.machine.memory else 1
+
+
+def _measuring(job: Job, models: int) -> int:
+    base, cut = held(job.config, job.base, job.parked), held(job.config, job.small, False)
+    return base + models * cut + _forward(job.base, MEASURED, job.machine.gpu, models + 1)
+
+
+def stages(job: Job) -> dict[str, int]:
+    """Bytes of the process at the peak of each stage that matters, with training done in the plain way and all formats made."""
+    found = resting(job)
+    base, cut = held(job.config, job.base, job.parked), held(job.config, job.small, False)
+    found["export"] = job.fixed + exporting(job.options.export, base, cut, job.machine.gpu)
     for name, task in trainings(job).items():
-        found[name] = training(task, Way())
-    return {name: found[name] for name in ORDER if found.get(name)}
+        found[name] = max(found.get(name, 0), training(task, Way()))
+    return {name: found[name] for name in ORDER if name in found}
 
 
 def exporting(forms: Sequence[Format], base: int, cut: int, gpu: bool = False) -> int:
@@ -364,18 +457,28 @@ def _forward(dims: Dimensions, tokens: int, gpu: bool, models: int = 1) -> int:
 def _scoring(job: Job) -> int:
     """The stream of all tokens, for gradients before every layer; a layer's activations; and second moments and what one
     elimination takes, where the criterion asks for them."""
-    method, dims, length = job.options.method, job.base, job.options.block_tokens
-    gradients = method.importance in ("fisher", "attribution")
-    streams = 4 * method.calibration_tokens * dims.hidden * ((dims.layers + 1) if gradients else 1)
-    rows = max(1, min(SCORED, VALUES // ((dims.active * dims.width + dims.axis("q") + 2 * dims.hidden) * length)))
-    batch = 4 * rows * length * (4 * dims.active * dims.width + 2 * dims.axis("q") + 6 * dims.hidden)
-    if gradients:
-        batch += rows * length * sum(kept_per_token(job.config, dims, length, job.low)) + _logits(dims.vocab, job.gpu, False)
+    method, dims, length, machine = job.options.method, job.base, job.options.block_tokens, job.machine
+    blocks = max(1, min(SCORED, VALUES // ((dims.active * dims.width + dims.axis("q") + 2 * dims.hidden) * length)))
+    batch = 4 * blocks * length * (4 * dims.active * dims.width + 2 * dims.axis("q") + 6 * dims.hidden)
+    each = 4 * method.calibration_tokens * dims.hidden
+    if method.importance in ("fisher", "attribution"):
+        batch += blocks * length * sum(kept_per_token(job.config, dims, length, machine.low))
+        batch += _logits(dims.vocab, machine.gpu, False)
+        together = max(int(KEPT * machine.host), 4 * blocks * length * dims.hidden * (dims.layers + 1))
+        streams = min(each * (dims.layers + 1), together)
+    else:
+        streams = _streams(each, machine)
     squares = 0
     if method.importance == "reconstruction":
         widest = max(dims.width, dims.axis("q"))
         squares = 8 * (dims.experts * dims.width**2 + dims.axis("q") ** 2 + 4 * widest**2 + 2 * widest * dims.hidden)
-    return (0 if job.gpu else streams) + max(batch, squares)
+    return (0 if machine.gpu else streams) + max(batch, squares)
+
+
+def _streams(size: int, machine: Machine) -> int:
+    """Bytes of memory of an array of streams of so many. One in a file counts as the largest that would not be, so that more
+    memory never means that less fits."""
+    return 0 if machine.gpu else min(size, int(LARGE * machine.host))
 
 
 def refit_batch(tokens: int) -> int:
@@ -388,27 +491,57 @@ def _refit(job: Job) -> int:
     method, dims, small = job.options.method, job.base, job.small
     tokens, n = method.calibration_tokens, counts(job.config, job.small)
     batch = refit_batch(tokens)
-    kept, _ = kept_per_token(job.config, small, job.options.block_tokens, job.low)
+    kept, _ = kept_per_token(job.config, small, job.options.block_tokens, job.machine.low)
     solving = 8 * (4 * max(small.width, small.axis("q")) ** 2 + 3 * small.width * small.hidden)
     layer = (
         4 * 5 * n.layer
         + batch * (kept + 4 * (3 * small.active * small.width + 2 * small.hidden))
         + min(5 * 4 * STACK, 24 * n.layer_matrices)
     )
-    streams = 4 * (EXPERT_STREAMS if dims.experts > 1 else STREAMS) * tokens * dims.hidden
-    return (0 if job.gpu else streams) + max(solving, layer)
+    streams = (EXPERT_STREAMS if dims.experts > 1 else STREAMS) * _streams(4 * tokens * dims.hidden, job.machine)
+    return streams + max(solving, layer)
 
 
-def check(job: Job, there: int) -> None:
-    """Whether each training has a way that fits into the memory that there is. Raises NarrowError (too_little_memory)."""
+def check(job: Job) -> None:
+    """Whether each stage fits into the memory that there is. Raises NarrowError (too_little_memory)."""
+    there = job.machine.memory
+    for name, taken in resting(job).items():
+        if taken > ROOM * there:
+            raise _too_little(f"The stage {name}", taken, there)
     for name, task in trainings(job).items():
-        choose(task, there, name, name != "sparsify")
+        choose(task, job.machine.each, name, may_round(name, task))
+
+
+def parks(job: Job) -> bool:
+    """Whether the weights of the base's layers must stay in their file: whole they would leave too little memory. On a CPU that
+    costs less than training in bfloat16 (nothing of the loss, and a reading of the file for a batch); on a GPU, where the bus is
+    slow, it costs more."""
+    whole, parked = replace(job, parked=False), replace(job, parked=True)
+    room, less = ROOM * job.machine.memory, resting(parked)
+    if any(taken > room and taken > less[name] for name, taken in resting(whole).items()):
+        return True
+    room, smaller = ROOM * job.machine.each, trainings(parked)
+    return any(
+        smaller[name].beside < task.beside and _least(task, job.machine.gpu and may_round(name, task)) > room
+        for name, task in trainings(whole).items()
+    )
+
+
+def may_round(name: str, task: Task) -> bool:
+    """Whether weights may be bfloat16 in a stage's training: group lasso shrinks them by less, and several processes do not."""
+    return name != "sparsify" and task.processes == 1
 
 
 def least(job: Job) -> int:
-    """Bytes of the job at its peak where training is done in whatever way takes the least, and the base is parked."""
+    """Bytes of the job at its peak where all is done in the way that takes the least: training, a parked base, large streams in
+    files, models measured one by one. A machine on which ROOM holds it has enough."""
     job = replace(job, parked=True)
-    found = stages(job)
-    for name, task in trainings(job).items():
-        found[name] = min(training(task, way) for way in ways(task.rows, task.length, name != "sparsify"))
-    return max(found.values())
+    full, small = (resting(replace(job, machine=replace(job.machine, memory=0, host=host))) for host in (sys.maxsize, 0))
+    # Of what may be filled, streams take so much and no more.
+    share = 1 - max(EXPERT_STREAMS * LARGE, KEPT) / ROOM
+    trained = (_least(task, may_round(name, task)) for name, task in trainings(job).items())
+    return max(*(min(full[name], math.ceil(small[name] / share)) for name in full), *trained)
+
+
+def _least(task: Task, rounded: bool) -> int:
+    return min(training(task, way) for way in ways(math.ceil(task.rows / task.processes), task.length, rounded))

@@ -19,14 +19,10 @@ from transformers import PreTrainedModel
 
 from narrow_engine import memory
 from narrow_engine.corpus import Blocks
+from narrow_engine.footprint import KEPT, LARGE
 from narrow_engine.losses import objective
 from narrow_engine.models import head, hidden_states, layers
 from narrow_engine.parked import resident
-
-LARGE = 1 / 16
-"""Of the memory: more than that of streams is held in a mapped file."""
-KEPT = 1 / 8
-"""Of the memory: the streams before all layers, of as many tokens as go through together."""
 
 Progress = Callable[[int, int], None]
 

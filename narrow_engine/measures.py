@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from narrow_engine import answers, earlier, importance, relearning, skills
+from narrow_engine import answers, earlier, footprint, importance, relearning, skills
 from narrow_engine import locality as sharing
 from narrow_engine import reconstruct as least_squares
 from narrow_engine.earlier import base, untouched
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import dimensions
-from narrow_engine.models import config_dict, device, greedy, size_in_memory
+from narrow_engine.models import config_dict, greedy
 from narrow_engine.plan import Scores, make_plan
 from narrow_engine.report.model import Locality, LocalityCurve, Relearning, Sample, Skill
 from narrow_engine.run import Run, write_json
-from narrow_engine.sizing import SHARED_TOKENS, chosen_units
+from narrow_engine.sizing import SHARED_TOKENS
 from narrow_engine.slice import compare, renew, slice_model
-from narrow_engine.spec import Unit, relearned
+from narrow_engine.spec import DatasetPath, Unit, chosen_units, relearned
 from narrow_engine.spec import controls as wanted_controls
 from narrow_engine.stages import require_exact, train_base
 
@@ -68,6 +68,7 @@ def controls(run: Run, out: Path) -> None:
         for name, skill in earlier.skills(run).items():
             found = skills.measure(model, [], earlier.documents(run, name), run.spec.block_tokens, run.progress("controls"))[0]
             found.save(out / f"{control}.{skill.file}.npz")
+        del model
 
 
 def _by_chance(run: Run, phase: str = "controls") -> PreTrainedModel:
@@ -133,9 +134,12 @@ def measure(run: Run, out: Path) -> None:
 
 
 def _side_by_side(run: Run) -> dict[str, list[skills.Measured]]:
-    """Base, cut and recovered model on every skill. On a GPU, which may not hold all three, the base reads the text with each."""
+    """Base, cut and recovered model on every skill. Where there is no room for all three, the base reads the text with each."""
     stages, found = ("reconstruct", "recover"), dict[str, list[skills.Measured]]()
-    for together in [stages] if device().type == "cpu" else [stages[:1], stages[1:]]:
+    apart = footprint.together(earlier.job(run)) == 1
+    if apart:
+        run.models.pop("recover", None)  # it is read again when it is its turn
+    for together in [stages[:1], stages[1:]] if apart else [stages]:
         models = [earlier.model(run, stage) for stage in together]
         for name in earlier.skills(run):
             documents, tell = earlier.documents(run, name), run.progress("measure")
@@ -152,31 +156,37 @@ def answer(run: Run, out: Path) -> None:
     info = earlier.info(run)
     of_base = earlier.reader(run.spec.base.path, info["model"]["config"])
     of_result = of_base if info["tokens"] is None else earlier.reader(earlier.tokenizer_folder(run), config_dict(base(run)))
-    models = [(untouched(run), of_base)]
-    models += [(earlier.model(run, stage), of_result) for stage in ("reconstruct", "recover")]
-    rows = {}
+    prompts: dict[str, list[answers.Prompt]] = {}
     for name, skill in earlier.skills(run).items():
-        asked = skill.data.answer
-        if asked is None:
+        if skill.data.answer is None:
             continue
         seen = earlier.training(run) if name == run.spec.target_name else None
         held_out = answers.pick(skill.data, earlier.documents(run, name, "base"), seen)
-        room = dimensions(info["model"]["config"]).context - asked.tokens
-        prompts = [p for p in held_out if all(len(answers.encode(side, p.text)) <= room for side in (of_base, of_result))]
-        if len(prompts) < len(held_out) or not prompts:
-            run.emit("notice", "answer", _unasked(name, len(held_out), len(prompts), room), {"code": "not_asked"})
-        if not prompts:
-            continue
-        texts = [prompt.text for prompt in prompts]
-        flags = [
-            [
-                answers.right(text, prompt.answer, asked.extract)
-                for text, prompt in zip(answers.write(model, reader, texts, asked, run.progress("answer")), prompts, strict=True)
-            ]
-            for model, reader in models
-        ]
-        rows[name] = answers.judge(*flags).model_dump()
-    write_json(out / "answers.json", rows)
+        room = dimensions(info["model"]["config"]).context - skill.data.answer.tokens
+        found = [p for p in held_out if all(len(answers.encode(side, p.text)) <= room for side in (of_base, of_result))]
+        if len(found) < len(held_out) or not found:
+            run.emit("notice", "answer", _unasked(name, len(held_out), len(found), room), {"code": "not_asked"})
+        if found:
+            prompts[name] = found
+    flags: dict[str, list[list[bool]]] = {name: [] for name in prompts}
+    # One after the other, for want of memory.
+    for stage, reader in (("load", of_base), ("reconstruct", of_result), ("recover", of_result)):
+        model = untouched(run) if stage == "load" else earlier.model(run, stage)
+        for name, texts in prompts.items():
+            flags[name].append(_right(run, model, reader, earlier.skills(run)[name].data, texts))
+        del model
+        run.models.pop(stage, None)
+    write_json(out / "answers.json", {name: answers.judge(*found).model_dump() for name, found in flags.items()})
+
+
+def _right(
+    run: Run, model: PreTrainedModel, reader: earlier.Reader, data: DatasetPath, prompts: list[answers.Prompt]
+) -> list[bool]:
+    """Of each prompt, whether a model writes its answer."""
+    asked = data.answer
+    assert asked
+    written = answers.write(model, reader, [prompt.text for prompt in prompts], asked, run.progress("answer"))
+    return [answers.right(text, prompt.answer, asked.extract) for text, prompt in zip(written, prompts, strict=True)]
 
 
 def _unasked(name: str, held_out: int, asked: int, room: int) -> str:
@@ -227,7 +237,7 @@ def relearn(run: Run, out: Path) -> None:
         judged = earlier.judged(run, name)
         makers: dict[str, Callable[[Run], PreTrainedModel]] = {"narrow": _result, "fresh": _fresh}
         if spec.method.init != "fresh" and spec.method.units != ["token"]:
-            makers["random"] = partial(_by_chance, phase="relearn")
+            makers["random"] = _by_chance_alone
         found = {
             who: relearning.learn(
                 partial(make, run),
@@ -240,7 +250,6 @@ def relearn(run: Run, out: Path) -> None:
                 emit=run.emit,
                 check=run.check,
                 validate=earlier.validator(run, name),
-                resident=2 * size_in_memory(base(run)),  # it and the cut models
             )
             for who, make in makers.items()
         }
@@ -257,14 +266,18 @@ def relearn(run: Run, out: Path) -> None:
     write_json(out / "relearning.json", rows)
 
 
+def _by_chance_alone(run: Run) -> PreTrainedModel:
+    return earlier.alone(run, _by_chance(run, "relearn"))
+
+
 def _result(run: Run) -> PreTrainedModel:
     """A copy, that may be trained."""
-    return earlier.copy(run, "recover")
+    return earlier.alone(run, earlier.copy(run, "recover"))
 
 
 def _fresh(run: Run) -> PreTrainedModel:
     """The result's shape without anything of the base."""
-    model = slice_model(base(run), earlier.plan(run))
+    model = earlier.alone(run, slice_model(base(run), earlier.plan(run)))
     renew(model, run.spec.seed + 2)
     return model
 

@@ -28,8 +28,8 @@ from narrow_engine.model_files import inspect_model
 from narrow_engine.models import device
 from narrow_engine.report.model import Notice
 from narrow_engine.run import Run, write_json
-from narrow_engine.sizing import leaves_a_choice, vocabulary_is_fixed
-from narrow_engine.spec import CompressionSpec, chooses, controls, probes_locality, relearned, taught
+from narrow_engine.sizing import vocabulary_is_fixed
+from narrow_engine.spec import CompressionSpec, chooses, controls, leaves_a_choice, probes_locality, relearned, taught
 
 
 class Stage(NamedTuple):

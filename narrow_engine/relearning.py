@@ -39,10 +39,8 @@ def learn(
     emit: Sink,
     check: Callable[[], None],
     validate: Callable[[PreTrainedModel], float],
-    resident: int = 0,
 ) -> Learner:
-    """Trains what `make` makes until its loss is near enough to `base`. What is in `folder` is not done again, and `resident` is
-    what other models take of the memory."""
+    """Trains what `make` makes until its loss is near enough to `base`. What is in `folder` is not done again."""
     folder.mkdir(parents=True, exist_ok=True)
     enough, finished = base + asked.within, folder / "curve.json"
     if finished.exists():
@@ -64,7 +62,6 @@ def learn(
             check=check,
             validate=validate,
             enough=enough,
-            resident=resident,
         )
         temporary = finished.with_suffix(".tmp")
         temporary.write_text(json.dumps([point.model_dump() for point in curve]))

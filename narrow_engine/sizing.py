@@ -15,7 +15,20 @@ from narrow_engine import footprint
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import Dimensions, Family, dimensions, family_of, present, tensor_shapes
 from narrow_engine.report.model import Size
-from narrow_engine.spec import BYTES, PLURAL, TOP, Options, Quantity, Role, Unit, chooses, controls, taught
+from narrow_engine.spec import (
+    BYTES,
+    PLURAL,
+    TOP,
+    Options,
+    Quantity,
+    Role,
+    Unit,
+    chooses,
+    chosen_units,
+    controls,
+    leaves_a_choice,
+    taught,
+)
 
 REFIT_PASSES = 4
 """How often the refit's training of a layer goes through the calibration tokens. (Here, where torch is not imported.)"""
@@ -66,7 +79,9 @@ class Sizes:
     memory: dict[str, int]
     """Bytes at the peak of each stage, by name."""
     least_memory_bytes: int
-    """What the job can be done in, with training done in slower ways (`footprint`)."""
+    """What the job can be done in, with training done in slower ways and the base parked (`footprint`)."""
+    lacking: str
+    """What does not fit into the machine's memory, as a sentence; empty if all does."""
     flops: float
     seconds: float
     notices: list[str]
@@ -247,20 +262,6 @@ def whole(dims: Dimensions, units: list[Unit], tokens: int | None = None) -> Kee
     return {unit: counts[unit] for unit in units}
 
 
-def leaves_a_choice(options: Options) -> bool:
-    """Whether shapes have to be tried: where arithmetic alone does not say how many units of each kind to keep."""
-    budget, chosen = options.budget, chosen_units(options)
-    if options.method.init != "cut":
-        return False
-    measured = budget.retention is not None or budget.latency is not None
-    return bool(chosen) and (measured or (budget.keep is None and len(chosen) > 1))
-
-
-def chosen_units(options: Options) -> list[Unit]:
-    """The kinds of which scores say what to keep: of tokens, the text does."""
-    return [unit for unit in options.method.units if unit != "token"]
-
-
 def vocabulary_is_fixed(options: Options) -> bool:
     """Whether the budget says how many tokens a trimmed vocabulary keeps, and not the target's text."""
     return "token" in (options.budget.keep or ()) or options.method.units == ["token"]
@@ -314,12 +315,12 @@ def plan_sizes(
     bytes_per_parameter: int = 2,
     roles: Sequence[Role] = (),
     teacher: dict[str, Any] | None = None,
-    low: bool = False,
+    machine: footprint.Machine = footprint.UNKNOWN,
 ) -> Sizes:
     """The dry run of a job: shapes, bytes, FLOPs, memory and a rough time. Raises like `solve`.
 
-    `roles` are those of the skills beside the target; `teacher` is the config of one that is not the base; `low`
-    says whether training multiplies in bfloat16, as on a GPU.
+    `roles` are those of the skills beside the target; `teacher` is the config of one that is not the base. What does not fit
+    on the `machine` is told, and refused by nobody but the job.
     """
     dims = dimensions(config)
     keep, notices = solve(config, options, bytes_per_parameter)
@@ -370,9 +371,14 @@ def plan_sizes(
         flops += curves * (trimmed.flops_per_token + 6.0 * after.flops_per_token) * TRIAL_TOKENS
         flops += whole_shapes * refit_flops * method.calibration_tokens / 2
         flops += whole_shapes * (3.0 * after.flops_per_token + told) * recover.tokens / part
-    job = footprint.Job(config, options, dims, shrink(dims, {"token": small.vocab}), small, teaching.bytes if teacher else 0, low)
-    memory = footprint.stages(job)
-    return Sizes(before, after, keep, memory, footprint.least(job), flops, FIXED_SECONDS + flops * SECONDS_PER_FLOP, notices)
+    other = footprint.teaching(teacher, bytes_per_parameter == 2) if teacher else None
+    job = footprint.Job(config, options, dims, shrink(dims, {"token": small.vocab}), small, roles, other, machine)
+    memory, least, lacking = footprint.stages(job), footprint.least(job), ""
+    try:
+        footprint.check(replace(job, parked=footprint.parks(job)))
+    except NarrowError as error:
+        lacking = str(error)
+    return Sizes(before, after, keep, memory, least, lacking, flops, FIXED_SECONDS + flops * SECONDS_PER_FLOP, notices)
 
 
 def _candidates(

@@ -598,7 +598,7 @@ class Resources(Model):
     cpus: int | None = Field(None, ge=1, le=1024, description="By default as the service says.")
     memory: int | None = Field(
         None,
-        ge=2**20,
+        ge=2**28,
         le=2**50,
         description="Bytes of main memory; by default the machine's, and of a cluster's node as `POST /plans` estimates.",
     )
@@ -733,6 +733,20 @@ def probes_locality(spec: "CompressionSpec | JobSpec") -> bool:
 def chooses(method: Method) -> bool:
     """Whether units of the base are chosen by their scores."""
     return method.init == "cut" and method.units != ["token"] and method.kind != "export"
+
+
+def leaves_a_choice(options: Options) -> bool:
+    """Whether shapes have to be tried: where arithmetic alone does not say how many units of each kind to keep."""
+    budget, chosen = options.budget, chosen_units(options)
+    if options.method.init != "cut":
+        return False
+    measured = budget.retention is not None or budget.latency is not None
+    return bool(chosen) and (measured or (budget.keep is None and len(chosen) > 1))
+
+
+def chosen_units(options: Options) -> list[Unit]:
+    """The kinds of which scores say what to keep: of tokens, the text does."""
+    return [unit for unit in options.method.units if unit != "token"]
 
 
 def relearned(spec: "CompressionSpec | JobSpec") -> list[str]:

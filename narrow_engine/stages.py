@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +34,6 @@ from narrow_engine.export import safetensors as safetensors_export
 from narrow_engine.families import dimensions
 from narrow_engine.model_files import DTYPES, ModelInfo, check_teacher, inspect_model
 from narrow_engine.models import along, config_dict, device, family, is_parked, layers, load_model, size_in_memory
-from narrow_engine.muon import training_dtype
 from narrow_engine.plan import cuts, make_plan, unscored, whole_plan
 from narrow_engine.regularize import GroupLasso
 from narrow_engine.report.card import render_card
@@ -54,9 +52,9 @@ from narrow_engine.report.model import (
 )
 from narrow_engine.report.page import render_page
 from narrow_engine.run import Run, write_json
-from narrow_engine.sizing import Keep, leaves_a_choice, saved_bytes, shrink, size_of, solve, vocabulary_is_fixed
+from narrow_engine.sizing import saved_bytes, size_of, solve, vocabulary_is_fixed
 from narrow_engine.slice import compare, renew, slice_model
-from narrow_engine.spec import INPUTS, ROUNDED, TOP, DatasetPath, Format, ModelPath, chooses, relearned, taught
+from narrow_engine.spec import INPUTS, ROUNDED, TOP, DatasetPath, Format, ModelPath, chooses, leaves_a_choice, relearned, taught
 
 HELD_OUT_FACTOR = 16
 """Held-out tokens for each that is measured: stretches of many documents instead of a few whole ones."""
@@ -83,13 +81,13 @@ def load(run: Run, out: Path) -> None:
         readings = model_files.reading(spec.base.path), model_files.reading(spec.teacher.path)
         check_teacher(info.config, taught_by.config, readings, "token" in spec.method.units, spec.block_tokens)
     room, _ = solve(info.config, spec, DTYPES[info.dtype])
-    _require_memory(run, info, taught_by, room)
+    job = _require_memory(earlier.planned(run, info, taught_by))
     _tell_unused_gpu(run)
     if any(form in formats.GGUF for form in spec.export):
         gguf.require_gguf(spec.base.path)
-    model = earlier.load_base(run)
-    if is_parked(model):
+    if job.parked:
         _tell_parked(run, info)
+    model = load_model(spec.base.path, parked=job.parked)
     reader = narrow = earlier.reader(spec.base.path, info.config)
     tell = run.progress("load", "bytes of text read")
     trimmed = "token" in spec.method.units
@@ -109,8 +107,11 @@ def load(run: Run, out: Path) -> None:
     if trimmed:
         tokens = _trim(run, model, reader, [text.counts for text in needed.values()], room["token"])
         count = len(tokens) if tokens else reader.size
-        room, _ = solve(info.config, spec, DTYPES[info.dtype], count)
-        _require_memory(run, info, taught_by, room, count)
+        job = _require_memory(earlier.planned(run, info, taught_by, count))
+        if job.parked and not is_parked(model):
+            _tell_parked(run, info)
+            del model
+            model = load_model(spec.base.path, parked=True)
         if taught_by and not tokens:
             # It could not be trimmed after all, and has all its rows.
             check_teacher(info.config, taught_by.config, readings, False, spec.block_tokens)
@@ -179,34 +180,26 @@ def _tell_parked(run: Run, info: ModelInfo) -> None:
     if run.spec.budget and run.spec.budget.latency is not None:
         raise NarrowError(
             "base_too_large",
-            f"A budget of latency is found by timing the base, which takes {taken:,.1f} GB in float32, more than half of {where} "
-            f"({there:,.1f} GB): give the budget in parameters, bytes or FLOPs, or take a machine with more.",
+            f"A budget of latency is found by timing the base, which takes {taken:,.1f} GB in float32, and with what the job "
+            f"needs beside it more than {where} has ({there:,.1f} GB): give the budget in parameters, bytes or FLOPs, or take a "
+            "machine with more.",
         )
     run.emit(
         "notice",
         "load",
-        f"The base takes {taken:,.1f} GB in float32, more than half of {where} ({there:,.1f} GB): the weights of its layers stay "
-        "in their file, and those of one layer at a time are brought in as it runs. No figure changes by that, but every pass "
-        "over the base reads the file; text that it writes token by token (answers, samples) takes the longest.",
+        f"The base takes {taken:,.1f} GB in float32, and with what the job needs beside it more than {where} has ({there:,.1f} "
+        "GB): the weights of its layers stay in their file, and those of one layer at a time are brought in as it runs. No "
+        "figure changes by that, but every pass over the base reads the file; text that it writes token by token (answers, "
+        "samples) takes the longest.",
         {"code": "parked"},
     )
 
 
-def _require_memory(run: Run, info: ModelInfo, taught_by: ModelInfo | None, keep: Keep, tokens: int | None = None) -> None:
-    """Refuses at the start what could not be trained here after hours. Raises NarrowError (too_little_memory).
-
-    A vocabulary whose size the text decides is counted without its tokens until the text has been read, and there are `tokens`.
-    """
-    dims, spec, where = dimensions(info.config), run.spec, device()
-    if tokens or ("token" in keep and not vocabulary_is_fixed(spec)):
-        dims, keep = replace(dims, vocab=tokens or 1), {**keep, "token": tokens or 1}
-    size = size_of(taught_by.config, dimensions(taught_by.config), DTYPES[taught_by.dtype]).bytes if taught_by else 0
-    low, gpu = training_dtype(where) != torch.float32, where.type == "cuda"
-    parked = 4 * info.parameters > earlier.room()
-    job = footprint.Job(info.config, spec, dims, dims, shrink(dims, keep), size, low, gpu, parked)
-    if run.mesh is None:
-        footprint.check(job, memory.limit(where))
-    memory.keep_within(max(footprint.stages(job).values()), where)
+def _require_memory(job: footprint.Job) -> footprint.Job:
+    """Refuses at the start what would run out of memory here after hours. Raises NarrowError (too_little_memory)."""
+    footprint.check(job)
+    memory.keep_within(max(footprint.stages(job).values()), device())
+    return job
 
 
 def _keep_to_relearn(run: Run, text: corpus.Documents, name: str, file: str, out: Path) -> bool:
@@ -356,7 +349,7 @@ def sparsify(run: Run, out: Path) -> None:
     lasso = run.spec.method.regularizer
     assert lasso is not None
     keep = earlier.allocation(run).keep
-    model = slice_model(base(run), whole_plan(config_dict(base(run))))
+    model = earlier.alone(run, slice_model(base(run), whole_plan(config_dict(base(run)))))
     settings = train.Settings(lasso.tokens, run.spec.method.recover.batch_tokens, "next_token", learning_rate=lasso.learning_rate)
     blocks = earlier.training_blocks(run, 1)
     width = dimensions(config_dict(model)).width
@@ -373,7 +366,6 @@ def sparsify(run: Run, out: Path) -> None:
         validate=earlier.validator(run, run.spec.target_name),
         after_step=groups,
         mesh=run.mesh,
-        resident=size_in_memory(base(run)),
     )
     run.models["sparsify"] = model
     earlier.save_weights(model, out)
@@ -480,11 +472,7 @@ def recover(run: Run, out: Path) -> None:
     The result is rounded to the base's type here, so that every figure is of the model that is delivered.
     """
     options = run.spec.method.recover
-    run.models.pop("reconstruct", None)  # it is read again when it is measured
-    small, whole = earlier.copy(run, "reconstruct"), size_in_memory(base(run))
-    if options.cache:
-        # What it says has been written down.
-        run.models, whole = {}, 0
+    small = earlier.copy(run, "reconstruct")
     curve: list[CurvePoint] = []
     if options.tokens:
         blocks, count = earlier.recovery_blocks(run)
@@ -497,9 +485,12 @@ def recover(run: Run, out: Path) -> None:
             )
         told: teacher.Teacher | None = None
         if options.cache:
+            earlier.alone(run, small)
             told = teacher.Cached(run.out("teach"), blocks, device())
         elif taught(run.spec.method):
             told = _teacher(run)
+        else:
+            earlier.alone(run, small)
         with ExitStack() as stack:
             beside = None
             if options.match:
@@ -517,8 +508,6 @@ def recover(run: Run, out: Path) -> None:
                 teacher=told,
                 beside=beside,
                 mesh=run.mesh,
-                # The base, unless it is who teaches.
-                resident=0 if isinstance(told, teacher.Live) and told.model is base(run) else whole,
             )
         run.models.pop("correct", None)
         harm = _harm(curve)
@@ -545,7 +534,6 @@ def _harm(curve: list[CurvePoint]) -> str:
 
 def export(run: Run, out: Path) -> None:
     """The model as files: stock safetensors, reloaded by a fresh process, and ONNX; each checked against the original."""
-    run.models.pop("reconstruct", None)  # of who asked for answers
     model, probe = earlier.model(run, "recover"), earlier.probe(run)
     size = size_in_memory(model)
     others: list[Format] = [form for form in run.spec.export if form != "safetensors"]
@@ -667,7 +655,7 @@ def _speed(run: Run, form: Format, out: Path) -> Speed | None:
     config, small = earlier.info(run)["model"]["config"], _config(out / "model")
     sizes = size_of(config, dimensions(config), 4), size_of(small, dimensions(small), 4)
     of_base = run.spec.base.path if form == "safetensors" else run.out("export_base") / form
-    fits = 4 * sizes[0].parameters <= earlier.room()
+    fits = 4 * sizes[0].parameters <= footprint.ROOM * memory.limit(device())
     if form == "safetensors" and not fits:
         told = f"The base has {4 * sizes[0].parameters:,} bytes in float32, too many to be held whole: it is not timed."
         run.emit("notice", "export", told, {"code": "base_not_timed"})
@@ -760,13 +748,17 @@ def report(run: Run, out: Path) -> None:
 
 
 def _teacher(run: Run) -> teacher.Live:
-    """Who teaches in recovery: the base, also after its correction, or the model that was brought for it."""
+    """Who teaches in recovery: the base, also after its correction, or the model that was brought for it; alone in memory."""
     if run.spec.teacher is None:
-        return teacher.Live(base(run) if run.spec.method.recover.correction is None else earlier.model(run, "correct"))
+        name = "base" if run.spec.method.recover.correction is None else "correct"
+        taught_by = base(run) if name == "base" else earlier.model(run, name)
+        run.models = {name: taught_by}
+        return teacher.Live(taught_by)
     info = earlier.info(run)
     dtype = torch.bfloat16 if info["teacher"]["dtype"] == "BF16" else torch.float32
     tokens = info["tokens"] or range(info["model"]["config"]["vocab_size"])
-    return teacher.Live(load_model(run.spec.teacher.path, dtype, earlier.room()), torch.tensor(tokens))
+    run.models = {}
+    return teacher.Live(load_model(run.spec.teacher.path, dtype, earlier.job(run).parked), torch.tensor(tokens))
 
 
 def train_base(
@@ -774,7 +766,7 @@ def train_base(
 ) -> tuple[PreTrainedModel, list[CurvePoint]]:
     """A copy of the base, trained on the target's next tokens as recovery would train it; and its curve."""
     options = run.spec.method.recover
-    model = slice_model(base(run), whole_plan(config_dict(base(run))))
+    model = earlier.alone(run, slice_model(base(run), whole_plan(config_dict(base(run)))))
     curve = train.train(
         model,
         earlier.training_blocks(run, order),
@@ -785,7 +777,6 @@ def train_base(
         check=run.check,
         validate=earlier.validator(run, run.spec.target_name),
         mesh=mesh,
-        resident=2 * size_in_memory(base(run)),  # it and, where they are made already, the cut models
     )
     return model, curve
 

@@ -117,19 +117,18 @@ def train(
     after_step: AfterStep | None = None,
     enough: float = -math.inf,
     mesh: DeviceMesh | None = None,
-    resident: int = 0,
 ) -> list[CurvePoint]:
     """Trains `model` in place and returns the curve; its first point is the model as it came, at 0 tokens.
 
     `folder` holds the checkpoint, and a later call with the same arguments goes on from it. `check` raises Cancelled to
     stop: a checkpoint is written first. `validate` gives the held-out loss; at one of `enough` training ends. `beside` adds
     a term to the loss. The processes of a `mesh` must all call it with the same; a checkpoint of theirs is as one alone would
-    write it. `resident` is what other models take of the memory, the teacher's aside. Raises NarrowError (too_little_memory).
+    write it. No other model should be in memory but the teacher's. Raises NarrowError (too_little_memory).
     """
     rows, steps = shape(settings, blocks)
     checkpoint = folder / "checkpoint.safetensors"
     rounded = _is_rounded(checkpoint)
-    way = _way(model, teacher, settings, rows, blocks.length, mesh, after_step is None, rounded, resident, phase, emit)
+    way = _way(model, teacher, settings, rows, blocks.length, mesh, after_step is None, rounded, phase, emit)
     parts = shard.parts(mesh, rows, way.pieces)
     place = model.device
     if way.bfloat16:
@@ -246,8 +245,19 @@ def _cancelled(check: Callable[[], None]) -> bool:
 
 def shape(settings: Settings, blocks: Blocks | Mixture) -> tuple[int, int]:
     """Blocks in a batch, and steps."""
-    rows = max(1, settings.batch_tokens // blocks.length)
+    rows = footprint.batch_rows(settings.batch_tokens, settings.tokens, blocks.length)
     return rows, max(1, settings.tokens // (rows * blocks.length))
+
+
+def machine(where: torch.device, mesh: DeviceMesh | None = None) -> footprint.Machine:
+    """What there is to train on."""
+    return footprint.Machine(
+        memory.limit(where),
+        memory.limit(torch.device("cpu")),
+        gpu=where.type == "cuda",
+        low=training_dtype(where) != torch.float32,
+        processes=mesh.size() if mesh is not None else 1,
+    )
 
 
 def _way(
@@ -259,32 +269,27 @@ def _way(
     mesh: DeviceMesh | None,
     may_round: bool,
     rounded: bool | None,
-    resident: int,
     phase: str,
     emit: Sink,
 ) -> footprint.Way:
     """How a step is done on this machine, and a notice of whatever is not the plain way. What was begun with weights in one type
     (`rounded`) goes on so, whatever memory there is by now."""
-    processes, config = mesh.size() if mesh is not None else 1, config_dict(model)
-    there, beside = memory.limit(model.device), resident + (teacher.bytes if teacher is not None else 0)
-    if model.device.type == "cpu":
-        # Of the machine that all are on, and that libraries are in as well.
-        there, beside = there // processes, beside + footprint.FIXED
+    there, config = machine(model.device, mesh), config_dict(model)
     task = footprint.Task(
         config,
         dimensions(config),
         rows,
         length,
         settings.optimizer,
-        low=training_dtype(model.device) != torch.float32,
-        beside=beside,
-        processes=processes,
-        gpu=model.device.type == "cuda",
+        there.low,
+        (0 if there.gpu else footprint.FIXED) + (teacher.bytes if teacher is not None else 0),
+        there.processes,
+        there.gpu,
         taught=teacher is not None,
     )
-    way = footprint.choose(task, there, phase, may_round and mesh is None, rounded)
+    way = footprint.choose(task, there.each, phase, may_round and mesh is None, rounded)
     memory.keep_within(footprint.training(task, way), model.device)
-    for code, sentence in footprint.told(task, way, there):
+    for code, sentence in footprint.told(task, way, there.each):
         emit("notice", phase, sentence, {"code": code})
     return way
 

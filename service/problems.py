@@ -181,7 +181,8 @@ def _wording(error: Mapping[str, Any]) -> str:
     if kind == "json_invalid":
         return f"the body is not valid JSON: {error['ctx']['error']} at character {error['loc'][-1]}"
     if kind in ("model_attributes_type", "model_type", "dict_type"):
-        return "is not a JSON object; a body needs the header Content-Type: application/json"
+        whole = "; a body needs the header Content-Type: application/json" if len(error["loc"]) < 2 else ""
+        return f"is not a JSON object{whole}"
     if kind == "string_pattern_mismatch" and error["ctx"]["pattern"] == CURSOR:
         return "is not a `next_cursor` that a page of a list gave"
     return wording(error)

@@ -349,8 +349,11 @@ class _Execution:
                 )
         else:
             last = (_end_of(self.folder / "stderr.log").strip().splitlines() or [""])[-1]
-            if any(word in last for word in ("MemoryError", "bad_alloc", "allocate memory")):
-                self._failed("out_of_memory", "The job ran out of memory as it began: give it more, in resources.memory.")
+            if any(word in last for word in ("MemoryError", "bad_alloc", "allocate memory", "map segment")):
+                self._failed(
+                    "out_of_memory",
+                    "The job ran out of memory as it began: give it more (resources.memory, NARROW_MAX_JOB_MEMORY).",
+                )
                 return
             log.error("%s failed: %s", self.id, last[:500])
             self._failed("engine_error", f"The engine failed, which must not happen: {last[:200]}")

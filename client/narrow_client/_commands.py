@@ -243,7 +243,7 @@ def upload(path: Path, column: str, bad_rows: BadRows, name: str | None, quiet: 
     with TransferDisplay(not quiet) as shown, Narrow(on_transfer=shown) as client:
         made = client.models.upload(path, name) if path.is_dir() else client.datasets.upload(path, name, column, bad_rows)
     if isinstance(made, Dataset) and made.skipped:
-        click.echo(f"{made.skipped:,} bad rows were left out. The first: {plain(made.skipped_reason or '')}", err=True)
+        click.echo(f"Bad rows that were left out: {made.skipped:,}. The first: {plain(made.skipped_reason or '')}", err=True)
     _say(made, as_json, lambda made: made.id)
 
 

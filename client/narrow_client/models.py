@@ -1417,7 +1417,7 @@ class Memory(RootModel[int]):
         int,
         Field(
             description="Bytes of main memory; by default the machine's, and of a cluster's node as `POST /plans` estimates.",
-            ge=1048576,
+            ge=268435456,
             le=1125899906842624,
             title="Memory",
         ),
@@ -2026,7 +2026,7 @@ class Plan(Resource):
     least_memory_bytes: Annotated[
         int,
         Field(
-            description="What the job can be done in, with training in smaller pieces, activations computed again and weights in bfloat16, each where it has to be.",
+            description="What the job can be done in, with the base's layers left in their file, training in smaller pieces, activations computed again and weights in bfloat16, each where it has to be. A tenth of a machine's memory is left free.",
             title="Least Memory Bytes",
         ),
     ]

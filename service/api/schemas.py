@@ -196,8 +196,8 @@ class Plan(BaseModel):
     memory_bytes: int = Field(description="Estimated peak of the job: the most of `memory`.")
     memory: dict[str, int] = Field(description="Estimated peak of each stage, in bytes, where there is enough.")
     least_memory_bytes: int = Field(
-        description="What the job can be done in, with training in smaller pieces, activations computed again and weights in "
-        "bfloat16, each where it has to be."
+        description="What the job can be done in, with the base's layers left in their file, training in smaller pieces, "
+        "activations computed again and weights in bfloat16, each where it has to be. A tenth of a machine's memory is left free."
     )
     seconds: float = Field(description="Rough estimate of the job's time on this server's machine.")
     notices: list[str] = Field(description="What would be rounded, or is not known before the job runs.")

@@ -195,7 +195,7 @@ def test_what_the_base_answers_is_asked_of_what_is_left_of_it(spec, tmp_path, ti
     assert found.cut.value < 1
     assert found.lost == round(20 * (1 - found.recovered.value))
     assert report.skills["python"].answers is None
-    assert any(f"1 bad rows of {quiz.name} were left out." in notice.message for notice in report.notices)
+    assert any(f"Bad rows of {quiz.name} that were left out: 1." in notice.message for notice in report.notices)
     assert "How often a model writes the answer" in (tmp_path / "run" / "result" / "report.html").read_text()
 
 

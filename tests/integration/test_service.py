@@ -76,6 +76,20 @@ def test_a_result_is_a_model_that_can_be_cut_again(service, done, python_file):
     assert plan["after"]["parameters"] < plan["before"]["parameters"]
 
 
+def test_a_plan_says_what_does_not_fit(service, done):
+    """And so does the job, in the same words."""
+    little = {**done["spec"], "resources": {"memory": 2**28}}
+    notices = service.http.post("/plans", json=little).json()["notices"]
+    (told,) = [notice for notice in notices if "refused as it begins" in notice]
+    assert "The stage load takes" in told
+    assert not [n for n in service.http.post("/plans", json=done["spec"]).json()["notices"] if "refused" in n]
+    job = service.wait(service.http.post("/jobs", json=little).json()["id"], lambda j: j["status"] in TERMINAL)
+    assert job["error"]["code"] in ("too_little_memory", "out_of_memory")
+    assert "resources.memory" in job["error"]["message"]
+    less = {**little, "resources": {"memory": 2**20}}
+    problem(service.http.post("/plans", json=less), 422, "invalid_request", "resources.memory")
+
+
 def test_downloads_are_resumable_and_verifiable(service, done):
     url = f"/jobs/{done['id']}/artifacts/model/model.safetensors"
     whole = service.http.get(url)
@@ -290,7 +304,8 @@ def test_bad_rows_are_left_out_where_that_is_asked_for(service, done, tmp_path, 
     problem(service.http.post("/jobs", json=asked), 422, "wrong_column", "has no column 'n'")
     job = service.wait(service.http.post("/jobs", json=spec).json()["id"], lambda j: j["status"] in TERMINAL)
     assert job["status"] == "succeeded", job
-    notice = "2 bad rows of data.parquet were left out. The first: column 'body' in row 1 of data.parquet is not a text but null."
+    first = "column 'body' in row 1 of data.parquet is not a text but null."
+    notice = f"Bad rows of data.parquet that were left out: 2. The first: {first}"
     report = service.http.get(f"/jobs/{job['id']}/report").json()
     assert notice in [told["message"] for told in report["notices"]]
     [target] = [item for item in report["provenance"]["inputs"] if item["part"] == "target"]
@@ -370,6 +385,9 @@ def test_what_is_wrong_with_a_field_is_told_in_words(service, done):
         assert told["detail"][-2:] not in ("..", "?.")
     half = json.dumps({**spec, "\ud800": 1})
     problem(service.http.post("/plans", content=half, headers={"content-type": "application/json"}), 422, "invalid_request")
+    for nothing in (None, 3, []):
+        told = problem(service.http.post("/plans", json={**spec, "budget": nothing}), 422, "invalid_request")
+        assert told["detail"] == "budget is not a JSON object."
     problem(service.http.post("/plans", content=b"{}"), 422, "invalid_request", "The body is not a JSON object")
 
 

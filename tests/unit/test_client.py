@@ -522,7 +522,7 @@ def test_what_bad_rows_do_is_sent_with_every_file_and_what_was_left_out_is_told(
     _, base, _, target = local
     result = run_cli("upload", target, "--bad-rows", "skip")
     assert (result.exit_code, result.stdout) == (0, DATASET["id"] + "\n"), result.output
-    assert result.stderr == "1,200 bad rows were left out. The first: line 2 has [31m 1 fields.\n"
+    assert result.stderr == "Bad rows that were left out: 1,200. The first: line 2 has [31m 1 fields.\n"
     assert run_cli("upload", target).exit_code == 0
     with narrow_client.Narrow() as client:
         skills = {"a": (target, "watch")}

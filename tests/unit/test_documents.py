@@ -184,6 +184,9 @@ def test_a_quote_that_nobody_closes_costs_the_rows_it_swallows_and_no_more(tmp_p
     (tmp_path / "a.csv").write_text('text,n\n"open,1\n')
     with pytest.raises(NarrowError, match=r"line 2 of a.csv is not valid CSV: unexpected end of data"):
         list(read_documents(tmp_path / "a.csv"))
+    (tmp_path / "a.csv").write_text('text,n\nfine,1\n"open,1\nmore,1\nand more,1\n')
+    with pytest.raises(NarrowError, match=r"line 3 of a.csv opens a quotation mark that a.csv closes nowhere"):
+        list(read_documents(tmp_path / "a.csv", bad=skipped))
 
 
 def test_a_bad_row_of_parquet_is_named_or_left_out(tmp_path):

@@ -1,7 +1,9 @@
 """What is predicted of memory is what is taken, and training takes the fastest way that fits."""
 
+import gc
 import tempfile
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,10 @@ from tiny import FAMILIES, kept, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from narrow_engine import footprint, memory, pipeline
+from narrow_engine import footprint, memory, pipeline, train
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import dimensions
-from narrow_engine.footprint import Task, Way
+from narrow_engine.footprint import Machine, Task, Way
 from narrow_engine.models import config_dict
 from narrow_engine.sizing import plan_sizes
 from narrow_engine.spec import CompressionSpec, Options
@@ -107,8 +109,92 @@ def test_what_fits_in_no_way_is_refused_with_what_is_short():
     assert (caught.value.code, f"{least - 900:,} more" in str(caught.value)) == ("too_little_memory", True)
 
 
+METHODS = {
+    "plain": {},
+    "much text": {"calibration_tokens": 10_000_000},
+    "by gradients": {"importance": "fisher", "calibration_tokens": 1_000_000},
+    "group lasso": {"regularizer": {}},
+    "corrected": {"recover": {"correction": {"tokens": 4096}}},
+    "cached": {"recover": {"cache": "hidden"}},
+    "in pieces": {"recover": {"tokens": 10**6, "batch_tokens": 2**16}},
+}
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_more_memory_never_does_worse(method, gpu):
+    """A job is refused, then parks the base, then does not; and it fits where it is said that there is enough."""
+    config = tiny_config("llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, vocab_size=128_256).to_dict()
+    dims = dimensions(config)
+    options = Options.model_validate({"budget": {"keep": {"neuron": 0.5}}, "method": method})
+    asked = footprint.Job(config, options, dims, dims, replace(dims, width=4096))
+    least, found = footprint.least(replace(asked, machine=Machine(gpu=gpu, low=gpu))), []
+    for power in range(600):
+        there = round(1e9 * 1.01**power)
+        job = replace(asked, machine=Machine(there, there, gpu, gpu))
+        job = replace(job, parked=footprint.parks(job))
+        try:
+            footprint.check(job)
+            found.append(2 - job.parked)
+        except NarrowError:
+            found.append(0)
+            assert footprint.ROOM * there < least
+    assert found == sorted(found)
+    assert {0, 2} <= set(found)
+
+
+def test_a_base_is_parked_before_weights_are_rounded_but_on_a_gpu():
+    config = tiny_config("llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=16).to_dict()
+    dims = dimensions(config)
+    options = Options.model_validate({"budget": {"keep": {"neuron": 0.5}}, "method": {"refit": False}})
+    job = footprint.Job(config, options, dims, dims, replace(dims, width=4096))
+    task = footprint.trainings(job)["recover"]
+    there = round(footprint.training(task, Way(1, recompute=True)) / footprint.ROOM) - 10**6
+    assert footprint.parks(replace(job, machine=Machine(there, there)))
+    assert not footprint.parks(replace(job, machine=Machine(there, there, gpu=True)))
+
+
+@pytest.mark.slow
+def test_beside_what_is_trained_only_its_teacher_is_in_memory(monkeypatch, tmp_path, tiny_folder, python_file, german_file):
+    spec = {
+        "base": {"path": tiny_folder},
+        "target": {"path": python_file},
+        "target_name": "python",
+        "skills": [{"name": "german", "path": german_file, "role": "forget"}],
+        "budget": {"keep": {"neuron": 0.5}},
+        "method": {
+            "calibration_tokens": 1024,
+            "regularizer": {"tokens": 256},
+            "recover": {"tokens": 256, "batch_tokens": 256, "correction": {"tokens": 256}},
+        },
+        "controls": ["random", "trained"],
+        "relearn": {"tokens": 256},
+        "block_tokens": 64,
+        "skill_tokens": 2048,
+        "export": ["safetensors"],
+    }
+    there, trained = [], train.train
+
+    def counted(*args, phase, **kwargs):
+        there.append((phase, sum(type(thing).__name__ == "LlamaForCausalLM" for thing in gc.get_objects())))
+        return trained(*args, phase=phase, **kwargs)
+
+    gc.collect()
+    before = sum(type(thing).__name__ == "LlamaForCausalLM" for thing in gc.get_objects())
+    monkeypatch.setattr(train, "train", counted)
+    pipeline.run(CompressionSpec.model_validate(spec), tmp_path, lambda *_: None)
+    assert [(phase, count - before) for phase, count in there] == [
+        ("sparsify", 1),
+        ("correct", 1),
+        ("recover", 2),
+        ("controls", 1),
+        *3 * [("relearn", 1)],
+    ]
+
+
 def test_a_job_that_cannot_train_here_is_refused_at_its_start(tiny_folder, python_file, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "limit", lambda device: 2**20)
+    monkeypatch.setattr(footprint, "resting", lambda job: {})
     spec = {
         "base": {"path": tiny_folder},
         "target": {"path": python_file},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import FAMILIES, tiny_model
 
-from narrow_engine import earlier, importance, layerwise, memory, pipeline, skills
+from narrow_engine import footprint, importance, layerwise, memory, pipeline, skills
 from narrow_engine.corpus import Blocks, Documents
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import dimensions
@@ -39,7 +39,7 @@ def pair(request, tmp_path):
     """The same file of bfloat16, loaded whole and parked."""
     model = tiny_model(request.param, tie_word_embeddings=request.param != "llama", initializer_range=0.15)
     model.bfloat16().save_pretrained(tmp_path, max_shard_size="50KB")
-    return load_model(tmp_path), load_model(tmp_path, room=0)
+    return load_model(tmp_path), load_model(tmp_path, parked=True)
 
 
 def stored(model):
@@ -192,13 +192,14 @@ def test_a_run_with_a_parked_base_comes_to_the_same(tmp_path, monkeypatch, token
             "export": ["safetensors"],
         }
     )
-    monkeypatch.setattr(earlier, "room", lambda: 0)
+    monkeypatch.setattr(footprint, "parks", lambda job: True)
     timed = spec.model_copy(update={"budget": Budget(latency=0.5)})
     with pytest.raises(NarrowError, match="timing the base"):
         pipeline.run(timed, tmp_path / "timed", quiet)
     reports = []
-    for name, room in (("whole", 2**40), ("parked", 0)):
-        monkeypatch.setattr(earlier, "room", lambda room=room: room)
+    for name in ("whole", "parked"):
+        monkeypatch.setattr(footprint, "parks", lambda job, name=name: name == "parked")
+        monkeypatch.setattr(footprint, "together", lambda job, name=name: 1 if name == "parked" else 2)
         made = pipeline.run(spec, tmp_path / name, quiet)
         reports.append(Report.model_validate_json((made / "report.json").read_text()))
     whole, parked = reports
@@ -255,8 +256,7 @@ def peak(act):
 
 torch.set_num_threads(1)
 load_model(Path(sys.argv[2]))  # what is imported and set up on the way
-room = {"parked": 0, "whole": None}[sys.argv[3]]
-loading, model = peak(lambda: load_model(Path(sys.argv[1]), room=room))
+loading, model = peak(lambda: load_model(Path(sys.argv[1]), parked=sys.argv[3] == "parked"))
 blocks = Blocks(np.random.default_rng(0).integers(0, 320, 4000).astype(np.uint32), 32, 0)
 scoring, _ = peak(lambda: list(importance.collect(model, blocks, 512, True, lambda *_: None, False)))
 print(json.dumps([sum(p.numel() for p in model.parameters()), loading, scoring]))
