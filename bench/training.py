@@ -5,8 +5,8 @@
 Losses: forward and backward of one loss on 4,096 positions of hidden size 256, each in a process of its own, so that its peak
 memory is its own. `stock` holds all the logits: transformers' ForCausalLMLoss, and torch's kl_div for distillation.
 Steps: base-s whole, and with three quarters of its neurons cut, a batch of 4,096 tokens. `stock` is the paper's way: the base at
-its full size with masked weights, transformers' loss, AdamW, in the same precision.
-The limit is that of a square matrix product in the precision that training chose on this machine.
+its full size with masked weights, transformers' loss, AdamW, in the same precision. All take turns, and the limit with them: a
+square matrix product in the precision that training chose on this machine, whose speed drifts by a tenth. Medians.
 """
 
 import argparse
@@ -33,6 +33,8 @@ from narrow_engine.teacher import Live
 
 BASE = Path(__file__).resolve().parent.parent / "demo" / "base"
 HIDDEN, POSITIONS, LENGTH, ROWS, ROUNDS, WARM = 256, 4096, 512, 8, 3, 1
+SIDE, TURNS = 2048, 11
+"""Of the matrices of the limit; and how often each step is timed."""
 
 
 def median(run) -> float:
@@ -74,8 +76,8 @@ def one_loss(kind: str, vocabulary: int) -> None:
     print(json.dumps({"loss": kind, "vocabulary": vocabulary, "seconds": seconds, "bytes": peak * 1024}))
 
 
-def steps(limit: float) -> list[dict]:
-    """A step of recovery, ours and the paper's way, on the embedded model."""
+def steps() -> tuple[float, list[dict]]:
+    """The limit in FLOPs a second, and steps of recovery, ours and the paper's way, on the embedded model."""
     base = models.load_model(BASE)
     config = models.config_dict(base)
     plan = make_plan(config, {"neuron": torch.rand(6, 1024)}, {"neuron": 256})
@@ -125,15 +127,25 @@ def steps(limit: float) -> list[dict]:
         "narrow: mixed, Muon (the default)": (small, ours(small, "mixed", "muon"), 3 * cut + whole),
         "the same, activations recomputed": (lean, ours(lean, "mixed", "muon"), 3 * cut + whole),
     }
-    return [
+    a = torch.randn(SIDE, SIDE).to(low)
+    runs = [lambda: a @ a, *(run for _, run, _ in arms.values())]
+    taken: list[list[float]] = [[] for _ in runs]
+    for turn in range(WARM + TURNS):
+        for run, found in zip(runs, taken, strict=True):
+            started = time.perf_counter()
+            run()
+            if turn >= WARM:
+                found.append(time.perf_counter() - started)
+    product, *seconds = (sorted(found)[TURNS // 2] for found in taken)
+    limit = 2 * SIDE**3 / product
+    return limit, [
         {
             "step": name,
-            "seconds": taken,
-            "of_limit": flops * ROWS * LENGTH / taken / limit,
+            "seconds": each,
+            "of_limit": flops / each * ROWS * LENGTH / limit,
             "activations": activations(models.config_dict(model), model is lean),
         }
-        for name, (model, run, flops) in arms.items()
-        for taken in [median(run)]
+        for (name, (model, _, flops)), each in zip(arms.items(), seconds, strict=True)
     ]
 
 
@@ -164,11 +176,10 @@ def main() -> None:
             rows.append(row)
             print(f"| {kind} | {vocabulary:,} | {row['seconds'] * 1e3:.0f} | {row['bytes'] / 2**20:.0f} |", flush=True)
     dtype = muon.training_dtype(torch.device("cpu"))
-    a = torch.randn(2048, 2048).to(dtype)
-    limit = 2 * 2048**3 / median(lambda: a @ a)
+    limit, stepped = steps()
     print(f"\n{options.threads} threads, {dtype}: {limit / 1e9:.0f} GFLOP/s\n")
     print("| step of 4,096 tokens | ms | of the limit | activations of the body, MiB |\n|---|---|---|---|")
-    for row in steps(limit):
+    for row in stepped:
         rows.append(row)
         print(
             f"| {row['step']} | {row['seconds'] * 1e3:.0f} | {row['of_limit']:.0%} | {row['activations'] / 2**20:.0f} |",
