@@ -19,7 +19,7 @@ from starlette.types import Scope
 
 from narrow_engine.errors import NarrowError
 from narrow_engine.spec import clear, sentence, wording
-from service.api.paging import CURSOR
+from service.api.paging import CURSOR, DIGEST
 from service.api.schemas import FieldError, Problem
 from service.storage import StorageAway
 from service.web.render import problem_page
@@ -185,6 +185,8 @@ def _wording(error: Mapping[str, Any]) -> str:
         return f"is not a JSON object{whole}"
     if kind == "string_pattern_mismatch" and error["ctx"]["pattern"] == CURSOR:
         return "is not a `next_cursor` that a page of a list gave"
+    if kind == "string_pattern_mismatch" and error["ctx"]["pattern"] == DIGEST:
+        return "is not a SHA-256: 64 digits, 0 to 9 and a to f"
     return wording(error)
 
 

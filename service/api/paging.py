@@ -13,7 +13,8 @@ T = TypeVar("T")
 CURSOR = r"^[a-z]+_[0-9a-z]+$"
 Cursor = Annotated[str | None, Query(max_length=60, pattern=CURSOR, description="`next_cursor` of the page before.")]
 Limit = Annotated[int, Query(ge=1, le=100, description="How many, at most.")]
-Sha256 = Annotated[str | None, Query(pattern="^[0-9a-f]{64}$", description="Only what has this digest.")]
+DIGEST = "^[0-9a-f]{64}$"
+Sha256 = Annotated[str | None, Query(pattern=DIGEST, description="Only what has this digest.")]
 
 
 def page(session: Session, statement: Any, table: Any, cursor: str | None, limit: int, read: Callable[[Any], T]) -> Page[T]:

@@ -404,6 +404,9 @@ def test_what_a_filter_cannot_mean_is_refused(free):
         assert (answer.status_code, answer.json()["code"]) == (404, "sweep_not_found")
     told = free.client.get("/jobs", params={"cursor": "x"}).json()["detail"]
     assert told == "cursor is not a `next_cursor` that a page of a list gave."
+    for listed in ("/models", "/datasets"):
+        told = free.client.get(listed, params={"sha256": "A" * 64}).json()["detail"]
+        assert told == "sha256 is not a SHA-256: 64 digits, 0 to 9 and a to f."
 
 
 def test_a_plan_says_which_gpus_are_not_here(free, monkeypatch, tmp_path):
