@@ -84,7 +84,7 @@ def one_way(way: str, folder: Path, tokens: int) -> None:
         gradients, grams = criterion in importance.NEEDS_GRADIENTS, criterion in importance.NEEDS_GRAMS
         return importance.CRITERIA[criterion](model, importance.collect(model, blocks, tokens, gradients, quiet, grams), 0)
 
-    model = step("load", lambda: load_model(folder, parked=way == "parked"))
+    model = step("load", lambda: load_model(folder, park=way == "parked"))
     numbers = np.random.default_rng(0).integers(0, VOCABULARY, 4 * tokens + 1).astype(np.uint32)
     blocks, text = Blocks(numbers, LENGTH, 0), Documents(numbers[:tokens], np.array([0, tokens]), np.zeros(1, np.uint64))
     config = config_dict(model)

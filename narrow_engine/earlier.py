@@ -196,7 +196,7 @@ def untouched(run: Run) -> PreTrainedModel:
 
 
 def load_base(run: Run) -> PreTrainedModel:
-    return load_model(run.spec.base.path, parked=job(run).parked)
+    return load_model(run.spec.base.path, park=job(run).parked)
 
 
 def job(run: Run) -> footprint.Job:
@@ -220,17 +220,20 @@ def planned(
     if keep is None:
         keep, _ = solve(base.config, spec, DTYPES[base.dtype], tokens)
     trimmed = dims
-    if "token" in keep and (tokens or not vocabulary_is_fixed(spec)):
-        trimmed, keep = replace(dims, vocab=tokens or 1), {**keep, "token": tokens or 1}
+    if "token" in keep:
+        count = tokens or (keep["token"] if vocabulary_is_fixed(spec) else 1)
+        trimmed, keep = replace(dims, vocab=count), {**keep, "token": count}
+    machine = train.machine(device(), run.mesh)
     made = footprint.Job(
         base.config,
         spec,
         dims,
         trimmed,
         shrink(dims, keep),
+        DTYPES[base.dtype],
         [skill.role for skill in spec.skills],
-        footprint.teaching(teacher.config, teacher.dtype == "BF16") if teacher else None,
-        train.machine(device(), run.mesh),
+        footprint.teaching(teacher.config, teacher.dtype, machine) if teacher else None,
+        machine,
     )
     return replace(made, parked=footprint.parks(made))
 
@@ -248,8 +251,7 @@ def model(run: Run, stage: str) -> PreTrainedModel:
 
 
 def alone(run: Run, model: PreTrainedModel) -> PreTrainedModel:
-    """A model that is to be trained, for which all others leave the memory, but who teaches. What is needed of them again is read
-    again."""
+    """A model that is to be trained, for which all others leave the memory. What is needed of them is read again."""
     run.models = {}
     return model
 

@@ -23,5 +23,5 @@ class Cancelled(NarrowError):
 def out_of_memory(error: Exception) -> bool:
     """Whether that is why it was raised. torch says it in words only, and of what CUDA's libraries say, the name of a status."""
     told = str(error)
-    words = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+    words = ("out of memory", "can't allocate memory", "Cannot allocate memory", "STATUS_ALLOC_FAILED")
     return isinstance(error, MemoryError) or any(word in told for word in words)

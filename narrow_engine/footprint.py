@@ -16,6 +16,7 @@ from typing import Any
 
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import Dimensions, dimensions, family_of, present, tensor_shapes
+from narrow_engine.model_files import DTYPES
 from narrow_engine.spec import ROUNDED, Format, Options, Role, chooses, controls, leaves_a_choice, taught
 
 ROOM = 0.9
@@ -69,12 +70,13 @@ class Machine:
     low: bool = False
     """Whether training multiplies in bfloat16."""
     processes: int = 1
-    """That share what is trained, each of which takes a GPU or its part of the main memory."""
+    """That share recovery, each of which takes a GPU or its part of the main memory."""
+    mapped: bool = False
+    """Whether what is mapped of files counts, as it does where the limit is of a process's data (RLIMIT_DATA)."""
 
-    @property
-    def each(self) -> int:
-        """Bytes that a process of a training may have."""
-        return self.memory if self.gpu else self.memory // self.processes
+    def each(self, processes: int) -> int:
+        """Bytes that each of some processes may have."""
+        return self.memory if self.gpu else self.memory // processes
 
 
 UNKNOWN = Machine()
@@ -318,6 +320,8 @@ class Job:
     whole: Dimensions
     base: Dimensions
     small: Dimensions
+    stored: int = 2
+    """Bytes of a parameter in the base's file."""
     roles: Sequence[Role] = ()
     teacher: tuple[int, int] | None = None
     """Bytes of who teaches, where it is not the base: whole and parked."""
@@ -330,10 +334,26 @@ class Job:
         return 0 if self.machine.gpu else FIXED
 
 
-def teaching(config: dict[str, Any], half: bool) -> tuple[int, int]:
-    """Of a job whose teacher is not the base: its bytes, in bfloat16 if it is `half`."""
-    whole, parked = (held(config, dimensions(config), parked, 2 if half else 4) for parked in (False, True))
-    return whole, parked
+def teaching(config: dict[str, Any], dtype: str, machine: Machine) -> tuple[int, int]:
+    """Of a job whose teacher is not the base: its bytes. It computes in bfloat16 if it is stored so."""
+    size, dims = 2 if dtype == "BF16" else 4, dimensions(config)
+    return held(config, dims, False, size), held(config, dims, True, size) + _in_file(config, dims, DTYPES[dtype], machine)
+
+
+def _in_file(config: dict[str, Any], dims: Dimensions, stored: int, machine: Machine) -> int:
+    """Bytes that a parked model has in its file and that count: all where the limit counts what is mapped; else the experts: of
+    those that a file holds one by one, what is made of them is in memory."""
+    if machine.mapped:
+        return stored * counts(config, dims).all
+    family = family_of(config)
+    experts = [tensor for tensor in present(family.layer_tensors, family, config) if tensor.routed]
+    return 0 if machine.gpu else stored * dims.layers * sum(math.prod(map(dims.axis, tensor.axes)) for tensor in experts)
+
+
+def of_base(job: Job, whole: bool = False) -> int:
+    """Bytes of the base, with its vocabulary trimmed or `whole`."""
+    in_file = _in_file(job.config, job.whole, job.stored, job.machine) if job.parked else 0
+    return held(job.config, job.whole if whole else job.base, job.parked) + in_file
 
 
 def held(config: dict[str, Any], dims: Dimensions, parked: bool, size: int = 4) -> int:
@@ -351,7 +371,8 @@ def _teaching(job: Job) -> int:
     """Bytes of who teaches in recovery. The base after its correction was trained, and is whole."""
     if job.teacher:
         return job.teacher[job.parked]
-    return held(job.config, job.base, job.parked and job.options.method.recover.correction is None)
+    corrected = job.options.method.recover.correction is not None
+    return held(job.config, job.base, False) if corrected else of_base(job)
 
 
 def trainings(job: Job) -> dict[str, Task]:
@@ -359,7 +380,9 @@ def trainings(job: Job) -> dict[str, Task]:
     options, method = job.options, job.options.method
     recover, lasso, base = method.recover, method.regularizer.tokens if method.regularizer else 0, job.base
 
-    def task(dims: Dimensions, tokens: int, optimizer: str = recover.optimizer, teacher: int | None = None) -> Task:
+    def task(
+        dims: Dimensions, tokens: int, together: bool, optimizer: str = recover.optimizer, teacher: int | None = None
+    ) -> Task:
         return Task(
             job.config,
             dims,
@@ -368,25 +391,25 @@ def trainings(job: Job) -> dict[str, Task]:
             optimizer,
             job.machine.low,
             job.fixed + (teacher or 0),
-            job.machine.processes,
+            job.machine.processes if together else 1,
             job.machine.gpu,
             taught=teacher is not None,
         )
 
     found = {}
-    if leaves_a_choice(options):
-        found["allocate"] = task(job.small, recover.tokens, teacher=held(job.config, base, job.parked))
+    if leaves_a_choice(options) and recover.tokens and options.budget.latency is None:
+        found["allocate"] = task(job.small, recover.tokens, False, teacher=of_base(job))
     if method.regularizer:
-        found["sparsify"] = task(base, lasso, "adamw")
+        found["sparsify"] = task(base, lasso, True, "adamw")
     if taught(method) and recover.correction:
-        found["correct"] = task(base, recover.correction.tokens)
+        found["correct"] = task(base, recover.correction.tokens, True)
     if recover.tokens:
         teacher = (0 if recover.cache else _teaching(job)) if taught(method) else None
-        found["recover"] = task(job.small, recover.tokens, teacher=teacher)
+        found["recover"] = task(job.small, recover.tokens, True, teacher=teacher)
     if "trained" in controls(options):
-        found["controls"] = task(base, recover.tokens + lasso)
+        found["controls"] = task(base, recover.tokens + lasso, False)
     if options.relearn and "forget" in job.roles:
-        found["relearn"] = task(job.small, options.relearn.tokens)
+        found["relearn"] = task(job.small, options.relearn.tokens, False)
     return found
 
 
@@ -394,27 +417,31 @@ def resting(job: Job) -> dict[str, int]:
     """Bytes of the process at the peak of each stage that trains nothing, or of what such a stage does beside."""
     options, method, gpu = job.options, job.options.method, job.machine.gpu
     dims = job.base
-    whole, base = (held(job.config, d, job.parked) for d in (job.whole, dims))
+    whole, base = of_base(job, whole=True), of_base(job)
     cut = held(job.config, job.small, False)
     # Beside the base as it came, which shares its layers.
-    trimmed = 4 * dims.vocab * dims.hidden if job.whole.vocab != dims.vocab else 0
+    trimmed = 4 * (1 if dims.tied else 2) * dims.vocab * dims.hidden if job.whole.vocab != dims.vocab else 0
+    # Whole weights of another type are made of the file's, which stay until all are.
+    read = job.stored * counts(job.config, job.whole).all if job.machine.mapped and job.stored != 4 and not job.parked else 0
+    choice, timed = leaves_a_choice(options), options.budget.latency is not None
     layer = 4 * counts(job.config, dims).layer
     copied = held(job.config, dims, False)
     refitted = base + cut + _refit(job) if method.refit else 0
     found = {
-        "load": whole + READING,
+        "load": whole + max(read, READING),
         "measure_base": whole + trimmed + _forward(job.whole, MEASURED, gpu),
         "score": base + _scoring(job) if chooses(method) else 0,
-        # Trials that lost the first quarter of one kind of unit have nearly all of the base.
-        "allocate": base + copied + (_refit(job) if method.refit else 0) if leaves_a_choice(options) else 0,
-        "slice": (copied if method.regularizer else base) + layer + cut,
+        # Trials that lost the first quarter of one kind of unit have nearly all of the base; three shapes are timed beside it.
+        "allocate": base + (2 if timed else 1) * copied + (_refit(job) if method.refit else 0) if choice else 0,
+        # Fresh weights are drawn beside those that they take the place of.
+        "slice": (copied if method.regularizer else base) + layer + (2 if method.init == "fresh" else 1) * cut,
         "reconstruct": refitted,
         "teach": _teaching(job) + _forward(dims, MEASURED, gpu) if method.recover.cache and taught(method) else 0,
         # What is read again before the base goes.
-        "recover": base + copied + cut if method.recover.correction and taught(method) else 0,
+        "recover": base + cut + (copied if method.recover.correction else 0) if method.recover.tokens else 0,
         "controls": refitted if "random" in controls(options) else 0,
         "measure": _measuring(job, together(job)),
-        # The same.
+        # Models that lost the first quarter of one kind of unit.
         "locality": base + copied + _forward(dims, MEASURED, gpu) if options.locality and job.roles and chooses(method) else 0,
         "export": exporting(["safetensors"], 0, cut, gpu),
     }
@@ -427,14 +454,14 @@ def together(job: Job) -> int:
 
 
 def _measuring(job: Job, models: int) -> int:
-    base, cut = held(job.config, job.base, job.parked), held(job.config, job.small, False)
+    base, cut = of_base(job), held(job.config, job.small, False)
     return base + models * cut + _forward(job.base, MEASURED, job.machine.gpu, models + 1)
 
 
 def stages(job: Job) -> dict[str, int]:
     """Bytes of the process at the peak of each stage that matters, with training done in the plain way and all formats made."""
     found = resting(job)
-    base, cut = held(job.config, job.base, job.parked), held(job.config, job.small, False)
+    base, cut = of_base(job), held(job.config, job.small, False)
     found["export"] = job.fixed + exporting(job.options.export, base, cut, job.machine.gpu)
     for name, task in trainings(job).items():
         found[name] = max(found.get(name, 0), training(task, Way()))
@@ -509,20 +536,23 @@ def check(job: Job) -> None:
         if taken > ROOM * there:
             raise _too_little(f"The stage {name}", taken, there)
     for name, task in trainings(job).items():
-        choose(task, job.machine.each, name, may_round(name, task))
+        choose(task, job.machine.each(task.processes), name, may_round(name, task))
 
 
 def parks(job: Job) -> bool:
     """Whether the weights of the base's layers must stay in their file: whole they would leave too little memory. On a CPU that
     costs less than training in bfloat16 (nothing of the loss, and a reading of the file for a batch); on a GPU, where the bus is
-    slow, it costs more."""
+    slow, it costs more. For a budget of latency the base is timed, and whole."""
+    if job.options.budget.latency is not None:
+        return False
     whole, parked = replace(job, parked=False), replace(job, parked=True)
     room, less = ROOM * job.machine.memory, resting(parked)
     if any(taken > room and taken > less[name] for name, taken in resting(whole).items()):
         return True
-    room, smaller = ROOM * job.machine.each, trainings(parked)
+    smaller = trainings(parked)
     return any(
-        smaller[name].beside < task.beside and _least(task, job.machine.gpu and may_round(name, task)) > room
+        smaller[name].beside < task.beside
+        and _least(task, job.machine.gpu and may_round(name, task)) > ROOM * job.machine.each(task.processes)
         for name, task in trainings(whole).items()
     )
 
@@ -535,7 +565,10 @@ def may_round(name: str, task: Task) -> bool:
 def least(job: Job) -> int:
     """Bytes of the job at its peak where all is done in the way that takes the least: training, a parked base, large streams in
     files, models measured one by one. A machine on which ROOM holds it has enough."""
-    job = replace(job, parked=True)
+    job = replace(
+        job,
+        parked=job.options.budget.latency is None,
+    )
     full, small = (resting(replace(job, machine=replace(job.machine, memory=0, host=host))) for host in (sys.maxsize, 0))
     # Of what may be filled, streams take so much and no more.
     share = 1 - max(EXPERT_STREAMS * LARGE, KEPT) / ROOM

@@ -102,6 +102,7 @@ def curve(
         small = slice_model(model, make_plan(config, order, {unit: keep}))
         for name, (text, per_base_token) in texts.items():
             made.loss[name].append(per_base_token * (skills.loss_of(small, text, length) - before[name]))
+        del small  # before the next is made
     return made
 
 

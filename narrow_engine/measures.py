@@ -131,6 +131,7 @@ def measure(run: Run, out: Path) -> None:
                 )
     write_json(out / "skills.json", rows)
     write_json(out / "samples.json", [sample.model_dump() for sample in _samples(run)])
+    run.models.pop("recover", None)  # whoever asks for it reads it again
 
 
 def _side_by_side(run: Run) -> dict[str, list[skills.Measured]]:
@@ -170,7 +171,7 @@ def answer(run: Run, out: Path) -> None:
             prompts[name] = found
     flags: dict[str, list[list[bool]]] = {name: [] for name in prompts}
     # One after the other, for want of memory.
-    for stage, reader in (("load", of_base), ("reconstruct", of_result), ("recover", of_result)):
+    for stage, reader in (("load", of_base), ("reconstruct", of_result), ("recover", of_result)) if prompts else ():
         model = untouched(run) if stage == "load" else earlier.model(run, stage)
         for name, texts in prompts.items():
             flags[name].append(_right(run, model, reader, earlier.skills(run)[name].data, texts))

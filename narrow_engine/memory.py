@@ -2,14 +2,14 @@
 
 import ctypes
 import gc
-import os
 import resource
+import sys
 from pathlib import Path
 
 import torch
 
-CONTAINER = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-"""What the container that this process is in may have, in control groups of version 2 and 1."""
+from narrow_engine import processors
+
 TIGHT = 0.6
 """Share of the memory from which on glibc must not keep what is freed: it keeps up to a third of what training takes."""
 TRIM, MAP, SOON = -1, -3, 2**16  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, and bytes for both
@@ -21,11 +21,13 @@ def limit(device: torch.device) -> int:
     that is shut in (`sandbox`). What others take of it is not looked at: the same job must do the same on the same machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    container = [path.read_text().strip() for path in CONTAINER if path.is_file()]
     own, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    there = [physical, *(int(most) for most in container if most.isdigit())]
-    return min(there if own == resource.RLIM_INFINITY else [*there, own])
+    return min(processors.memory(), sys.maxsize if own == resource.RLIM_INFINITY else own)
+
+
+def counts_files() -> bool:
+    """Whether what this process maps of files, to be changed by nobody else, is in what it may have."""
+    return resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
 
 
 def keep_within(taken: int, device: torch.device) -> None:

@@ -11,11 +11,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from narrow_engine import parked
 from narrow_engine.errors import NarrowError, out_of_memory
 from narrow_engine.families import PARTS, Axis, Family, dimensions, family_of, present
 from narrow_engine.losses import Head
 from narrow_engine.model_files import read_header, weight_files
-from narrow_engine.parked import bring, park
 
 
 def device() -> torch.device:
@@ -23,11 +23,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32, parked: bool = False) -> PreTrainedModel:
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, park: bool = False) -> PreTrainedModel:
     """A causal LM from a local folder, that computes in `dtype`: safetensors only, no code but transformers' own.
 
     Weights are read from the mapped file tensor by tensor, to the device and the precision that they are wanted in; on the CPU,
-    those that are in `dtype` already stay in the file. Of a model that is `parked` those of all layers do: see there.
+    those that are in `dtype` already stay in the file. With `park` those of all layers do: see `parked`.
     (Experts that a file holds one by one are put together in memory, in the file's precision.)
 
     Raises NarrowError (bad_model) where transformers cannot build or run it, (non_finite_weights) where a weight is NaN or
@@ -56,7 +56,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, parked: bool = 
         setattr(model.config, key, value)
     if family(model).router:
         model.config.output_router_logits = False
-    _settle(model, stored, torch.empty(0, dtype=dtype, device=device()), parked)
+    _settle(model, stored, torch.empty(0, dtype=dtype, device=device()), park)
     _try_out(model)
     return model.eval()
 
@@ -68,12 +68,12 @@ def _stored(folder: Path, dtype: torch.dtype) -> torch.dtype:
     return half if half and dtype == torch.float32 else dtype
 
 
-def _settle(model: PreTrainedModel, stored: torch.dtype, like: Tensor, parked: bool) -> None:
+def _settle(model: PreTrainedModel, stored: torch.dtype, like: Tensor, park: bool) -> None:
     """Brings the weights to where the model computes, all of them or all but the layers'."""
-    inside = {id(part) for part in layers(model).modules()} if parked else set()
-    bring((part for part in model.modules() if id(part) not in inside), like)
-    if parked:
-        park(layers(model), like)
+    inside = {id(part) for part in layers(model).modules()} if park else set()
+    parked.bring((part for part in model.modules() if id(part) not in inside), like)
+    if park:
+        parked.park(layers(model), like)
     model.config.dtype = like.dtype
     embedding = model.get_input_embeddings()
     if stored != like.dtype and family(model).embeddings_scaled:
@@ -82,9 +82,8 @@ def _settle(model: PreTrainedModel, stored: torch.dtype, like: Tensor, parked: b
 
 
 def is_parked(model: PreTrainedModel) -> bool:
-    """Whether weights of layers are anywhere but where the model computes."""
-    like = model.get_input_embeddings().weight
-    return any(weight.device != like.device or weight.dtype != like.dtype for weight in layers(model).parameters())
+    """Whether the weights of its layers stay in their file."""
+    return parked.is_parked(layers(model))
 
 
 @torch.no_grad()

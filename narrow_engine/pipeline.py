@@ -164,12 +164,17 @@ def run(
         if stage not in [step[0] for step in done]:
             # What other inputs made is no result of this run.
             _forget(context, stage)
+    if any(stage.name == "load" for stage, _ in done) and any(stage.name == "recover" for stage, _ in line[len(done) :]):
+        stages.settle_memory(context)
     for stage, key in line[len(done) :]:
         context.check()
         if shared and stage.shared:
             _share(context, stage, key, shelf.place(shared, stage.name, key))
         else:
             _run_stage(context, stage, key)
+        if stage.name in ("load", "allocate"):
+            # Other runs may have read the text, and what is kept may have been chosen.
+            stages.settle_memory(context)
     if mesh is not None:
         shard.tell("")
     return folder / "result"

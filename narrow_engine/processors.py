@@ -1,4 +1,5 @@
-"""How many processors this process may use. No torch: whoever starts a process that computes asks here first."""
+"""How many processors and how much main memory this process may use. No torch: whoever starts a process that computes asks here
+first."""
 
 import os
 from pathlib import Path
@@ -7,6 +8,15 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """Of the container that this process is in: microseconds of processor time, and in how many."""
 OLD_QUOTA = (Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us"))
 """The same where control groups are of version 1; -1 is none."""
+CONTAINER = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""What the container that this process is in may have of the memory, in control groups of version 2 and 1."""
+
+
+def memory() -> int:
+    """Bytes of main memory: of the machine, or what the container may have of it."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    container = [path.read_text().strip() for path in CONTAINER if path.is_file()]
+    return min(physical, *(int(most) for most in container if most.isdigit()), physical)
 
 
 def allowed() -> int:

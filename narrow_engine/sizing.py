@@ -314,12 +314,13 @@ def plan_sizes(
     options: Options,
     bytes_per_parameter: int = 2,
     roles: Sequence[Role] = (),
-    teacher: dict[str, Any] | None = None,
+    teacher: tuple[dict[str, Any], str] | None = None,
     machine: footprint.Machine = footprint.UNKNOWN,
 ) -> Sizes:
     """The dry run of a job: shapes, bytes, FLOPs, memory and a rough time. Raises like `solve`.
 
-    `roles` are those of the skills beside the target; `teacher` is the config of one that is not the base. What does not fit
+    `roles` are those of the skills beside the target; `teacher` is the config of one that is not the base, and the
+    type that it is stored in. What does not fit
     on the `machine` is told, and refused by nobody but the job.
     """
     dims = dimensions(config)
@@ -337,10 +338,12 @@ def plan_sizes(
     lasso_tokens = method.regularizer.tokens if method.regularizer else 0
     # What is scored and taught by is the base with its vocabulary trimmed.
     trimmed = size_of(config, shrink(dims, {"token": small.vocab}), bytes_per_parameter)
-    teaching = size_of(teacher, dimensions(teacher), bytes_per_parameter) if teacher else trimmed
+    teaching = size_of(teacher[0], dimensions(teacher[0]), 1) if teacher else trimmed
     told = teaching.flops_per_token if taught(method) else 0
     if recover.cache and taught(method):
-        width = dimensions(teacher or config).hidden if recover.cache == "hidden" else 3 * (recover.top or TOP) + 1
+        width = (
+            dimensions(teacher[0] if teacher else config).hidden if recover.cache == "hidden" else 3 * (recover.top or TOP) + 1
+        )
         notices.append(f"The cache of what the teacher says takes up to {2 * width * recover.tokens / 1e9:,.1f} GB of disk.")
     compared, skills = controls(options), 1 + len(roles)
     # Least squares runs the base once and the cut model three times; training is forward and backward.
@@ -371,14 +374,20 @@ def plan_sizes(
         flops += curves * (trimmed.flops_per_token + 6.0 * after.flops_per_token) * TRIAL_TOKENS
         flops += whole_shapes * refit_flops * method.calibration_tokens / 2
         flops += whole_shapes * (3.0 * after.flops_per_token + told) * recover.tokens / part
-    other = footprint.teaching(teacher, bytes_per_parameter == 2) if teacher else None
-    job = footprint.Job(config, options, dims, shrink(dims, {"token": small.vocab}), small, roles, other, machine)
-    memory, least, lacking = footprint.stages(job), footprint.least(job), ""
+
+    def job(shape: Dimensions) -> footprint.Job:
+        other = footprint.teaching(*teacher, machine) if teacher else None
+        base = shrink(dims, {"token": shape.vocab})
+        return footprint.Job(config, options, dims, base, shape, bytes_per_parameter, roles, other, machine)
+
+    told_memory, least, lacking = footprint.stages(job(small)), footprint.least(job(small)), ""
+    # As the job does it before it has read the text.
+    asked = job(small if "token" not in keep or vocabulary_is_fixed(options) else replace(small, vocab=1))
     try:
-        footprint.check(replace(job, parked=footprint.parks(job)))
+        footprint.check(replace(asked, parked=footprint.parks(asked)))
     except NarrowError as error:
         lacking = str(error)
-    return Sizes(before, after, keep, memory, least, lacking, flops, FIXED_SECONDS + flops * SECONDS_PER_FLOP, notices)
+    return Sizes(before, after, keep, told_memory, least, lacking, flops, FIXED_SECONDS + flops * SECONDS_PER_FLOP, notices)
 
 
 def _candidates(

@@ -81,13 +81,12 @@ def load(run: Run, out: Path) -> None:
         readings = model_files.reading(spec.base.path), model_files.reading(spec.teacher.path)
         check_teacher(info.config, taught_by.config, readings, "token" in spec.method.units, spec.block_tokens)
     room, _ = solve(info.config, spec, DTYPES[info.dtype])
-    job = _require_memory(earlier.planned(run, info, taught_by))
+    job = earlier.planned(run, info, taught_by)
+    _require(job)
     _tell_unused_gpu(run)
     if any(form in formats.GGUF for form in spec.export):
         gguf.require_gguf(spec.base.path)
-    if job.parked:
-        _tell_parked(run, info)
-    model = load_model(spec.base.path, parked=job.parked)
+    model = load_model(spec.base.path, park=job.parked)
     reader = narrow = earlier.reader(spec.base.path, info.config)
     tell = run.progress("load", "bytes of text read")
     trimmed = "token" in spec.method.units
@@ -107,11 +106,7 @@ def load(run: Run, out: Path) -> None:
     if trimmed:
         tokens = _trim(run, model, reader, [text.counts for text in needed.values()], room["token"])
         count = len(tokens) if tokens else reader.size
-        job = _require_memory(earlier.planned(run, info, taught_by, count))
-        if job.parked and not is_parked(model):
-            _tell_parked(run, info)
-            del model
-            model = load_model(spec.base.path, parked=True)
+        _require(earlier.planned(run, info, taught_by, count))
         if taught_by and not tokens:
             # It could not be trimmed after all, and has all its rows.
             check_teacher(info.config, taught_by.config, readings, False, spec.block_tokens)
@@ -173,33 +168,31 @@ def _tell_unused_gpu(run: Run) -> None:
         )
 
 
-def _tell_parked(run: Run, info: ModelInfo) -> None:
-    """What it means that the base does not fit. Raises NarrowError (base_too_large) for what cannot be done then."""
-    taken, there = 4e-9 * info.parameters, 1e-9 * memory.limit(device())
-    where = "the GPU's memory" if device().type == "cuda" else "the memory"
-    if run.spec.budget and run.spec.budget.latency is not None:
-        raise NarrowError(
-            "base_too_large",
-            f"A budget of latency is found by timing the base, which takes {taken:,.1f} GB in float32, and with what the job "
-            f"needs beside it more than {where} has ({there:,.1f} GB): give the budget in parameters, bytes or FLOPs, or take a "
-            "machine with more.",
-        )
-    run.emit(
-        "notice",
-        "load",
-        f"The base takes {taken:,.1f} GB in float32, and with what the job needs beside it more than {where} has ({there:,.1f} "
-        "GB): the weights of its layers stay in their file, and those of one layer at a time are brought in as it runs. No "
-        "figure changes by that, but every pass over the base reads the file; text that it writes token by token (answers, "
-        "samples) takes the longest.",
-        {"code": "parked"},
-    )
-
-
-def _require_memory(job: footprint.Job) -> footprint.Job:
+def _require(job: footprint.Job) -> None:
     """Refuses at the start what would run out of memory here after hours. Raises NarrowError (too_little_memory)."""
     footprint.check(job)
     memory.keep_within(max(footprint.stages(job).values()), device())
-    return job
+
+
+def settle_memory(run: Run) -> None:
+    """Once it is known what there is to do: refuses what does not fit, and says if the base is parked for it. Raises NarrowError
+    (too_little_memory)."""
+    job, where = earlier.job(run), device()
+    _require(job)
+    kept = [run.models[name] for name in ("base", "untouched") if name in run.models]
+    if any(is_parked(model) != job.parked for model in kept):
+        run.models = {}
+    if job.parked and not any(notice.code == "parked" for notice in run.notices):
+        taken, there = 4e-9 * earlier.info(run)["model"]["parameters"], 1e-9 * memory.limit(where)
+        run.emit(
+            "notice",
+            "load",
+            f"The base takes {taken:,.1f} GB in float32, and with what the job needs beside it more than the {there:,.1f} GB of "
+            "memory that there are: the weights of its layers stay in their file, and those of one layer at a time are brought "
+            "in as it runs. No figure changes by that, but every pass over the base reads the file; text that it writes token "
+            "by token (answers, samples) takes the longest.",
+            {"code": "parked"},
+        )
 
 
 def _keep_to_relearn(run: Run, text: corpus.Documents, name: str, file: str, out: Path) -> bool:
@@ -472,6 +465,7 @@ def recover(run: Run, out: Path) -> None:
     The result is rounded to the base's type here, so that every figure is of the model that is delivered.
     """
     options = run.spec.method.recover
+    run.models.pop("reconstruct", None)  # it is read again when it is measured
     small = earlier.copy(run, "reconstruct")
     curve: list[CurvePoint] = []
     if options.tokens:
@@ -484,13 +478,11 @@ def recover(run: Run, out: Path) -> None:
                 {"code": "rounded"},
             )
         told: teacher.Teacher | None = None
-        if options.cache:
-            earlier.alone(run, small)
-            told = teacher.Cached(run.out("teach"), blocks, device())
-        elif taught(run.spec.method):
+        if taught(run.spec.method) and not options.cache:
             told = _teacher(run)
         else:
             earlier.alone(run, small)
+            told = teacher.Cached(run.out("teach"), blocks, device()) if options.cache else None
         with ExitStack() as stack:
             beside = None
             if options.match:
@@ -509,6 +501,7 @@ def recover(run: Run, out: Path) -> None:
                 beside=beside,
                 mesh=run.mesh,
             )
+        del told, beside
         run.models.pop("correct", None)
         harm = _harm(curve)
         if harm:
@@ -519,6 +512,7 @@ def recover(run: Run, out: Path) -> None:
                 "bring more text.",
                 {"code": "recovery_harmed"},
             )
+            del small
             small = earlier.copy(run, "reconstruct")
     safetensors_export.round_weights(small, earlier.dtype(run))
     run.models["recover"] = small
@@ -537,9 +531,7 @@ def export(run: Run, out: Path) -> None:
     model, probe = earlier.model(run, "recover"), earlier.probe(run)
     size = size_in_memory(model)
     others: list[Format] = [form for form in run.spec.export if form != "safetensors"]
-    if not set(others) & set(ROUNDED):
-        # Only what rounding keeps is measured beside it, and it is the largest thing here.
-        run.models = {"recover": model}
+    run.models = {"recover": model}
     parity: dict[str, Parity] = {}
     steps = 2 + 2 * len(others)
     run.progress("export")(0, steps)
@@ -584,7 +576,7 @@ def export(run: Run, out: Path) -> None:
 
 def _room_for(run: Run, form: Format, size: int) -> bool:
     """Whether a format can be made here of a model of so many bytes: being killed for it would cost the rest as well."""
-    taken = footprint.exporting([form], size_in_memory(base(run)) if form in ROUNDED else 0, size)
+    taken = footprint.exporting([form], footprint.of_base(earlier.job(run)) if form in ROUNDED else 0, size)
     there = memory.limit(torch.device("cpu"))
     if taken <= footprint.ROOM * there:
         return True
@@ -674,11 +666,12 @@ def export_base(run: Run, out: Path) -> None:
     size = size_of(config, dimensions(config), 4).bytes
     if size < 4 * SMALLEST_TIMED:
         return
-    if size > BASE_EXPORT_BYTES:
+    run.models = {}
+    if size > BASE_EXPORT_BYTES or footprint.exporting(["onnx"], 0, size) > footprint.ROOM * memory.limit(torch.device("cpu")):
         run.emit(
             "notice",
             "export_base",
-            f"The base has {size:,} bytes in float32: it is not brought into other formats to be timed in them.",
+            f"The base has {size:,} bytes in float32: too many to bring it into other formats here, to be timed in them.",
             {"code": "base_not_timed"},
         )
         return

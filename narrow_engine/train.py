@@ -257,6 +257,7 @@ def machine(where: torch.device, mesh: DeviceMesh | None = None) -> footprint.Ma
         gpu=where.type == "cuda",
         low=training_dtype(where) != torch.float32,
         processes=mesh.size() if mesh is not None else 1,
+        mapped=where.type == "cpu" and memory.counts_files(),
     )
 
 
@@ -287,9 +288,9 @@ def _way(
         there.gpu,
         taught=teacher is not None,
     )
-    way = footprint.choose(task, there.each, phase, may_round and mesh is None, rounded)
+    way = footprint.choose(task, there.each(there.processes), phase, may_round and mesh is None, rounded)
     memory.keep_within(footprint.training(task, way), model.device)
-    for code, sentence in footprint.told(task, way, there.each):
+    for code, sentence in footprint.told(task, way, there.each(there.processes)):
         emit("notice", phase, sentence, {"code": code})
     return way
 

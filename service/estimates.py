@@ -19,7 +19,8 @@ DEVICES = Path("/dev")
 def estimate(session: Session, spec: JobSpec, machine: Machine = UNKNOWN) -> Sizes:
     """Sizes before and after, memory and time. Raises NoResultFound where a model is gone, and NarrowError like `solve`."""
     base = session.get_one(ModelRow, spec.base.model).info
-    teacher = session.get_one(ModelRow, spec.teacher.model).info["config"] if spec.teacher else None
+    other = session.get_one(ModelRow, spec.teacher.model).info if spec.teacher else None
+    teacher = (other["config"], other["dtype"]) if other else None
     return plan_sizes(base["config"], spec, DTYPES[base["dtype"]], [skill.role for skill in spec.skills], teacher, machine)
 
 
@@ -28,7 +29,8 @@ def machine_of(settings: Settings, spec: JobSpec) -> Machine:
     if settings.runner != "local" or any(_gpus()):
         return UNKNOWN
     there = memory_of(settings, spec.resources.memory)
-    return Machine(there, there, processes=max(1, spec.resources.gpus))
+    # Jobs are shut in, where what they map counts.
+    return Machine(there, there, processes=max(1, spec.resources.gpus), mapped=True)
 
 
 def _gpus() -> tuple[int, bool]:

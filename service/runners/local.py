@@ -158,8 +158,7 @@ def _shown(inputs: Iterable[Path]) -> dict[str, Any]:
 
 def memory_of(settings: Settings, asked: int | None) -> int:
     """Bytes that each process of a job may have."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min(asked or sys.maxsize, settings.max_job_memory or machine)
+    return min(asked or sys.maxsize, settings.max_job_memory or processors.memory())
 
 
 class Kept(NamedTuple):

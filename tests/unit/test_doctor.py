@@ -31,7 +31,7 @@ def test_a_container_has_less_than_the_machine(monkeypatch, tmp_path):
     quota.write_text("50000 100000\n")
     most.write_text(f"{2**20}\n")
     monkeypatch.setattr(processors, "QUOTA", quota)
-    monkeypatch.setattr(memory, "CONTAINER", (tmp_path / "there-is-none", most))
+    monkeypatch.setattr(processors, "CONTAINER", (tmp_path / "there-is-none", most))
     assert doctor._processors()["processors_usable"] == 0.5
     assert doctor._memory()["memory_of_the_container_bytes"] == 2**20
     quota.write_text("max 100000\n")

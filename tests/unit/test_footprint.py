@@ -143,6 +143,33 @@ def test_more_memory_never_does_worse(method, gpu):
     assert {0, 2} <= set(found)
 
 
+def test_where_the_limit_counts_what_is_mapped_so_does_the_plan():
+    config = tiny_config("llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=16).to_dict()
+    dims = dimensions(config)
+    options = Options.model_validate({"budget": {"keep": {"neuron": 0.5}}})
+    job = footprint.Job(config, options, dims, dims, replace(dims, width=4096), parked=True)
+    shut_in = replace(job, machine=Machine(mapped=True))
+    file = 2 * footprint.counts(config, dims).all
+    assert footprint.of_base(shut_in) - footprint.of_base(job) == file
+    assert footprint.stages(shut_in)["load"] - footprint.stages(job)["load"] == file
+    experts = tiny_config("mixtral").to_dict()
+    dims = dimensions(experts)
+    job = footprint.Job(experts, options, dims, dims, dims, parked=True)
+    routed = 2 * dims.layers * dims.experts * 3 * dims.hidden * dims.width
+    assert footprint.of_base(job) - footprint.held(experts, dims, True) == routed, "put together in memory"
+
+
+def test_for_a_budget_of_latency_the_base_is_timed_and_never_parked():
+    config = tiny_config("llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=16).to_dict()
+    dims = dimensions(config)
+    job = footprint.Job(
+        config, Options.model_validate({"budget": {"latency": 0.5}}), dims, dims, dims, machine=Machine(10**9, 10**9)
+    )
+    assert not footprint.parks(job)
+    with pytest.raises(NarrowError, match="bytes of memory at least"):
+        footprint.check(job)
+
+
 def test_a_base_is_parked_before_weights_are_rounded_but_on_a_gpu():
     config = tiny_config("llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=16).to_dict()
     dims = dimensions(config)

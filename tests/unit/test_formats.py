@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from narrow_engine import footprint, memory, speed, stages
+from narrow_engine import earlier, footprint, memory, speed, stages
 from narrow_engine.errors import NarrowError
 from narrow_engine.export import matrix
 from narrow_engine.export.runtimes import form_of, open_runtime
@@ -90,7 +90,9 @@ def test_a_folder_tells_its_format(tmp_path):
 
 def test_a_format_that_does_not_fit_into_the_memory_is_left_out(monkeypatch):
     told = []
-    run = SimpleNamespace(models={"base": tiny_model("llama")}, emit=lambda *event: told.append(event))
+    run = SimpleNamespace(emit=lambda *event: told.append(event))
+    monkeypatch.setattr(earlier, "job", lambda _: None)
+    monkeypatch.setattr(footprint, "of_base", lambda _: 10**6)
     monkeypatch.setattr(memory, "limit", lambda _: round(4e9 / footprint.ROOM) + 1)
     assert stages._room_for(run, "onnx", 10**9)
     assert not told

@@ -116,7 +116,7 @@ def test_the_dry_run_counts_who_teaches():
 
     def sizes(recover, teacher=None):
         options = {"budget": {"keep": {"neuron": 0.5}}, "method": {"units": ["neuron"], "recover": {"tokens": 10**6, **recover}}}
-        return plan_sizes(config, Options.model_validate(options), teacher=teacher)
+        return plan_sizes(config, Options.model_validate(options), teacher=teacher and (teacher, "F32"))
 
     base, alone = sizes({}), sizes({"objective": "next_token"})
     assert alone.flops < base.flops < sizes({}, larger).flops
