@@ -63,6 +63,7 @@ ENGINE_FOR_THE_SERVICE = {
     for name in (
         "spec",
         "families",
+        "footprint",
         "sizing",
         "errors",
         "events",
