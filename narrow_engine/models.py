@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from narrow_engine import parked
+from narrow_engine import memory, parked
 from narrow_engine.errors import NarrowError, out_of_memory
 from narrow_engine.families import PARTS, Axis, Family, dimensions, family_of, present
 from narrow_engine.losses import Head
@@ -119,12 +119,13 @@ def config_dict(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def size_in_memory(model: PreTrainedModel) -> int:
-    """Bytes of its weights; of one that is parked, of those of one layer."""
+    """Bytes of its weights; of one that is parked, of those of one layer, and of its file where that counts (`memory`)."""
     inside = {id(parameter) for parameter in layers(model).parameters()} if is_parked(model) else set()
     like: int = model.get_input_embeddings().weight.element_size()
     found = like * sum(parameter.numel() for parameter in layers(model)[0].parameters()) if inside else 0
+    counts = model.device.type == "cpu" and memory.counts_files()
     for parameter in model.parameters():
-        if id(parameter) not in inside:
+        if counts or id(parameter) not in inside:
             found += parameter.numel() * parameter.element_size()
     return found
 

@@ -15,7 +15,7 @@ from narrow_engine import footprint, importance, layerwise, memory, pipeline, sk
 from narrow_engine.corpus import Blocks, Documents
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import dimensions
-from narrow_engine.models import config_dict, greedy, hidden_states, is_parked, layers, load_model
+from narrow_engine.models import config_dict, greedy, hidden_states, is_parked, layers, load_model, size_in_memory
 from narrow_engine.plan import make_plan
 from narrow_engine.reconstruct import refit
 from narrow_engine.report.model import Report
@@ -71,6 +71,16 @@ def test_a_file_in_bfloat16_is_loaded_as_transformers_would_load_it(family, tmp_
 
 
 @pytest.mark.parametrize("pair", SOME, indirect=True)
+def test_a_parked_model_takes_a_layer_and_its_file_where_that_counts(pair, monkeypatch):
+    whole, parked = pair
+    layer, inside = (sum(weight.numel() for weight in part.parameters()) for part in (layers(whole)[0], layers(whole)))
+    outer = whole.num_parameters() - inside
+    assert size_in_memory(parked) == 4 * (outer + layer)
+    monkeypatch.setattr(memory, "counts_files", lambda: True)
+    assert size_in_memory(parked) == 4 * (outer + layer) + 2 * inside
+    assert size_in_memory(whole) == 4 * whole.num_parameters()
+
+
 def test_scores_of_a_parked_model_are_those_of_the_whole_one(pair):
     for criterion in importance.CRITERIA:
         gradients, grams = criterion in importance.NEEDS_GRADIENTS, criterion in importance.NEEDS_GRAMS
