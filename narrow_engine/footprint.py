@@ -256,12 +256,14 @@ def ways(rows: int, length: int, may_round: bool) -> Iterator[Way]:
             yield Way(pieces, recompute=True, bfloat16=rounded)
 
 
+def _ways_of(task: Task, may_round: bool) -> Iterator[Way]:
+    return ways(math.ceil(task.rows / task.processes), task.length, may_round)
+
+
 def choose(task: Task, there: int, phase: str, may_round: bool, rounded: bool | None = None) -> Way:
     """The fastest way that fits into the memory that there is, of those whose weights are bfloat16 or not if `rounded` says.
     Raises NarrowError (too_little_memory, cannot_go_on)."""
-    found = [
-        way for way in ways(math.ceil(task.rows / task.processes), task.length, may_round) if rounded in (None, way.bfloat16)
-    ]
+    found = [way for way in _ways_of(task, may_round) if rounded in (None, way.bfloat16)]
     if not found:
         raise NarrowError(
             "cannot_go_on",
@@ -565,10 +567,7 @@ def may_round(name: str, task: Task) -> bool:
 def least(job: Job) -> int:
     """Bytes of the job at its peak where all is done in the way that takes the least: training, a parked base, large streams in
     files, models measured one by one. A machine on which ROOM holds it has enough."""
-    job = replace(
-        job,
-        parked=job.options.budget.latency is None,
-    )
+    job = replace(job, parked=job.options.budget.latency is None)
     full, small = (resting(replace(job, machine=replace(job.machine, memory=0, host=host))) for host in (sys.maxsize, 0))
     # Of what may be filled, streams take so much and no more.
     share = 1 - max(EXPERT_STREAMS * LARGE, KEPT) / ROOM
@@ -577,4 +576,4 @@ def least(job: Job) -> int:
 
 
 def _least(task: Task, rounded: bool) -> int:
-    return min(training(task, way) for way in ways(math.ceil(task.rows / task.processes), task.length, rounded))
+    return min(training(task, way) for way in _ways_of(task, rounded))

@@ -16,7 +16,7 @@ def memory() -> int:
     """Bytes of main memory: of the machine, or what the container may have of it."""
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     container = [path.read_text().strip() for path in CONTAINER if path.is_file()]
-    return min(physical, *(int(most) for most in container if most.isdigit()), physical)
+    return min([physical, *(int(most) for most in container if most.isdigit())])
 
 
 def allowed() -> int:

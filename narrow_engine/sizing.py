@@ -319,9 +319,8 @@ def plan_sizes(
 ) -> Sizes:
     """The dry run of a job: shapes, bytes, FLOPs, memory and a rough time. Raises like `solve`.
 
-    `roles` are those of the skills beside the target; `teacher` is the config of one that is not the base, and the
-    type that it is stored in. What does not fit
-    on the `machine` is told, and refused by nobody but the job.
+    `roles` are those of the skills beside the target; `teacher` is the config of one that is not the base, and the type that it
+    is stored in. What does not fit on the `machine` is told, and refused by nobody but the job.
     """
     dims = dimensions(config)
     keep, notices = solve(config, options, bytes_per_parameter)
@@ -341,9 +340,8 @@ def plan_sizes(
     teaching = size_of(teacher[0], dimensions(teacher[0]), 1) if teacher else trimmed
     told = teaching.flops_per_token if taught(method) else 0
     if recover.cache and taught(method):
-        width = (
-            dimensions(teacher[0] if teacher else config).hidden if recover.cache == "hidden" else 3 * (recover.top or TOP) + 1
-        )
+        states = dimensions(teacher[0] if teacher else config).hidden
+        width = states if recover.cache == "hidden" else 3 * (recover.top or TOP) + 1
         notices.append(f"The cache of what the teacher says takes up to {2 * width * recover.tokens / 1e9:,.1f} GB of disk.")
     compared, skills = controls(options), 1 + len(roles)
     # Least squares runs the base once and the cut model three times; training is forward and backward.
@@ -375,19 +373,21 @@ def plan_sizes(
         flops += whole_shapes * refit_flops * method.calibration_tokens / 2
         flops += whole_shapes * (3.0 * after.flops_per_token + told) * recover.tokens / part
 
+    other = footprint.teaching(*teacher, machine) if teacher else None
+
     def job(shape: Dimensions) -> footprint.Job:
-        other = footprint.teaching(*teacher, machine) if teacher else None
         base = shrink(dims, {"token": shape.vocab})
         return footprint.Job(config, options, dims, base, shape, bytes_per_parameter, roles, other, machine)
 
-    told_memory, least, lacking = footprint.stages(job(small)), footprint.least(job(small)), ""
+    plain, lacking = job(small), ""
     # As the job does it before it has read the text.
     asked = job(small if "token" not in keep or vocabulary_is_fixed(options) else replace(small, vocab=1))
     try:
         footprint.check(replace(asked, parked=footprint.parks(asked)))
     except NarrowError as error:
         lacking = str(error)
-    return Sizes(before, after, keep, told_memory, least, lacking, flops, FIXED_SECONDS + flops * SECONDS_PER_FLOP, notices)
+    memory, least = footprint.stages(plain), footprint.least(plain)
+    return Sizes(before, after, keep, memory, least, lacking, flops, FIXED_SECONDS + flops * SECONDS_PER_FLOP, notices)
 
 
 def _candidates(
