@@ -81,6 +81,7 @@ def test_a_parked_model_takes_a_layer_and_its_file_where_that_counts(pair, monke
     assert size_in_memory(whole) == 4 * whole.num_parameters()
 
 
+@pytest.mark.parametrize("pair", SOME, indirect=True)
 def test_scores_of_a_parked_model_are_those_of_the_whole_one(pair):
     for criterion in importance.CRITERIA:
         gradients, grams = criterion in importance.NEEDS_GRADIENTS, criterion in importance.NEEDS_GRAMS
