@@ -18,16 +18,17 @@ from transformers import PreTrainedModel
 
 from narrow_engine import corpus, footprint, shard, train
 from narrow_engine import skills as measuring
+from narrow_engine import slice as slicing
 from narrow_engine.errors import NarrowError
 from narrow_engine.export import safetensors as safetensors_export
 from narrow_engine.families import dimensions, opening
 from narrow_engine.model_files import DTYPES, ModelInfo
-from narrow_engine.models import config_dict, device, load_model
+from narrow_engine.models import device, load_model, read_outline
 from narrow_engine.plan import Plan, Scores, whole_plan
 from narrow_engine.report.model import Allocation, CurvePoint
 from narrow_engine.run import Run
 from narrow_engine.sizing import Keep, shrink, solve, vocabulary_is_fixed
-from narrow_engine.slice import slice_model, trim_vocabulary
+from narrow_engine.slice import trim_vocabulary
 from narrow_engine.spec import DatasetPath, Role
 from narrow_engine.trial import read_tokenizer
 
@@ -256,11 +257,22 @@ def alone(run: Run, model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@torch.no_grad()
 def copy(run: Run, stage: str) -> PreTrainedModel:
-    model = slice_model(base(run), whole_plan(config_dict(base(run))) if stage in ("sparsify", "correct") else plan(run))
-    model.load_state_dict(load_file(run.out(stage) / "weights.safetensors"), strict=False)
-    model.tie_weights()
+    """What a stage made, once more, for which no other model is read."""
+    model = unfilled(run, whole=stage in ("sparsify", "correct"))
+    weights = load_file(run.out(stage) / "weights.safetensors")
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
     return model
+
+
+def unfilled(run: Run, whole: bool = False) -> PreTrainedModel:
+    """A model of the shape that was planned, or of the `whole` base with its vocabulary trimmed, with any weights."""
+    outline = read_outline(run.spec.base.path)
+    everything = whole_plan(dict(outline.config.to_dict()), info(run)["tokens"])
+    chosen = everything if whole else Plan.read(run.out("plan") / "plan.json")
+    return slicing.unfilled(outline, chosen, torch.empty(0, device=device()))
 
 
 def save_weights(model: PreTrainedModel, out: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import Dimensions, dimensions, family_of, present, tensor_shapes
 from narrow_engine.model_files import DTYPES
-from narrow_engine.spec import ROUNDED, Format, Options, Role, chooses, controls, leaves_a_choice, taught
+from narrow_engine.spec import ROUNDED, Format, Match, Options, Role, chooses, controls, leaves_a_choice, taught
 
 ROOM = 0.9
 """Share of the memory that may be filled, by predictions that are within a tenth of what is measured."""
@@ -34,7 +34,7 @@ LOGITS = {False: 3, True: 6}
 """Arrays of the size of a chunk's logits that the loss has at its peak, measured: the distribution and what is being made of it;
 with a teacher both distributions, their ratio, and what is being made of them."""
 STACK = 2**24
-"""Numbers that Muon iterates on together, but for a larger matrix. The iteration holds five arrays of them."""
+"""Numbers that Muon iterates on together, but for a larger matrix."""
 NEWTON_STEPS, BLOCK = 5, 512
 """Of Muon's iteration; and rows of a matrix that are orthogonalised together. FLOPs go with their number: whole matrices of a
 model of 8 billion parameters would take nearly five times as many as the forward and backward pass of 2,048 tokens, taught."""
@@ -74,6 +74,11 @@ class Machine:
     mapped: bool = False
     """Whether what is mapped of files counts, as it does where the limit is of a process's data (RLIMIT_DATA)."""
 
+    @property
+    def fixed(self) -> int:
+        """Bytes of a process on the device before any model."""
+        return 0 if self.gpu else FIXED
+
     def each(self, processes: int) -> int:
         """Bytes that each of some processes may have."""
         return self.memory if self.gpu else self.memory // processes
@@ -110,6 +115,10 @@ class Task:
     gpu: bool = False
     taught: bool = True
     """Whether there is a teacher."""
+    match: tuple[Match, Dimensions] | None = None
+    """What draws the model's insides to the teacher's, and the teacher's lengths."""
+    in_float32: bool = False
+    """Whether weights must be float32: group lasso shrinks them by less than bfloat16 holds. Several processes do not round."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +129,8 @@ class Counts:
     outer: int
     layers: int
     layer_matrices: int
-    largest_matrix: int
-    """Of a layer; of experts, one."""
+    matrices: dict[tuple[int, int], tuple[int, int]]
+    """Of a layer, by their shorter and longer side: numbers in all and in one of them; of experts, one."""
     muon_flops: float
     """That a step of Muon takes for the matrices of a layer."""
 
@@ -145,12 +154,16 @@ def counts(config: dict[str, Any], dims: Dimensions) -> Counts:
     sizes = {name: math.prod(shape) for name, shape in one_layer.items()}
     own = [name for name in sizes if name.startswith(prefix)]
     matrices = [name for name in own if len(one_layer[name]) > 1]
+    shapes: dict[tuple[int, int], tuple[int, int]] = {}
+    for name in matrices:
+        shorter, longer = sorted(one_layer[name][-2:])
+        shapes[shorter, longer] = shapes.get((shorter, longer), (0, 0))[0] + sizes[name], shorter * longer
     return Counts(
         layer=sum(sizes[name] for name in own),
         outer=sum(size for name, size in sizes.items() if name not in own),
         layers=dims.layers,
         layer_matrices=sum(sizes[name] for name in matrices),
-        largest_matrix=max(math.prod(one_layer[name][-2:]) for name in matrices),
+        matrices=shapes,
         muon_flops=sum(_muon_flops(one_layer[name]) for name in matrices),
     )
 
@@ -180,8 +193,9 @@ def training(task: Task, way: Way) -> int:
         gradients //= task.processes
     before = gradients if way.pieces > 1 else 0
 
-    one, outside = kept_per_token(task.config, dims, task.length, low)
-    layers = tokens * n.layers * (4 * dims.hidden if way.recompute else one)
+    one, outside = kept_per_token(task.config, dims, task.length, low, bool(task.match and task.match[0].attention))
+    drawn, heard = _drawn(task, way)
+    layers = tokens * n.layers * ((4 * dims.hidden if way.recompute else one) + drawn)
     again = tokens * one if way.recompute else 0
     activations = layers + tokens * outside
     # Copies of the weights in the type of the products: of all layers, or of the one that runs.
@@ -198,24 +212,45 @@ def training(task: Task, way: Way) -> int:
         + activations
         + max(
             copies,
+            tokens * n.layers * heard,
             said + head_copy + 4 * head + logits,
             # What a layer keeps goes as its gradients come.
             said + size * head + max(again, again // 2 + backward) + running,
         )
     )
     backward_end = gradients + size * head + again // 2 + running
-    iteration = (
-        max(5 * 4 * STACK, 5 * (2 if low else 4) * n.largest_matrix + 4 * n.largest_matrix) if task.optimizer == "muon" else 0
-    )
+    iteration = _iteration(n, low) if task.optimizer == "muon" else 0
     # An orthogonalisation is over when what came of it is rounded.
-    rounding = min(6 * 4 * PIECE, 24 * max(head, n.largest_matrix)) if way.bfloat16 else 0
-    stepping = gradients + max(min(iteration, 4 * 4 * n.layers * n.layer_matrices), rounding)
+    rounding = min(6 * 4 * PIECE, 24 * max(head, *(one for _, one in n.matrices.values()))) if way.bfloat16 else 0
+    stepping = gradients + max(iteration, rounding)
     return task.beside + held + extra + max(forward_end, backward_end, stepping)
 
 
-def kept_per_token(config: dict[str, Any], dims: Dimensions, length: int, low: bool) -> tuple[int, int]:
+def _iteration(n: Counts, low: bool) -> int:
+    """Bytes of Muon's iteration on the largest stack of matrices of one shape: matrices before and after, their products with
+    themselves and what is made of those; where it is in bfloat16, float32 before and after it."""
+    found = 0
+    for (shorter, longer), (layer, one) in n.matrices.items():
+        stack = max(one, min(STACK, n.layers * layer))
+        block = shorter / -(-shorter // BLOCK)
+        found = max(found, math.ceil(stack * max((2 if low else 4) * (2 + 2 * block / longer), 6 if low else 0)))
+    return found
+
+
+def _drawn(task: Task, way: Way) -> tuple[int, int]:
+    """Bytes of a token in a layer that `matching` keeps beside. Until the backward pass, for its terms: the distance of streams;
+    of maps the student's, above zero, and the kept ones of the teacher's. Until there are terms: what was heard."""
+    if task.match is None:
+        return 0, 0
+    weights, of_teacher = task.match
+    streams = [4 * dims.hidden if weights.hidden else 0 for dims in (task.dims, of_teacher)]
+    maps = [dims.heads * task.length if weights.attention else 0 for dims in (task.dims, of_teacher)]
+    return streams[0] + 2 * 4 * maps[0], streams[1] + 4 * maps[1] + (4 * maps[0] if way.recompute else 0)
+
+
+def kept_per_token(config: dict[str, Any], dims: Dimensions, length: int, low: bool, maps: bool = False) -> tuple[int, int]:
     """Bytes that autograd keeps of a token: in a layer, and outside the layers. With products in bfloat16 what they read and
-    make has half of the size; the stream and norms do not."""
+    make has half of the size; the stream and norms do not. With `maps` attention is unfused, and has no dropout."""
     family = family_of(config)
     tensors = present(family.layer_tensors, family, config)
     hidden, q, kv, part = dims.hidden, dims.axis("q"), dims.axis("kv"), 0.5 if low else 1.0
@@ -233,7 +268,11 @@ def kept_per_token(config: dict[str, Any], dims: Dimensions, length: int, low: b
     if family.qk_normed:
         floats += (1 + part) * (q + kv)
     dropout = any(config.get(key) for key in ("attention_dropout", "attn_pdrop"))
-    floats += (DROPPED if dropout else family.pairs) * dims.heads * length
+    if maps:
+        # A map is in float32, and what is multiplied may not be; of each head there are keys and values of its own.
+        floats += (max(1, family.pairs) + (part if low else 0)) * dims.heads * length + part * 2 * (q - kv)
+    else:
+        floats += (DROPPED if dropout else family.pairs) * dims.heads * length
     if family.router:
         floats += dims.active * (4 * dims.width + 2 * hidden) + 4 * dims.shared + (hidden if dims.shared else 0)
     else:
@@ -243,27 +282,23 @@ def kept_per_token(config: dict[str, Any], dims: Dimensions, length: int, low: b
     return round(4 * (floats + dims.heads)), 4 * 4 * hidden
 
 
-def ways(rows: int, length: int, may_round: bool) -> Iterator[Way]:
-    """From the fastest to the one that takes the least memory."""
-    halved = [1]
+def ways(task: Task) -> Iterator[Way]:
+    """Of a step, from the fastest to the one that takes the least memory."""
+    rows, halved = math.ceil(task.rows / task.processes), [1]
     while halved[-1] < rows:
         halved.append(min(rows, 2 * halved[-1]))
     for pieces in halved:
-        if pieces == 1 or math.ceil(rows / pieces) * length >= SMALL_PIECE:
+        if pieces == 1 or math.ceil(rows / pieces) * task.length >= SMALL_PIECE:
             yield Way(pieces)
-    for rounded in (False, True) if may_round else (False,):
+    for rounded in (False,) if task.in_float32 or task.processes > 1 else (False, True):
         for pieces in halved:
             yield Way(pieces, recompute=True, bfloat16=rounded)
 
 
-def _ways_of(task: Task, may_round: bool) -> Iterator[Way]:
-    return ways(math.ceil(task.rows / task.processes), task.length, may_round)
-
-
-def choose(task: Task, there: int, phase: str, may_round: bool, rounded: bool | None = None) -> Way:
+def choose(task: Task, there: int, phase: str, rounded: bool | None = None) -> Way:
     """The fastest way that fits into the memory that there is, of those whose weights are bfloat16 or not if `rounded` says.
     Raises NarrowError (too_little_memory, cannot_go_on)."""
-    found = [way for way in _ways_of(task, may_round) if rounded in (None, way.bfloat16)]
+    found = [way for way in ways(task) if rounded in (None, way.bfloat16)]
     if not found:
         raise NarrowError(
             "cannot_go_on",
@@ -331,10 +366,6 @@ class Job:
     parked: bool = False
     """Whether the weights of the layers of the base, and of another teacher, stay in their file (`parked`)."""
 
-    @property
-    def fixed(self) -> int:
-        return 0 if self.machine.gpu else FIXED
-
 
 def teaching(config: dict[str, Any], dtype: str, machine: Machine) -> tuple[int, int]:
     """Of a job whose teacher is not the base: its bytes. It computes in bfloat16 if it is stored so."""
@@ -383,7 +414,13 @@ def trainings(job: Job) -> dict[str, Task]:
     recover, lasso, base = method.recover, method.regularizer.tokens if method.regularizer else 0, job.base
 
     def task(
-        dims: Dimensions, tokens: int, together: bool, optimizer: str = recover.optimizer, teacher: int | None = None
+        dims: Dimensions,
+        tokens: int,
+        together: bool,
+        optimizer: str = recover.optimizer,
+        teacher: int | None = None,
+        match: Match | None = None,
+        in_float32: bool = False,
     ) -> Task:
         return Task(
             job.config,
@@ -392,22 +429,24 @@ def trainings(job: Job) -> dict[str, Task]:
             options.block_tokens,
             optimizer,
             job.machine.low,
-            job.fixed + (teacher or 0),
+            job.machine.fixed + (teacher or 0),
             job.machine.processes if together else 1,
             job.machine.gpu,
-            taught=teacher is not None,
+            teacher is not None,
+            (match, base) if match else None,
+            in_float32,
         )
 
     found = {}
     if leaves_a_choice(options) and recover.tokens and options.budget.latency is None:
         found["allocate"] = task(job.small, recover.tokens, False, teacher=of_base(job))
     if method.regularizer:
-        found["sparsify"] = task(base, lasso, True, "adamw")
+        found["sparsify"] = task(base, lasso, True, "adamw", in_float32=True)
     if taught(method) and recover.correction:
         found["correct"] = task(base, recover.correction.tokens, True)
     if recover.tokens:
         teacher = (0 if recover.cache else _teaching(job)) if taught(method) else None
-        found["recover"] = task(job.small, recover.tokens, True, teacher=teacher)
+        found["recover"] = task(job.small, recover.tokens, True, teacher=teacher, match=recover.match)
     if "trained" in controls(options):
         found["controls"] = task(base, recover.tokens + lasso, False)
     if options.relearn and "forget" in job.roles:
@@ -439,32 +478,34 @@ def resting(job: Job) -> dict[str, int]:
         "slice": (copied if method.regularizer else base) + layer + (2 if method.init == "fresh" else 1) * cut,
         "reconstruct": refitted,
         "teach": _teaching(job) + _forward(dims, MEASURED, gpu) if method.recover.cache and taught(method) else 0,
-        # What is read again before the base goes.
-        "recover": base + cut + (copied if method.recover.correction else 0) if method.recover.tokens else 0,
         "controls": refitted if "random" in controls(options) else 0,
         "measure": _measuring(job, together(job)),
         # Models that lost the first quarter of one kind of unit.
         "locality": base + copied + _forward(dims, MEASURED, gpu) if options.locality and job.roles and chooses(method) else 0,
+        # Of which the cut at random is made before the base goes.
+        "relearn": refitted or base + cut if options.relearn and "forget" in job.roles else 0,
         "export": exporting(["safetensors"], 0, cut, gpu),
     }
-    return {name: job.fixed + taken for name, taken in found.items() if taken}
+    return {name: job.machine.fixed + taken for name, taken in found.items() if taken}
 
 
 def together(job: Job) -> int:
     """Models that are measured beside the base at once: the cut and the recovered one, where there is enough memory."""
-    return 2 if job.fixed + _measuring(job, 2) <= ROOM * job.machine.memory else 1
+    return 2 if job.machine.fixed + _measuring(job, 2) <= ROOM * job.machine.memory else 1
 
 
 def _measuring(job: Job, models: int) -> int:
+    """The base and models that are read one by one: what is in a file is read before it is measured."""
     base, cut = of_base(job), held(job.config, job.small, False)
-    return base + models * cut + _forward(job.base, MEASURED, job.machine.gpu, models + 1)
+    read = cut if job.machine.mapped else 0
+    return base + models * cut + max(read, _forward(job.base, MEASURED, job.machine.gpu, models + 1))
 
 
 def stages(job: Job) -> dict[str, int]:
     """Bytes of the process at the peak of each stage that matters, with training done in the plain way and all formats made."""
     found = resting(job)
     base, cut = of_base(job), held(job.config, job.small, False)
-    found["export"] = job.fixed + exporting(job.options.export, base, cut, job.machine.gpu)
+    found["export"] = job.machine.fixed + exporting(job.options.export, base, cut, job.machine.gpu)
     for name, task in trainings(job).items():
         found[name] = max(found.get(name, 0), training(task, Way()))
     return {name: found[name] for name in ORDER if name in found}
@@ -538,7 +579,7 @@ def check(job: Job) -> None:
         if taken > ROOM * there:
             raise _too_little(f"The stage {name}", taken, there)
     for name, task in trainings(job).items():
-        choose(task, job.machine.each(task.processes), name, may_round(name, task))
+        choose(task, job.machine.each(task.processes), name)
 
 
 def parks(job: Job) -> bool:
@@ -554,14 +595,9 @@ def parks(job: Job) -> bool:
     smaller = trainings(parked)
     return any(
         smaller[name].beside < task.beside
-        and _least(task, job.machine.gpu and may_round(name, task)) > ROOM * job.machine.each(task.processes)
+        and _least(task if task.gpu else replace(task, in_float32=True)) > ROOM * job.machine.each(task.processes)
         for name, task in trainings(whole).items()
     )
-
-
-def may_round(name: str, task: Task) -> bool:
-    """Whether weights may be bfloat16 in a stage's training: group lasso shrinks them by less, and several processes do not."""
-    return name != "sparsify" and task.processes == 1
 
 
 def least(job: Job) -> int:
@@ -571,9 +607,9 @@ def least(job: Job) -> int:
     full, small = (resting(replace(job, machine=replace(job.machine, memory=0, host=host))) for host in (sys.maxsize, 0))
     # Of what may be filled, streams take so much and no more.
     share = 1 - max(EXPERT_STREAMS * LARGE, KEPT) / ROOM
-    trained = (_least(task, may_round(name, task)) for name, task in trainings(job).items())
+    trained = map(_least, trainings(job).values())
     return max(*(min(full[name], math.ceil(small[name] / share)) for name in full), *trained)
 
 
-def _least(task: Task, rounded: bool) -> int:
-    return min(training(task, way) for way in _ways_of(task, rounded))
+def _least(task: Task) -> int:
+    return min(training(task, way) for way in ways(task))

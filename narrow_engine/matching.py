@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from narrow_engine.models import family, layers
+from narrow_engine.families import Dimensions, dimensions
+from narrow_engine.models import config_dict, family, layers
 from narrow_engine.plan import Plan
 from narrow_engine.spec import Match
 
@@ -30,6 +31,7 @@ class Matching:
 
     def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, plan: Plan, weights: Match) -> None:
         self.plan, self.weights, self.listening = plan, weights, False
+        self.match: tuple[Match, Dimensions] | None = (weights, dimensions(config_dict(teacher)))
         self.heard: list[tuple[list[Tensor], list[Tensor]]] = []
         self.handles: list[Any] = []
         for model, numbers in ((teacher, plan.layers), (student, range(len(plan.layers)))):

@@ -231,6 +231,7 @@ def relearn(run: Run, out: Path) -> None:
     spec, asked = run.spec, run.spec.relearn
     assert asked is not None
     rows: dict[str, Any] = {}
+    run.models = {}  # none beside what is trained
     for name in relearned(spec):
         blocks = earlier.relearning_blocks(run, name)
         if blocks is None:
@@ -273,12 +274,12 @@ def _by_chance_alone(run: Run) -> PreTrainedModel:
 
 def _result(run: Run) -> PreTrainedModel:
     """A copy, that may be trained."""
-    return earlier.alone(run, earlier.copy(run, "recover"))
+    return earlier.copy(run, "recover")
 
 
 def _fresh(run: Run) -> PreTrainedModel:
     """The result's shape without anything of the base."""
-    model = earlier.alone(run, slice_model(base(run), earlier.plan(run)))
+    model = earlier.unfilled(run)
     renew(model, run.spec.seed + 2)
     return model
 

@@ -1,5 +1,6 @@
 """Loading a model, and the few things that every stage asks of it: its layers, its hidden states, its head."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from narrow_engine import memory, parked
@@ -46,19 +47,44 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, park: bool = Fa
         # The smallest and the largest take no copy as large as the tensor, and NaN is both.
         if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise NarrowError("non_finite_weights", f"The weights of {name!r} hold NaN or infinity: the model is broken.")
-    # What a config may ask the model to return as well is of no use here.
+    _ask_nothing_else(model.config)
+    _settle(model, stored, torch.empty(0, dtype=dtype, device=device()), park)
+    _try_out(model)
+    return model.eval()
+
+
+class Outline(NamedTuple):
+    """All that a model is but its weights."""
+
+    config: PreTrainedConfig
+    generation: GenerationConfig | None
+
+
+def outline(model: PreTrainedModel) -> Outline:
+    return Outline(model.config, model.generation_config)
+
+
+def read_outline(folder: Path) -> Outline:
+    """Of the model that `load_model` would read from a folder."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    _ask_nothing_else(config)
+    if (folder / "generation_config.json").exists():
+        return Outline(config, GenerationConfig.from_pretrained(folder, local_files_only=True))
+    # An old config.json says how to generate as well, which is not among what transformers reads of it as a config.
+    return Outline(config, GenerationConfig.from_model_config(json.loads((folder / "config.json").read_bytes())))
+
+
+def _ask_nothing_else(config: PreTrainedConfig) -> None:
+    """What a config may ask the model to return as well is of no use here."""
     for key, value in {
         "use_cache": False,
         "output_attentions": False,
         "output_hidden_states": False,
         "return_dict": True,
     }.items():
-        setattr(model.config, key, value)
-    if family(model).router:
-        model.config.output_router_logits = False
-    _settle(model, stored, torch.empty(0, dtype=dtype, device=device()), park)
-    _try_out(model)
-    return model.eval()
+        setattr(config, key, value)
+    if family_of(dict(config.to_dict())).router:
+        config.output_router_logits = False
 
 
 def _stored(folder: Path, dtype: torch.dtype) -> torch.dtype:

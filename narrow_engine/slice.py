@@ -16,9 +16,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from narrow_engine import layerwise
-from narrow_engine.families import PARTS, Axis, Dimensions, Family, dimensions, present
+from narrow_engine.families import PARTS, Axis, Dimensions, Family, dimensions, family_of, present
 from narrow_engine.families import Tensor as Parameter
-from narrow_engine.models import config_dict, family, head, hidden_states, layers, neuron_readers, output_weight
+from narrow_engine.models import (
+    Outline,
+    config_dict,
+    family,
+    head,
+    hidden_states,
+    layers,
+    neuron_readers,
+    outline,
+    output_weight,
+)
 from narrow_engine.parked import brought, resident
 from narrow_engine.plan import Plan, whole_plan
 from narrow_engine.report.model import Parity
@@ -34,12 +44,7 @@ def slice_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     table, config = family(model), config_dict(model)
     dims = dimensions(config)
     like = model.get_input_embeddings().weight
-    with no_init_weights():
-        small = AutoModelForCausalLM.from_config(
-            type(model.config).from_dict({**config, **_sliced_config(table, config, plan, dims)}),
-            dtype=torch.float32,
-            attn_implementation=model.config._attn_implementation,
-        ).to(device=like.device, dtype=like.dtype)
+    small = unfilled(outline(model), plan, like)
     old, new = model.state_dict(), small.state_dict()
     for tensor in present(table.outer_tensors, table, config):
         new[tensor.name].copy_(slice_tensor(old[tensor.name], tensor, table, plan, dims))
@@ -48,10 +53,23 @@ def slice_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
             # As it computes: a parked layer's weights may be stored in fewer bits than what is made of them needs.
             value = brought(old[f"{table.layers}.{layer}.{tensor.name}"], like)
             new[f"{table.layers}.{position}.{tensor.name}"].copy_(slice_tensor(value, tensor, table, plan, dims, position))
+    return small
+
+
+def unfilled(whole: Outline, plan: Plan, like: Tensor) -> PreTrainedModel:
+    """What slicing by the plan makes of a model, on the device and in the precision of `like`, but with any weights."""
+    config = dict(whole.config.to_dict())
+    dims = dimensions(config)
+    with no_init_weights():
+        small = AutoModelForCausalLM.from_config(
+            type(whole.config).from_dict({**config, **_sliced_config(family_of(config), config, plan, dims)}),
+            dtype=torch.float32,
+            attn_implementation=whole.config._attn_implementation,
+        ).to(device=like.device, dtype=like.dtype)
     small.tie_weights()
-    small.config.use_cache = model.config.use_cache
-    if model.generation_config is not None:
-        small.generation_config = copy.deepcopy(model.generation_config)
+    small.config.use_cache = whole.config.use_cache
+    if whole.generation is not None:
+        small.generation_config = copy.deepcopy(whole.generation)
         for key, numbers in _renumbered(small.generation_config.to_dict(), plan, dims).items():
             setattr(small.generation_config, key, numbers)
     return small.eval()

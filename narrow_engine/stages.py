@@ -465,9 +465,12 @@ def recover(run: Run, out: Path) -> None:
     The result is rounded to the base's type here, so that every figure is of the model that is delivered.
     """
     options = run.spec.method.recover
-    run.models.pop("reconstruct", None)  # it is read again when it is measured
-    small = earlier.copy(run, "reconstruct")
     curve: list[CurvePoint] = []
+    # None but who teaches is in memory beside what is trained, which is a copy: the cut model is measured as well.
+    told = _teacher(run) if options.tokens and taught(run.spec.method) and not options.cache else None
+    if told is None:
+        run.models = {}
+    small = earlier.copy(run, "reconstruct")
     if options.tokens:
         blocks, count = earlier.recovery_blocks(run)
         if count * blocks.length != options.tokens:
@@ -477,16 +480,10 @@ def recover(run: Run, out: Path) -> None:
                 f"{options.tokens:,} tokens of recovery were asked for; whole batches make it {count * blocks.length:,}.",
                 {"code": "rounded"},
             )
-        told: teacher.Teacher | None = None
-        if taught(run.spec.method) and not options.cache:
-            told = _teacher(run)
-        else:
-            earlier.alone(run, small)
-            told = teacher.Cached(run.out("teach"), blocks, device()) if options.cache else None
         with ExitStack() as stack:
             beside = None
             if options.match:
-                assert isinstance(told, teacher.Live)
+                assert told
                 beside = stack.enter_context(matching.beside(told.model, small, earlier.plan(run), options.match))
             curve = train.train(
                 small,
@@ -497,7 +494,7 @@ def recover(run: Run, out: Path) -> None:
                 emit=run.emit,
                 check=run.check,
                 validate=earlier.validator(run, run.spec.target_name),
-                teacher=told,
+                teacher=teacher.Cached(run.out("teach"), blocks, device()) if options.cache else told,
                 beside=beside,
                 mesh=run.mesh,
             )

@@ -31,12 +31,12 @@ from narrow_engine import footprint, memory, rounding, shard
 from narrow_engine.corpus import Blocks, Mixture
 from narrow_engine.errors import Cancelled
 from narrow_engine.events import Sink
-from narrow_engine.families import dimensions
+from narrow_engine.families import Dimensions, dimensions
 from narrow_engine.losses import objective
 from narrow_engine.models import config_dict, family, head, hidden_states, sampled
 from narrow_engine.muon import Muon, training_dtype
 from narrow_engine.report.model import CurvePoint
-from narrow_engine.spec import Divergence, Method, Objective
+from narrow_engine.spec import Divergence, Match, Method, Objective
 from narrow_engine.teacher import Live, Teacher
 
 SHARE: dict[Objective, float] = {"next_token": 0.0, "mixed": 0.5, "distill": 1.0}
@@ -84,6 +84,9 @@ def peak_rate(optimizer: str, fresh: bool) -> float:
 class Beside(Protocol):
     """A term that is added to the loss: `begin` before a step's forward pass, `loss` after it, with the gradient."""
 
+    match: tuple[Match, Dimensions] | None
+    """What is drawn to the teacher's, and the teacher's lengths, by which what it takes of memory is known."""
+
     def begin(self) -> None: ...
 
     def loss(self) -> Tensor: ...
@@ -128,7 +131,7 @@ def train(
     rows, steps = shape(settings, blocks)
     checkpoint = folder / "checkpoint.safetensors"
     rounded = _is_rounded(checkpoint)
-    way = _way(model, teacher, settings, rows, blocks.length, mesh, after_step is None, rounded, phase, emit)
+    way = _way(model, teacher, beside, settings, rows, blocks.length, mesh, after_step is not None, rounded, phase, emit)
     parts = shard.parts(mesh, rows, way.pieces)
     place = model.device
     if way.bfloat16:
@@ -264,11 +267,12 @@ def machine(where: torch.device, mesh: DeviceMesh | None = None) -> footprint.Ma
 def _way(
     model: PreTrainedModel,
     teacher: Teacher | None,
+    beside: Beside | None,
     settings: Settings,
     rows: int,
     length: int,
     mesh: DeviceMesh | None,
-    may_round: bool,
+    in_float32: bool,
     rounded: bool | None,
     phase: str,
     emit: Sink,
@@ -283,12 +287,14 @@ def _way(
         length,
         settings.optimizer,
         there.low,
-        (0 if there.gpu else footprint.FIXED) + (teacher.bytes if teacher is not None else 0),
+        there.fixed + (teacher.bytes if teacher is not None else 0),
         there.processes,
         there.gpu,
-        taught=teacher is not None,
+        teacher is not None,
+        beside.match if beside else None,
+        in_float32,
     )
-    way = footprint.choose(task, there.each(there.processes), phase, may_round and mesh is None, rounded)
+    way = footprint.choose(task, there.each(there.processes), phase, rounded)
     memory.keep_within(footprint.training(task, way), model.device)
     for code, sentence in footprint.told(task, way, there.each(there.processes)):
         emit("notice", phase, sentence, {"code": code})
@@ -309,8 +315,11 @@ def _loss(
     if beside:
         beside.begin()
     told = teacher(first, ids) if teacher and share else None
+    states = _hidden(model, ids)
+    # What was heard of both models goes before there are logits.
+    drawn = beside.loss() if beside else None
     loss = objective(
-        _hidden(model, ids).flatten(0, 1),
+        states.flatten(0, 1),
         head(model),
         targets,
         told,
@@ -319,7 +328,7 @@ def _loss(
         settings.divergence,
         settings.mixture,
     ).total
-    return loss + beside.loss() if beside else loss
+    return loss if drawn is None else loss + drawn
 
 
 def _sampled(model: PreTrainedModel, batches: list[Tensor]) -> list[Tensor]:

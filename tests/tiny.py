@@ -105,6 +105,14 @@ def tiny_model(family: str, seed: int = 0, **changes):
     return model
 
 
+def multiply_in(patch, dtype):
+    """Has training multiply in a type, whichever is faster on this machine."""
+    from narrow_engine import muon, reconstruct, teacher, train
+
+    for module in (muon, reconstruct, teacher, train):
+        patch.setattr(module, "training_dtype", lambda _: dtype)
+
+
 def kept(model, rows: int, length: int) -> int:
     """Bytes that autograd keeps of a forward pass of the body on blocks [rows, length], beside the weights: counted."""
     import torch

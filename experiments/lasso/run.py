@@ -42,6 +42,8 @@ FLAT = 0.02
 class Penalty:
     """λ Σ ‖group‖ beside the loss, as in the paper: a neuron's group is its rows of gate and up and its column of down."""
 
+    match = None
+
     def __init__(self, model: PreTrainedModel, strength: float) -> None:
         names = ("mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
         self.parts = [[layer.get_parameter(name) for name in names] for layer in models.layers(model)]

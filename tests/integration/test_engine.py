@@ -504,7 +504,9 @@ def test_ways_of_being_taught(spec, tmp_path, recover):
 
 
 def test_a_training_that_does_harm_is_told_and_not_kept(spec, tmp_path):
-    recover = {"tokens": 2560, "batch_tokens": 256, "learning_rate": 1.0, "correction": {"tokens": 2560, "learning_rate": 1.0}}
+    # Few steps, of which none is small: with more of them the loss comes down again on some machines.
+    far = {"tokens": 512, "learning_rate": 1.0}
+    recover = {**far, "batch_tokens": 256, "schedule": "constant", "correction": far}
     method = {**OPTIONS["method"], "units": ["neuron"], "recover": recover}
     code, told = finish(start(spec(method=method), tmp_path / "run"))
     assert code == 0, told

@@ -15,9 +15,9 @@ import pytest
 import torch
 from ports import free_port
 from runs import CONTEXT, Run, wait_for
-from tiny import tiny_model
+from tiny import multiply_in, tiny_model
 
-from narrow_engine import footprint, matching, muon, shard, teacher, train
+from narrow_engine import footprint, matching, shard, teacher, train
 from narrow_engine.corpus import Blocks
 from narrow_engine.errors import Cancelled
 from narrow_engine.events import read_events
@@ -70,8 +70,7 @@ def told_of(rank, count, port):
 def learn(mesh, folder, case, stop_at=None):
     """A training in float32, so that little is left to rounding; what a process has in the end."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (train, muon, teacher):
-            patch.setattr(module, "training_dtype", lambda device: torch.float32)
+        multiply_in(patch, torch.float32)
         if "way" in case:
             patch.setattr(footprint, "choose", lambda *_: footprint.Way(*case["way"]))
         return _learn(mesh, folder, case, stop_at)

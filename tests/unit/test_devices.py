@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import multiply_in, tiny_model
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
@@ -117,8 +117,7 @@ class Making(TorchFunctionMode):
 @pytest.fixture
 def gpu(monkeypatch):
     """Within, GPU is a device like CUDA's."""
-    for module in (muon, reconstruct, teacher, train):
-        monkeypatch.setattr(module, "training_dtype", lambda _: torch.float32)
+    multiply_in(monkeypatch, torch.float32)
     monkeypatch.setattr(torch, "autocast", lambda *_, enabled=True, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     monkeypatch.setattr(import_module("torch.optim.optimizer"), "_get_fused_kernels_supported_devices", lambda: ["meta"])

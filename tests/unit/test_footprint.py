@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from test_train import run
-from tiny import FAMILIES, kept, tiny_config, tiny_model
+from tiny import FAMILIES, kept, multiply_in, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from narrow_engine import footprint, memory, pipeline, train
+from narrow_engine import footprint, matching, memory, pipeline, teacher, train
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import dimensions
 from narrow_engine.footprint import Machine, Task, Way
 from narrow_engine.models import config_dict
+from narrow_engine.plan import make_plan, unscored
 from narrow_engine.sizing import plan_sizes
-from narrow_engine.spec import CompressionSpec, Options
+from narrow_engine.spec import CompressionSpec, Match, Options
 from narrow_engine.train import Settings
 
 
@@ -38,12 +39,15 @@ def test_the_activations_of_every_family_are_known_from_its_config(family):
 
 
 class Allocated(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive, and the most of them."""
+    """Counts the bytes of tensors that are alive, the weights of models among them, and the most of them."""
 
-    def __init__(self, before):
+    def __init__(self, *models):
         super().__init__()
-        self.live = self.peak = before
-        self.known = {}
+        weights = [weight.untyped_storage() for model in models for weight in model.parameters()]
+        self.known = {storage.data_ptr(): storage.nbytes() for storage in weights}
+        self.live = self.peak = sum(self.known.values())
+        for storage in weights:
+            weakref.finalize(storage, self.let_go, storage.data_ptr())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -59,23 +63,51 @@ class Allocated(TorchDispatchMode):
         self.live -= self.known.pop(place, 0)
 
 
+@pytest.fixture(params=[False, True], ids=["float32", "products in bfloat16"])
+def low(request, monkeypatch):
+    """Whichever this machine would choose."""
+    multiply_in(monkeypatch, torch.bfloat16 if request.param else torch.float32)
+    return request.param
+
+
 @pytest.mark.parametrize(
     ("optimizer", "way"),
     [("adamw", Way()), ("muon", Way(4)), ("muon", Way(recompute=True)), ("adamw", Way(4, recompute=True, bfloat16=True))],
 )
-def test_a_step_takes_what_is_predicted(optimizer, way, monkeypatch):
+def test_a_step_takes_what_is_predicted(optimizer, way, low, monkeypatch):
     model = tiny_model("llama", hidden_size=128, intermediate_size=384, num_hidden_layers=6, head_dim=32)
     monkeypatch.setattr(footprint, "choose", lambda *_: way)
-    task = Task(config_dict(model), dimensions(config_dict(model)), 32, 32, optimizer, False, taught=False)
-    with tempfile.TemporaryDirectory() as folder, Allocated(4 * model.num_parameters()) as allocated:
+    task = Task(config_dict(model), dimensions(config_dict(model)), 32, 32, optimizer, low, taught=False)
+    with tempfile.TemporaryDirectory() as folder, Allocated(model) as allocated:
         run(model, Settings(2 * 1024, 1024, "next_token", 1.0, optimizer), Path(folder))
-    assert footprint.training(task, way) == pytest.approx(allocated.peak, rel=0.25)
+    assert footprint.training(task, way) == pytest.approx(allocated.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("way", [Way(), Way(4), Way(recompute=True)])
+@pytest.mark.parametrize("weights", [Match(hidden=1.0), Match(attention=1.0), Match(hidden=1.0, attention=1.0)])
+def test_so_does_one_whose_insides_are_drawn_to_the_teachers(weights, way, low, monkeypatch):
+    shape = {"hidden_size": 128, "num_attention_heads": 8, "num_hidden_layers": 6, "head_dim": 16, "vocab_size": 320}
+    base, student = (tiny_model("llama", intermediate_size=width, **shape) for width in (384, 192))
+    plan = make_plan(config_dict(base), unscored(config_dict(base)), {"neuron": 192})
+    monkeypatch.setattr(footprint, "choose", lambda *_: way)
+    teaches, dims = teacher.Live(base), dimensions(config_dict(student))
+    task = Task(config_dict(student), dims, 32, 32, "adamw", low, teaches.bytes, match=(weights, dimensions(config_dict(base))))
+    settings = Settings(2 * 1024, 1024, "mixed", 1.0, "adamw")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        matching.beside(base, student, plan, weights) as terms,
+        Allocated(base, student) as allocated,
+    ):
+        run(student, settings, Path(folder), teacher=teaches, beside=terms)
+    assert footprint.training(task, way) == pytest.approx(allocated.peak, rel=0.1)
+    without = replace(task, match=None)
+    assert footprint.training(without, way) < footprint.training(task, way)
 
 
 def test_slower_ways_take_less():
     config = tiny_config("llama", vocab_size=8192, hidden_size=512, intermediate_size=2048).to_dict()
     task = Task(config, dimensions(config), 64, 512, "muon", False)
-    ways = list(footprint.ways(64, 512, True))
+    ways = list(footprint.ways(task))
     assert ways[:2] == [Way(), Way(2)]
     assert ways[-1] == Way(64, recompute=True, bfloat16=True)
     assert all(64 // way.pieces * 512 >= footprint.SMALL_PIECE for way in ways if not way.recompute)
@@ -83,7 +115,7 @@ def test_slower_ways_take_less():
     assert whole > again > rounded > footprint.training(task, ways[-1])
     for way in ways:
         there = round(footprint.training(task, way) / footprint.ROOM) + 1
-        chosen = footprint.choose(task, there, "recover", True)
+        chosen = footprint.choose(task, there, "recover")
         assert ways.index(chosen) <= ways.index(way)
         assert footprint.training(task, chosen) <= there
 
@@ -91,21 +123,22 @@ def test_slower_ways_take_less():
 def test_what_was_begun_in_one_type_goes_on_in_it():
     config = tiny_config("llama", vocab_size=8192, hidden_size=512, intermediate_size=2048).to_dict()
     task = Task(config, dimensions(config), 64, 512, "muon", False)
-    least, plenty = round(footprint.training(task, list(footprint.ways(64, 512, True))[-1]) / footprint.ROOM) + 1, 2**50
-    assert footprint.choose(task, plenty, "recover", True, True) == Way(1, recompute=True, bfloat16=True)
-    assert footprint.choose(task, plenty, "recover", True, False) == Way()
-    for there, may_round, rounded, code in ((least, True, False, "too_little_memory"), (plenty, False, True, "cannot_go_on")):
+    least, plenty = round(footprint.training(task, list(footprint.ways(task))[-1]) / footprint.ROOM) + 1, 2**50
+    assert footprint.choose(task, plenty, "recover", True) == Way(1, recompute=True, bfloat16=True)
+    assert footprint.choose(task, plenty, "recover", False) == Way()
+    in_float32 = replace(task, in_float32=True)
+    for asked, there, rounded, code in ((task, least, False, "too_little_memory"), (in_float32, plenty, True, "cannot_go_on")):
         with pytest.raises(NarrowError) as caught:
-            footprint.choose(task, there, "recover", may_round, rounded)
+            footprint.choose(asked, there, "recover", rounded)
         assert caught.value.code == code
 
 
 def test_what_fits_in_no_way_is_refused_with_what_is_short():
     config = tiny_config("llama").to_dict()
     task = Task(config, dimensions(config), 4, 32, "muon", False)
-    least = min(footprint.training(task, way) for way in footprint.ways(4, 32, True))
+    least = min(footprint.training(task, way) for way in footprint.ways(task))
     with pytest.raises(NarrowError, match=f"recover takes {least:,} bytes") as caught:
-        footprint.choose(task, 1000, "recover", True)
+        footprint.choose(task, 1000, "recover")
     assert (caught.value.code, f"{least - 900:,} more" in str(caught.value)) == ("too_little_memory", True)
 
 
@@ -171,7 +204,7 @@ def test_for_a_budget_of_latency_the_base_is_timed_and_never_parked():
 
 
 def test_a_base_is_parked_before_weights_are_rounded_but_on_a_gpu():
-    config = tiny_config("llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=16).to_dict()
+    config = tiny_config("llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=48).to_dict()
     dims = dimensions(config)
     options = Options.model_validate({"budget": {"keep": {"neuron": 0.5}}, "method": {"refit": False}})
     job = footprint.Job(config, options, dims, dims, replace(dims, width=4096))

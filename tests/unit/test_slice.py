@@ -1,5 +1,7 @@
 """Slicing is exact: for every family and unit, the sliced model equals the base with the cut units masked."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from narrow_engine.families import FAMILIES as TABLE
 from narrow_engine.families import dimensions
-from narrow_engine.models import config_dict
+from narrow_engine.models import config_dict, load_model, outline, read_outline
 from narrow_engine.plan import make_plan, whole_plan
 from narrow_engine.sizing import parameters, solve, unit_counts
-from narrow_engine.slice import compare, mask_model, renew, slice_model
+from narrow_engine.slice import compare, mask_model, renew, slice_model, trim_vocabulary, unfilled
 from narrow_engine.spec import Options
 
 
@@ -102,6 +104,31 @@ def test_a_model_names_its_tokens_by_their_new_numbers():
     assert small.generation_config.suppress_tokens == [101]
     assert small.config.vocab_size == 122
     assert model.config.eos_token_id == [7, 300]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("old", [False, True], ids=["new config", "says in config.json how to generate"])
+def test_what_a_plan_makes_is_known_without_the_weights(family, old, tmp_path):
+    """As from a model whose vocabulary was trimmed before."""
+    tiny_model(family, pad_token_id=300, initializer_range=0.1).bfloat16().save_pretrained(tmp_path)
+    if old:
+        (tmp_path / "generation_config.json").unlink()
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "suppress_tokens": [3, 299], "temperature": 0.5}))
+    whole, tokens = load_model(tmp_path), [0, *range(100, 320)]
+    keep = {"neuron": 16, "head": 2, "kv_group": 2, "layer": 2, "expert": 4, "residual": 24}
+    keep = {unit: count for unit, count in keep.items() if unit in TABLE[family].units}
+    plan = make_plan(config_dict(whole), scores_for(dimensions(config_dict(whole)), 3), keep)
+    cut = slice_model(trim_vocabulary(whole, tokens), plan.model_copy(update={"tokens": list(range(len(tokens)))}))
+    made = unfilled(read_outline(tmp_path), plan.model_copy(update={"tokens": tokens}), torch.empty(0))
+    for one, other in zip(outline(made), outline(cut), strict=True):
+        assert one.to_dict() == other.to_dict()
+    assert [(name, value.shape) for name, value in made.named_parameters()] == [(n, v.shape) for n, v in cut.named_parameters()]
+    with torch.no_grad():
+        for value, found in zip(made.parameters(), cut.parameters(), strict=True):
+            value.copy_(found)
+    ids = torch.arange(40).view(2, 20)
+    assert torch.equal(made(input_ids=ids).logits, cut(input_ids=ids).logits)
 
 
 def test_a_plan_that_forgets_a_unit_is_noticed():

@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, kept, tiny_model
+from tiny import FAMILIES, kept, multiply_in, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from narrow_engine import footprint, matching, models, muon
@@ -183,6 +183,7 @@ def test_activations_that_do_not_fit_are_computed_again_with_the_same_result(fam
 @pytest.mark.parametrize("case", ["next_token", "mixed", "cached", "on_policy", "match"])
 def test_a_batch_in_pieces_is_the_batch(case, pieces, tmp_path, monkeypatch):
     """To the order of sums; five rows in three pieces are of two lengths."""
+    multiply_in(monkeypatch, torch.float32)
     objective = "next_token" if case == "next_token" else "distill" if case == "on_policy" else "mixed"
     settings = Settings(32 * 5 * 6, 160, objective, 1.0, "adamw", 3e-3, on_policy=0.5 if case == "on_policy" else 0.0)
     base = tiny_model("llama", seed=1, initializer_range=0.1)
