@@ -7,7 +7,7 @@ Trainings of random models in processes of their own, two steps each, and the st
 and the planner say (`narrow_engine/footprint.py`); measured is VmHWM of /proc/self/status, reset before a training or stage by
 writing 5 to /proc/self/clear_refs. glibc keeps freed memory for later, the more the longer a process runs, and that is no need of
 the work: MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ are fixed at 64 KiB, so that it gives back at once.
-Writes bench/results/memory.json.
+Writes bench/results/memory.json, where rows of machines that train in float32 and in bfloat16 stand side by side.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from bisect import bisect_left
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -51,6 +52,7 @@ CASES = [
     ("llama 300M", {"tokens": 512, "optimizer": "adamw", "recompute": True, "bfloat16": True}),
     ("llama 8M", {"tokens": 16_384}),
     ("llama 8M", {"tokens": 16_384, "recompute": True}),
+    ("llama 8M", {"tokens": 2048, "match": {"hidden": 1.0, "attention": 1.0}}),
 ]
 LENGTH = 512
 RUNS = {"llama 8M": 16_384, "qwen3 110M": 8192}
@@ -143,10 +145,12 @@ def one(name: str, options: dict) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from narrow_engine import memory, train
+    from narrow_engine import matching, memory, train
     from narrow_engine.corpus import Blocks
     from narrow_engine.families import dimensions
     from narrow_engine.models import config_dict
+    from narrow_engine.plan import whole_plan
+    from narrow_engine.spec import Match
     from narrow_engine.teacher import Live
 
     torch.set_num_threads(1)
@@ -160,10 +164,15 @@ def one(name: str, options: dict) -> None:
     student, teacher = model(), Live(model()) if objective == "mixed" else None
     low = train.training_dtype(cpu) != torch.float32
     config, beside = config_dict(student), footprint.FIXED + (teacher.bytes if teacher else 0)
-    task = footprint.Task(config, dimensions(config), rows, LENGTH, optimizer, low, beside, taught=teacher is not None)
+    dims, weights = dimensions(config), Match(**options["match"]) if "match" in options else None
+    match = (weights, dims) if weights else None
+    task = footprint.Task(config, dims, rows, LENGTH, optimizer, low, beside, taught=teacher is not None, match=match)
     tokens = np.random.default_rng(0).integers(0, shape["vocab"], 40_000).astype(np.uint32)
     before = memory.begin(cpu)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(footprint, "choose", return_value=way):
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(mock.patch.object(footprint, "choose", return_value=way))
+        drawn = matching.beside(teacher.model, student, whole_plan(config), weights) if weights else nullcontext()
         train.train(
             student,
             Blocks(tokens, LENGTH, 0),
@@ -174,6 +183,7 @@ def one(name: str, options: dict) -> None:
             check=lambda: None,
             validate=lambda model: 0.0,
             teacher=teacher,
+            beside=stack.enter_context(drawn),
         )
     print(json.dumps({"predicted": footprint.training(task, way), "measured": memory.peak(cpu, before)}))
 
@@ -221,27 +231,32 @@ def main() -> None:
     if options.one:
         one(options.one[0], json.loads(options.one[1]))
         return
-    rows = []
-    print("| training | predicted, MB | measured, MB | ratio |\n|---|---|---|---|")
+    import torch
+
+    from narrow_engine.muon import training_dtype
+
+    rows, dtype = [], str(training_dtype(torch.device("cpu"))).removeprefix("torch.")
+    print(f"Products in {dtype}.\n\n| training | predicted, MB | measured, MB | ratio |\n|---|---|---|---|")
     for name, asked in CASES:
         said = f"{name}: " + ", ".join(f"{key} {value}" for key, value in asked.items())
         if options.only in said:
             command = [sys.executable, __file__, "--one", name, json.dumps(asked)]
             done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **STEADY})
-            show(rows, [{"case": said, **json.loads(done.stdout.splitlines()[-1])}], not options.only)
+            show(rows, [{"case": said, **json.loads(done.stdout.splitlines()[-1])}])
     for name in RUNS:
         if options.only in f"a run of {name}":
-            show(rows, run(name), not options.only)
+            show(rows, run(name))
+    if not options.only:
+        path = HERE / "results" / "memory.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), dtype: rows}, indent=1) + "\n")
 
 
-def show(rows: list[dict], more: list[dict], keep: bool) -> None:
-    """Prints rows, and writes them down with those before."""
+def show(rows: list[dict], more: list[dict]) -> None:
+    """Prints rows and adds them to those before."""
     rows += more
     for row in more:
         predicted, measured = row["predicted"], row["measured"]
         print(f"| {row['case']} | {predicted / 1e6:,.0f} | {measured / 1e6:,.0f} | {predicted / measured:.2f} |", flush=True)
-    if keep:
-        (HERE / "results" / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

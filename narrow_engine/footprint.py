@@ -17,7 +17,7 @@ from typing import Any
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import Dimensions, dimensions, family_of, present, tensor_shapes
 from narrow_engine.model_files import DTYPES
-from narrow_engine.spec import ROUNDED, Format, Match, Options, Role, chooses, controls, leaves_a_choice, taught
+from narrow_engine.spec import ROUNDED, Criterion, Format, Match, Options, Role, chooses, controls, leaves_a_choice, taught
 
 ROOM = 0.9
 """Share of the memory that may be filled, by predictions that are within a tenth of what is measured."""
@@ -45,11 +45,15 @@ PIECE = 2**22
 
 MEASURED, REFIT_BATCH, REFIT_BATCHES = 4096, 4096, 8
 """Tokens of a batch that is measured, and of one that the refit reads, at most; and batches that the refit reads, at least."""
+PROBED = 128
+"""Tokens that two forms of a model are compared on, by four arrays of their logits."""
 STREAMS, EXPERT_STREAMS = 3, 5
 """Arrays of the size of a stream that the refit holds of all its tokens."""
 LARGE, KEPT = 1 / 32, 1 / 8
 """Of the host's memory: an array of streams that is larger is in a mapped file; and what the streams before all layers may take,
 where gradients go back through them, of as many tokens as go through together (`layerwise`)."""
+SHARED_TOKENS = 8192
+"""Of each skill, that its units are scored by to see what skills share, in two halves; half as many show what a cut costs."""
 SCORED, VALUES = 8, 2**26
 """Blocks of a batch that is scored, and numbers that its taps hold, at most (`importance.statistics`)."""
 ORDER = (
@@ -198,21 +202,24 @@ def training(task: Task, way: Way) -> int:
     layers = tokens * n.layers * ((4 * dims.hidden if way.recompute else one) + drawn)
     again = tokens * one if way.recompute else 0
     activations = layers + tokens * outside
-    # Copies of the weights in the type of the products: of all layers, or of the one that runs.
+    # Copies of the weights in the type of the products, of all layers, which the backward pass reads; where it computes again
+    # only the forward pass has them.
     copies = 2 * n.layers * n.layer if low and not way.bfloat16 else 0
+    read_again = 0 if way.recompute else copies
     running = 8 * n.layer if way.bfloat16 and not low else 0
     head = dims.vocab * dims.hidden
     head_copy = (2 if low else 4) * head if low != way.bfloat16 else 0
     logits = _logits(dims.vocab, task.gpu, task.taught)
     said = 2 * tokens * dims.hidden * (2 if low else 4)
 
-    backward = 4 * tokens * (3 * dims.active * dims.width + 2 * dims.hidden)
+    backward = 4 * tokens * ((1.5 if low else 3) * dims.active * dims.width + 2 * dims.hidden)
     forward_end = (
         before
         + activations
+        + read_again
         + max(
-            copies,
-            tokens * n.layers * heard,
+            copies - read_again,
+            tokens * heard,
             said + head_copy + 4 * head + logits,
             # What a layer keeps goes as its gradients come.
             said + size * head + max(again, again // 2 + backward) + running,
@@ -223,7 +230,7 @@ def training(task: Task, way: Way) -> int:
     # An orthogonalisation is over when what came of it is rounded.
     rounding = min(6 * 4 * PIECE, 24 * max(head, *(one for _, one in n.matrices.values()))) if way.bfloat16 else 0
     stepping = gradients + max(iteration, rounding)
-    return task.beside + held + extra + max(forward_end, backward_end, stepping)
+    return round(task.beside + held + extra + max(forward_end, backward_end, stepping))
 
 
 def _iteration(n: Counts, low: bool) -> int:
@@ -238,14 +245,15 @@ def _iteration(n: Counts, low: bool) -> int:
 
 
 def _drawn(task: Task, way: Way) -> tuple[int, int]:
-    """Bytes of a token in a layer that `matching` keeps beside. Until the backward pass, for its terms: the distance of streams;
-    of maps the student's, above zero, and the kept ones of the teacher's. Until there are terms: what was heard."""
+    """Bytes of a token that `matching` takes beside. In a layer, until the backward pass: the distance of streams; of maps the
+    student's, above zero, and the kept ones of the teacher's. In all, until that is made: what was heard and a map's making."""
     if task.match is None:
         return 0, 0
     weights, of_teacher = task.match
     streams = [4 * dims.hidden if weights.hidden else 0 for dims in (task.dims, of_teacher)]
     maps = [dims.heads * task.length if weights.attention else 0 for dims in (task.dims, of_teacher)]
-    return streams[0] + 2 * 4 * maps[0], streams[1] + 4 * maps[1] + (4 * maps[0] if way.recompute else 0)
+    heard = streams[1] + 4 * maps[1] + (4 * maps[0] if way.recompute else 0)
+    return streams[0] + 2 * 4 * maps[0], task.dims.layers * heard + 3 * 4 * maps[0]
 
 
 def kept_per_token(config: dict[str, Any], dims: Dimensions, length: int, low: bool, maps: bool = False) -> tuple[int, int]:
@@ -259,12 +267,12 @@ def kept_per_token(config: dict[str, Any], dims: Dimensions, length: int, low: b
     fused_norms = not norms or any(tensor.name.removesuffix("weight") + "bias" in names for tensor in norms)
     # What two projections read, and what norms are made of: LayerNorm is one operation, RMSNorm is two.
     floats: float = 2 * hidden + (1 if fused_norms else 2) * (len(norms) or 2) * hidden
-    # Queries, keys, values, and what attention makes; of fused projections what they were cut out of as well.
+    # Queries, keys, values, and what attention makes; of fused projections what they were cut out of as well, unless rotating
+    # them in float32 made something else of them.
     floats += part * (2 * q + 2 * kv)
-    if "q_k_v" in axes:
-        floats += part * (2 * q + kv)
-    if "qkv" in axes:
-        floats += part * (q + kv)
+    rotated = not any("context" in tensor.axes for tensor in family.outer_tensors)
+    if not (low and rotated):
+        floats += part * ((2 * q + kv if "q_k_v" in axes else 0) + (q + kv if "qkv" in axes else 0))
     if family.qk_normed:
         floats += (1 + part) * (q + kv)
     dropout = any(config.get(key) for key in ("attention_dropout", "attn_pdrop"))
@@ -348,6 +356,15 @@ def told(task: Task, way: Way, there: int) -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """Bytes of a model that is not the base: whole, parked, and of its head for a token."""
+
+    whole: int
+    parked: int
+    row: int
+
+
+@dataclass(frozen=True)
 class Job:
     """What a job's stages have to do with: the base's config; its lengths as it was brought, with its vocabulary trimmed, and
     cut; the roles of the skills beside the target; and the machine."""
@@ -360,17 +377,18 @@ class Job:
     stored: int = 2
     """Bytes of a parameter in the base's file."""
     roles: Sequence[Role] = ()
-    teacher: tuple[int, int] | None = None
-    """Bytes of who teaches, where it is not the base: whole and parked."""
+    teacher: Teacher | None = None
+    """Who teaches, where it is not the base."""
     machine: Machine = UNKNOWN
     parked: bool = False
     """Whether the weights of the layers of the base, and of another teacher, stay in their file (`parked`)."""
 
 
-def teaching(config: dict[str, Any], dtype: str, machine: Machine) -> tuple[int, int]:
-    """Of a job whose teacher is not the base: its bytes. It computes in bfloat16 if it is stored so."""
+def teaching(config: dict[str, Any], dtype: str, machine: Machine) -> Teacher:
+    """Of a job whose teacher is not the base. It computes in bfloat16 if it is stored so."""
     size, dims = 2 if dtype == "BF16" else 4, dimensions(config)
-    return held(config, dims, False, size), held(config, dims, True, size) + _in_file(config, dims, DTYPES[dtype], machine)
+    parked = held(config, dims, True, size) + _in_file(config, dims, DTYPES[dtype], machine)
+    return Teacher(held(config, dims, False, size), parked, size * dims.hidden)
 
 
 def _in_file(config: dict[str, Any], dims: Dimensions, stored: int, machine: Machine) -> int:
@@ -401,9 +419,11 @@ def batch_rows(batch_tokens: int, tokens: int, length: int) -> int:
 
 
 def _teaching(job: Job) -> int:
-    """Bytes of who teaches in recovery. The base after its correction was trained, and is whole."""
+    """Bytes of who teaches in recovery. The base after its correction was trained, and is whole; of another model's head there
+    is a copy for the tokens that are kept."""
     if job.teacher:
-        return job.teacher[job.parked]
+        head = job.teacher.row * job.base.vocab if job.base.vocab != job.whole.vocab else 0
+        return (job.teacher.parked if job.parked else job.teacher.whole) + head
     corrected = job.options.method.recover.correction is not None
     return held(job.config, job.base, False) if corrected else of_base(job)
 
@@ -468,20 +488,23 @@ def resting(job: Job) -> dict[str, int]:
     layer = 4 * counts(job.config, dims).layer
     copied = held(job.config, dims, False)
     refitted = base + cut + _refit(job) if method.refit else 0
+    compared = 4 * 4 * PROBED * dims.vocab
     found = {
         "load": whole + max(read, READING),
         "measure_base": whole + trimmed + _forward(job.whole, MEASURED, gpu),
-        "score": base + _scoring(job) if chooses(method) else 0,
+        "score": base + _scoring(job, method.importance, method.calibration_tokens) if chooses(method) else 0,
         # Trials that lost the first quarter of one kind of unit have nearly all of the base; three shapes are timed beside it.
         "allocate": base + (2 if timed else 1) * copied + (_refit(job) if method.refit else 0) if choice else 0,
         # Fresh weights are drawn beside those that they take the place of.
-        "slice": (copied if method.regularizer else base) + layer + (2 if method.init == "fresh" else 1) * cut,
+        "slice": (copied if method.regularizer else base) + cut + (cut if method.init == "fresh" else max(layer, compared)),
         "reconstruct": refitted,
         "teach": _teaching(job) + _forward(dims, MEASURED, gpu) if method.recover.cache and taught(method) else 0,
         "controls": refitted if "random" in controls(options) else 0,
         "measure": _measuring(job, together(job)),
         # Models that lost the first quarter of one kind of unit.
-        "locality": base + copied + _forward(dims, MEASURED, gpu) if options.locality and job.roles and chooses(method) else 0,
+        "locality": base + max(copied + _forward(dims, MEASURED, gpu), _scoring(job, "fisher", SHARED_TOKENS // 2))
+        if options.locality and job.roles and chooses(method)
+        else 0,
         # Of which the cut at random is made before the base goes.
         "relearn": refitted or base + cut if options.relearn and "forget" in job.roles else 0,
         "export": exporting(["safetensors"], 0, cut, gpu),
@@ -521,17 +544,17 @@ def exporting(forms: Sequence[Format], base: int, cut: int, gpu: bool = False) -
 def _forward(dims: Dimensions, tokens: int, gpu: bool, models: int = 1) -> int:
     """A pass without gradients: what a layer holds, each model's hidden states, and the logits of a chunk."""
     layer = tokens * (3 * dims.active * dims.width + 6 * dims.hidden)
-    return 4 * (layer + models * tokens * dims.hidden) + _logits(dims.vocab, gpu, True)
+    return 4 * (layer + models * tokens * dims.hidden) + _logits(dims.vocab, gpu, models > 1)
 
 
-def _scoring(job: Job) -> int:
+def _scoring(job: Job, criterion: Criterion, tokens: int) -> int:
     """The stream of all tokens, for gradients before every layer; a layer's activations; and second moments and what one
     elimination takes, where the criterion asks for them."""
-    method, dims, length, machine = job.options.method, job.base, job.options.block_tokens, job.machine
+    dims, length, machine = job.base, job.options.block_tokens, job.machine
     blocks = max(1, min(SCORED, VALUES // ((dims.active * dims.width + dims.axis("q") + 2 * dims.hidden) * length)))
     batch = 4 * blocks * length * (4 * dims.active * dims.width + 2 * dims.axis("q") + 6 * dims.hidden)
-    each = 4 * method.calibration_tokens * dims.hidden
-    if method.importance in ("fisher", "attribution"):
+    each = 4 * tokens * dims.hidden
+    if criterion in ("fisher", "attribution"):
         batch += blocks * length * sum(kept_per_token(job.config, dims, length, machine.low))
         batch += _logits(dims.vocab, machine.gpu, False)
         together = max(int(KEPT * machine.host), 4 * blocks * length * dims.hidden * (dims.layers + 1))
@@ -539,7 +562,7 @@ def _scoring(job: Job) -> int:
     else:
         streams = _streams(each, machine)
     squares = 0
-    if method.importance == "reconstruction":
+    if criterion == "reconstruction":
         widest = max(dims.width, dims.axis("q"))
         squares = 8 * (dims.experts * dims.width**2 + dims.axis("q") ** 2 + 4 * widest**2 + 2 * widest * dims.hidden)
     return (0 if machine.gpu else streams) + max(batch, squares)

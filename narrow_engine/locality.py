@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 from narrow_engine import importance, skills
 from narrow_engine.corpus import Blocks, Documents
 from narrow_engine.families import dimensions
+from narrow_engine.footprint import SHARED_TOKENS
 from narrow_engine.models import config_dict
 from narrow_engine.plan import Scores, make_plan
 from narrow_engine.report.model import Cut, Locality, LocalityCurve, Overlap
-from narrow_engine.sizing import CUTS, SHARED_TOKENS, round_fractions, unit_counts
+from narrow_engine.sizing import CUTS, round_fractions, unit_counts
 from narrow_engine.slice import slice_model
 from narrow_engine.spec import PLURAL, Unit
 

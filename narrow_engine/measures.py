@@ -18,11 +18,11 @@ from narrow_engine import reconstruct as least_squares
 from narrow_engine.earlier import base, untouched
 from narrow_engine.errors import NarrowError
 from narrow_engine.families import dimensions
+from narrow_engine.footprint import SHARED_TOKENS
 from narrow_engine.models import config_dict, greedy
 from narrow_engine.plan import Scores, make_plan
 from narrow_engine.report.model import Locality, LocalityCurve, Relearning, Sample, Skill
 from narrow_engine.run import Run, write_json
-from narrow_engine.sizing import SHARED_TOKENS
 from narrow_engine.slice import compare, renew, slice_model
 from narrow_engine.spec import DatasetPath, Unit, chosen_units, relearned
 from narrow_engine.spec import controls as wanted_controls

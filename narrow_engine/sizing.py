@@ -37,9 +37,8 @@ SHARES = (0.75, 0.5, 0.25, 0.125)
 """Of a kind's units, where `allocate` measures what cutting it costs."""
 TRIAL_TOKENS = 8192
 """That the refit for a point of such a curve sees, and as many that a trial is judged on."""
-CUTS, SHARED_TOKENS = (0.25, 0.5, 0.75, 0.9), 8192
-"""Shares that are cut, and tokens of each skill that are scored, where `locality` measures what skills share. Half as many are
-enough to see what a cut costs."""
+CUTS = (0.25, 0.5, 0.75, 0.9)
+"""Shares of a kind's units that are cut where `locality` measures what each skill loses."""
 SHORTLIST, HALVINGS = 3, 5
 """Shapes of one size that are tried, and sizes after the first guess."""
 CHOICE, SEARCH = 16, 8
@@ -362,7 +361,7 @@ def plan_sizes(
     )
     if options.locality and roles and scored:
         each = 3.0 * trimmed.flops_per_token + len(chosen_units(options)) * len(CUTS) * after.flops_per_token / 2
-        flops += each * SHARED_TOKENS * skills
+        flops += each * footprint.SHARED_TOKENS * skills
     if options.relearn:
         # At most: the result, one cut at random and one with fresh weights.
         flops += 3 * 3.0 * after.flops_per_token * options.relearn.tokens * roles.count("forget")

@@ -525,10 +525,10 @@ def _harm(curve: list[CurvePoint]) -> str:
 
 def export(run: Run, out: Path) -> None:
     """The model as files: stock safetensors, reloaded by a fresh process, and ONNX; each checked against the original."""
+    run.models = {}
     model, probe = earlier.model(run, "recover"), earlier.probe(run)
     size = size_in_memory(model)
     others: list[Format] = [form for form in run.spec.export if form != "safetensors"]
-    run.models = {"recover": model}
     parity: dict[str, Parity] = {}
     steps = 2 + 2 * len(others)
     run.progress("export")(0, steps)

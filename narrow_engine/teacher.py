@@ -54,8 +54,13 @@ class Live:
     def __init__(self, model: PreTrainedModel, tokens: Tensor | None = None) -> None:
         self.model, self.tokens = model, None if tokens is None else tokens.to(model.device)
         self.bytes = size_in_memory(model)
-        of_model = head(model)
-        self.head = of_model if tokens is None else Head(of_model.weight.detach()[self.tokens], of_model.softcap)
+        self.head = head(model)
+        if self.tokens is not None:
+            weight, count = self.head.weight.detach(), len(self.tokens)
+            first = torch.equal(self.tokens, torch.arange(count, device=model.device))
+            rows = weight[:count] if first else weight[self.tokens]
+            self.head = Head(rows, self.head.softcap)
+            self.bytes += 0 if first else rows.nbytes
 
     @torch.no_grad()
     def __call__(self, first: int, ids: Tensor) -> tuple[Tensor, Head]:

@@ -275,9 +275,14 @@ def datasets() -> Iterator[Hostile]:
     yield one("Parquet of numbers", parquet([1, 2, 3]), "bad_parquet", "no texts", "data.parquet")
     yield one("Parquet of lists", parquet([["a"], ["b"]]), "bad_parquet", "no texts", "data.parquet")
     yield one("Parquet with nothing in a row", parquet(["x", None]), "bad_row", "row 2 .* null", "data.parquet")
-    yield one("Parquet bomb", parquet(["x" * 2**23], 2000), "dataset_too_large|bad_parquet", "more than", "data.parquet")
     yield one("zip", zipped(data=row), "unknown_format", "ending", "data.zip")
     yield one("a program", b"\x7fELF" + bytes(1000), "bad_encoding|bad_row|unknown_format", ".", "data.exe")
     yield one("pickle", pickle.dumps(Payload()), "unknown_format", "ending", "data.pkl")
     for name in ("../../data.jsonl", "/etc/cron.d/data.jsonl", "..\\data.jsonl", ".jsonl", "x" * 300 + ".jsonl"):
         yield one(f"file called {name[:30]!r}", row, "unexpected_file", "plain file name|longer than", name)
+
+
+def bomb() -> Hostile:
+    """A few kilobytes that stand for 16 GB of text, of which 8 are read."""
+    body = parquet(["x" * 2**23], 2000)
+    return Hostile("Parquet bomb", [("data.parquet", body)], "dataset_too_large|bad_parquet", "more than")

@@ -48,7 +48,12 @@ def shop(redundant, tmp_path, budget, units=("neuron", "head", "layer"), recover
             "target": {"path": "target"},
             "budget": budget,
             "block_tokens": 32,
-            "method": {"units": list(units), "multiple": 4, "recover": {"tokens": recover, "batch_tokens": 256}},
+            "method": {
+                "units": list(units),
+                "multiple": 4,
+                "calibration_tokens": 4096,
+                "recover": {"tokens": recover, "batch_tokens": 256},
+            },
         }
     )
     found = importance.collect(model, Blocks(text.tokens, 32, 0), 2048, False, lambda *_: None)

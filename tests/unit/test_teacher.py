@@ -207,6 +207,17 @@ def test_dropout_is_no_difference_of_attention():
         assert abs(beside.loss().item()) < 1e-5
 
 
+def test_of_a_teachers_head_there_is_a_copy_only_where_it_lacks_tokens():
+    model = tiny_model("llama")
+    whole, padded, trimmed = (Live(model, tokens) for tokens in (None, torch.arange(300), torch.arange(20, 320)))
+    for teacher in (whole, padded):
+        assert teacher.head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+        assert teacher.bytes == 4 * model.num_parameters()
+    assert trimmed.bytes == whole.bytes + 4 * 300 * model.config.hidden_size
+    for teacher, tokens in ((padded, range(300)), (trimmed, range(20, 320))):
+        assert torch.equal(teacher.head.weight, model.lm_head.weight[list(tokens)])
+
+
 def test_a_cut_model_is_compared_in_what_it_kept(tmp_path):
     teacher = tiny_model("llama", seed=1)
     config = config_dict(teacher)
