@@ -145,7 +145,7 @@ def one(name: str, options: dict) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from narrow_engine import matching, memory, train
+    from narrow_engine import matching, memory, pipeline, train
     from narrow_engine.corpus import Blocks
     from narrow_engine.families import dimensions
     from narrow_engine.models import config_dict
@@ -153,6 +153,7 @@ def one(name: str, options: dict) -> None:
     from narrow_engine.spec import Match
     from narrow_engine.teacher import Live
 
+    assert pipeline  # what a job's process has of libraries
     torch.set_num_threads(1)
     cpu, shape = torch.device("cpu"), SHAPES[name]
     way = footprint.Way(options.get("pieces", 1), options.get("recompute", False), options.get("bfloat16", False))

@@ -21,9 +21,9 @@ from narrow_engine.spec import ROUNDED, Criterion, Format, Match, Options, Role,
 
 ROOM = 0.9
 """Share of the memory that may be filled, by predictions that are within a tenth of what is measured."""
-FIXED = 380 * 2**20
-"""What a process has of libraries and code before any model."""
-READING = 160 * 10**6
+FIXED = 420 * 2**20
+"""What a process has of libraries and code beside any model; some of it comes as a run goes on."""
+READING = 120 * 10**6
 """What reading and tokenizing text takes beside the base, of the text no more than that."""
 SMALL_PIECE = 4096
 """Tokens of a piece of a batch, below which matrix products lose speed: recomputing comes first."""
@@ -542,9 +542,9 @@ def exporting(forms: Sequence[Format], base: int, cut: int, gpu: bool = False) -
 
 
 def _forward(dims: Dimensions, tokens: int, gpu: bool, models: int = 1) -> int:
-    """A pass without gradients: what a layer holds, each model's hidden states, and the logits of a chunk."""
-    layer = tokens * (3 * dims.active * dims.width + 6 * dims.hidden)
-    return 4 * (layer + models * tokens * dims.hidden) + _logits(dims.vocab, gpu, models > 1)
+    """A pass without gradients: each model's hidden states, and what a layer holds or, after it, the logits of a chunk."""
+    layer = 4 * tokens * (3 * dims.active * dims.width + 6 * dims.hidden)
+    return 4 * models * tokens * dims.hidden + max(layer, _logits(dims.vocab, gpu, models > 1))
 
 
 def _scoring(job: Job, criterion: Criterion, tokens: int) -> int:
