@@ -20,8 +20,10 @@ class Cancelled(NarrowError):
         super().__init__("cancelled", "The run was cancelled. What it had finished is kept.")
 
 
+NO_MEMORY = ("MemoryError", "bad_alloc", "out of memory", "allocate memory", "map segment", "STATUS_ALLOC_FAILED")
+"""How Python, C++, the system, its loader, torch and CUDA's libraries say that there was none."""
+
+
 def out_of_memory(error: Exception) -> bool:
-    """Whether that is why it was raised. torch says it in words only, and of what CUDA's libraries say, the name of a status."""
-    told = str(error)
-    words = ("out of memory", "can't allocate memory", "Cannot allocate memory", "STATUS_ALLOC_FAILED")
-    return isinstance(error, MemoryError) or any(word in told for word in words)
+    """Whether that is why it was raised, which torch says in words only."""
+    return isinstance(error, MemoryError) or any(word in str(error) for word in NO_MEMORY)

@@ -303,6 +303,11 @@ def ways(task: Task) -> Iterator[Way]:
             yield Way(pieces, recompute=True, bfloat16=rounded)
 
 
+def fits(taken: int, there: int) -> bool:
+    """Whether so many bytes may be taken of a memory."""
+    return taken <= ROOM * there
+
+
 def choose(task: Task, there: int, phase: str, rounded: bool | None = None) -> Way:
     """The fastest way that fits into the memory that there is, of those whose weights are bfloat16 or not if `rounded` says.
     Raises NarrowError (too_little_memory, cannot_go_on)."""
@@ -313,7 +318,7 @@ def choose(task: Task, there: int, phase: str, rounded: bool | None = None) -> W
             f"Training in {phase} was begun in bfloat16, which takes one process: let one go on, or begin anew elsewhere.",
         )
     for way in found:
-        if training(task, way) <= ROOM * there:
+        if fits(training(task, way), there):
             return way
     least = min(training(task, way) for way in found)
     raise _too_little(f"Training in {phase}", least, there)
@@ -514,7 +519,7 @@ def resting(job: Job) -> dict[str, int]:
 
 def together(job: Job) -> int:
     """Models that are measured beside the base at once: the cut and the recovered one, where there is enough memory."""
-    return 2 if job.machine.fixed + _measuring(job, 2) <= ROOM * job.machine.memory else 1
+    return 2 if fits(job.machine.fixed + _measuring(job, 2), job.machine.memory) else 1
 
 
 def _measuring(job: Job, models: int) -> int:
@@ -599,7 +604,7 @@ def check(job: Job) -> None:
     """Whether each stage fits into the memory that there is. Raises NarrowError (too_little_memory)."""
     there = job.machine.memory
     for name, taken in resting(job).items():
-        if taken > ROOM * there:
+        if not fits(taken, there):
             raise _too_little(f"The stage {name}", taken, there)
     for name, task in trainings(job).items():
         choose(task, job.machine.each(task.processes), name)
@@ -612,13 +617,13 @@ def parks(job: Job) -> bool:
     if job.options.budget.latency is not None:
         return False
     whole, parked = replace(job, parked=False), replace(job, parked=True)
-    room, less = ROOM * job.machine.memory, resting(parked)
-    if any(taken > room and taken > less[name] for name, taken in resting(whole).items()):
+    there, less = job.machine.memory, resting(parked)
+    if any(not fits(taken, there) and taken > less[name] for name, taken in resting(whole).items()):
         return True
     smaller = trainings(parked)
     return any(
         smaller[name].beside < task.beside
-        and _least(task if task.gpu else replace(task, in_float32=True)) > ROOM * job.machine.each(task.processes)
+        and not fits(_least(task if task.gpu else replace(task, in_float32=True)), job.machine.each(task.processes))
         for name, task in trainings(whole).items()
     )
 

@@ -575,7 +575,7 @@ def _room_for(run: Run, form: Format, size: int) -> bool:
     """Whether a format can be made here of a model of so many bytes: being killed for it would cost the rest as well."""
     taken = footprint.exporting([form], footprint.of_base(earlier.job(run)) if form in ROUNDED else 0, size)
     there = memory.limit(torch.device("cpu"))
-    if taken <= footprint.ROOM * there:
+    if footprint.fits(taken, there):
         return True
     told = (
         f"{form} is left out: to make and check it takes {taken / 1e9:,.1f} GB of memory, and there are {there / 1e9:,.1f} GB. "
@@ -644,7 +644,7 @@ def _speed(run: Run, form: Format, out: Path) -> Speed | None:
     config, small = earlier.info(run)["model"]["config"], _config(out / "model")
     sizes = size_of(config, dimensions(config), 4), size_of(small, dimensions(small), 4)
     of_base = run.spec.base.path if form == "safetensors" else run.out("export_base") / form
-    fits = 4 * sizes[0].parameters <= footprint.ROOM * memory.limit(device())
+    fits = footprint.fits(4 * sizes[0].parameters, memory.limit(device()))
     if form == "safetensors" and not fits:
         told = f"The base has {4 * sizes[0].parameters:,} bytes in float32, too many to be held whole: it is not timed."
         run.emit("notice", "export", told, {"code": "base_not_timed"})
@@ -664,7 +664,8 @@ def export_base(run: Run, out: Path) -> None:
     if size < 4 * SMALLEST_TIMED:
         return
     run.models = {}
-    if size > BASE_EXPORT_BYTES or footprint.exporting(["onnx"], 0, size) > footprint.ROOM * memory.limit(torch.device("cpu")):
+    room = memory.limit(torch.device("cpu"))
+    if size > BASE_EXPORT_BYTES or not footprint.fits(footprint.exporting(["onnx"], 0, size), room):
         run.emit(
             "notice",
             "export_base",
