@@ -191,8 +191,10 @@ def one(name: str, options: dict) -> None:
 
 def run(name: str) -> list[dict]:
     """Predicted and measured bytes of each stage of a run that keeps half of the parameters."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from narrow_engine import train
     from narrow_engine.sizing import plan_sizes
     from narrow_engine.spec import Options
 
@@ -211,7 +213,10 @@ def run(name: str) -> list[dict]:
         subprocess.run(command, check=True, cwd=HERE.parent, env={**os.environ, **STEADY})
         measured = json.loads((folder / "run" / "result" / "report.json").read_text())["provenance"]["memory"]
         predicted = plan_sizes(
-            json.loads((folder / "base" / "config.json").read_text()), Options.model_validate(options), 4
+            json.loads((folder / "base" / "config.json").read_text()),
+            Options.model_validate(options),
+            4,
+            machine=train.machine(torch.device("cpu")),
         ).memory
     return [
         {"case": f"a run of {name}: {stage}", "predicted": predicted[stage], "measured": measured[stage]}
@@ -243,21 +248,21 @@ def main() -> None:
         if options.only in said:
             command = [sys.executable, __file__, "--one", name, json.dumps(asked)]
             done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **STEADY})
-            show(rows, [{"case": said, **json.loads(done.stdout.splitlines()[-1])}])
+            show(rows, [{"case": said, **json.loads(done.stdout.splitlines()[-1])}], "" if options.only else dtype)
     for name in RUNS:
         if options.only in f"a run of {name}":
-            show(rows, run(name))
-    if not options.only:
-        path = HERE / "results" / "memory.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), dtype: rows}, indent=1) + "\n")
+            show(rows, run(name), "" if options.only else dtype)
 
 
-def show(rows: list[dict], more: list[dict]) -> None:
-    """Prints rows and adds them to those before."""
+def show(rows: list[dict], more: list[dict], dtype: str) -> None:
+    """Prints rows, and writes them down with those before as those of a type, if one is named."""
     rows += more
     for row in more:
         predicted, measured = row["predicted"], row["measured"]
         print(f"| {row['case']} | {predicted / 1e6:,.0f} | {measured / 1e6:,.0f} | {predicted / measured:.2f} |", flush=True)
+    if dtype:
+        path = HERE / "results" / "memory.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), dtype: rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

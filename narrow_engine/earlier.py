@@ -28,7 +28,6 @@ from narrow_engine.plan import Plan, Scores, whole_plan
 from narrow_engine.report.model import Allocation, CurvePoint
 from narrow_engine.run import Run
 from narrow_engine.sizing import Keep, shrink, solve, vocabulary_is_fixed
-from narrow_engine.slice import trim_vocabulary
 from narrow_engine.spec import DatasetPath, Role
 from narrow_engine.trial import read_tokenizer
 
@@ -125,7 +124,7 @@ def calibration(run: Run) -> corpus.Blocks:
 def probe(run: Run, number: int = 0) -> torch.Tensor:
     """Tokens that two forms of a model are compared on, [2, up to 64]; each number has others."""
     blocks = calibration(run)
-    return blocks.batch(2 * number, 2)[:, : min(64, blocks.length)].to(device())
+    return blocks.batch(2 * number, 2)[:, : min(footprint.PROBED // 2, blocks.length)].to(device())
 
 
 class Judged(NamedTuple):
@@ -181,17 +180,17 @@ def base(run: Run) -> PreTrainedModel:
     """What is cut and taught by: the base, with its vocabulary trimmed where the spec says so."""
     if "base" not in run.models:
         whole, tokens = untouched(run), info(run)["tokens"]
-        run.models["base"] = whole if tokens is None else trim_vocabulary(whole, tokens)
+        run.models["base"] = whole if tokens is None else slicing.trim_vocabulary(whole, tokens)
         run.models.pop("untouched", None)
     return run.models["base"]
 
 
 def untouched(run: Run) -> PreTrainedModel:
-    """The base as it was brought. Where `base` is another, only one of them is kept: they take turns, far apart."""
+    """The base as it was brought, which is read with no other model beside it: while it is, it takes more than afterwards."""
     if "base" in run.models and info(run)["tokens"] is None:
         return run.models["base"]
     if "untouched" not in run.models:
-        run.models.pop("base", None)
+        run.models = {}
         run.models["untouched"] = load_base(run)
     return run.models["untouched"]
 
@@ -270,8 +269,10 @@ def copy(run: Run, stage: str) -> PreTrainedModel:
 def unfilled(run: Run, whole: bool = False) -> PreTrainedModel:
     """A model of the shape that was planned, or of the `whole` base with its vocabulary trimmed, with any weights."""
     outline = read_outline(run.spec.base.path)
-    everything = whole_plan(dict(outline.config.to_dict()), info(run)["tokens"])
-    chosen = everything if whole else Plan.read(run.out("plan") / "plan.json")
+    if whole:
+        chosen = whole_plan(dict(outline.config.to_dict()), info(run)["tokens"])
+    else:
+        chosen = Plan.read(run.out("plan") / "plan.json")
     return slicing.unfilled(outline, chosen, torch.empty(0, device=device()))
 
 

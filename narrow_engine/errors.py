@@ -26,4 +26,9 @@ NO_MEMORY = ("MemoryError", "bad_alloc", "out of memory", "allocate memory", "ma
 
 def out_of_memory(error: Exception) -> bool:
     """Whether that is why it was raised, which torch says in words only."""
-    return isinstance(error, MemoryError) or any(word in str(error) for word in NO_MEMORY)
+    return isinstance(error, MemoryError) or tells_of_no_memory(str(error))
+
+
+def tells_of_no_memory(message: str) -> bool:
+    # The loader maps no segment from a disk that nothing may be run from either.
+    return any(word in message for word in NO_MEMORY) and "Operation not permitted" not in message

@@ -80,7 +80,7 @@ class Machine:
 
     @property
     def fixed(self) -> int:
-        """Bytes of a process on the device before any model."""
+        """Bytes of a process on the device beside any model."""
         return 0 if self.gpu else FIXED
 
     def each(self, processes: int) -> int:
@@ -494,6 +494,7 @@ def resting(job: Job) -> dict[str, int]:
     copied = held(job.config, dims, False)
     refitted = base + cut + _refit(job) if method.refit else 0
     compared = 4 * 4 * PROBED * dims.vocab
+    teacher = _teaching(job) if taught(method) and not method.recover.cache else 0
     found = {
         "load": whole + max(read, READING),
         "measure_base": whole + trimmed + _forward(job.whole, MEASURED, gpu),
@@ -504,6 +505,7 @@ def resting(job: Job) -> dict[str, int]:
         "slice": (copied if method.regularizer else base) + cut + (cut if method.init == "fresh" else max(layer, compared)),
         "reconstruct": refitted,
         "teach": _teaching(job) + _forward(dims, MEASURED, gpu) if method.recover.cache and taught(method) else 0,
+        "recover": teacher + cut + (cut if job.machine.mapped else 0) if method.recover.tokens else 0,
         "controls": refitted if "random" in controls(options) else 0,
         "measure": _measuring(job, together(job)),
         # Models that lost the first quarter of one kind of unit.
@@ -560,7 +562,7 @@ def _scoring(job: Job, criterion: Criterion, tokens: int) -> int:
     batch = 4 * blocks * length * (4 * dims.active * dims.width + 2 * dims.axis("q") + 6 * dims.hidden)
     each = 4 * tokens * dims.hidden
     if criterion in ("fisher", "attribution"):
-        batch += blocks * length * sum(kept_per_token(job.config, dims, length, machine.low))
+        batch += blocks * length * sum(kept_per_token(job.config, dims, length, machine.gpu))  # a CPU scores in float32
         batch += _logits(dims.vocab, machine.gpu, False)
         together = max(int(KEPT * machine.host), 4 * blocks * length * dims.hidden * (dims.layers + 1))
         streams = min(each * (dims.layers + 1), together)

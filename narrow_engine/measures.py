@@ -140,11 +140,12 @@ def _side_by_side(run: Run) -> dict[str, list[skills.Measured]]:
     apart = footprint.together(earlier.job(run)) == 1
     if apart:
         run.models.pop("recover", None)  # it is read again when it is its turn
+    whole = base(run)
     for together in [stages[:1], stages[1:]] if apart else [stages]:
         models = [earlier.model(run, stage) for stage in together]
         for name in earlier.skills(run):
             documents, tell = earlier.documents(run, name), run.progress("measure")
-            of_base, *others = skills.measure(base(run), models, documents, run.spec.block_tokens, tell)
+            of_base, *others = skills.measure(whole, models, documents, run.spec.block_tokens, tell)
             found.setdefault(name, [of_base]).extend(others)
         for stage in together:
             del run.models[stage]

@@ -68,10 +68,12 @@ def read_outline(folder: Path) -> Outline:
     """Of the model that `load_model` would read from a folder."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     _ask_nothing_else(config)
-    if (folder / "generation_config.json").exists():
-        return Outline(config, GenerationConfig.from_pretrained(folder, local_files_only=True))
-    # An old config.json says how to generate as well, which is not among what transformers reads of it as a config.
-    return Outline(config, GenerationConfig.from_model_config(json.loads((folder / "config.json").read_bytes())))
+    try:
+        generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:  # there is none, or none that transformers could read
+        # An old config.json says how to generate as well, which is not among what transformers reads of it as a config.
+        generation = GenerationConfig.from_model_config(json.loads((folder / "config.json").read_bytes()))
+    return Outline(config, generation)
 
 
 def _ask_nothing_else(config: PreTrainedConfig) -> None:

@@ -31,7 +31,7 @@ from narrow_engine.earlier import base
 from narrow_engine.errors import NarrowError
 from narrow_engine.export import formats, gguf, matrix, runtimes
 from narrow_engine.export import safetensors as safetensors_export
-from narrow_engine.families import dimensions
+from narrow_engine.families import dimensions, family_of
 from narrow_engine.model_files import DTYPES, ModelInfo, check_teacher, inspect_model
 from narrow_engine.models import along, config_dict, device, family, is_parked, layers, load_model, size_in_memory
 from narrow_engine.plan import cuts, make_plan, unscored, whole_plan
@@ -415,10 +415,12 @@ def require_exact(parity: Parity, what: str) -> None:
 def reconstruct(run: Run, out: Path) -> None:
     """Refits the cut model layer by layer, towards the base's residual stream; so too after group lasso, whose own stream is
     that of a model which lost its neurons in few steps."""
+    refitted = run.spec.method.refit and run.spec.method.units != ["token"]
+    whole = base(run) if refitted else None
     small = earlier.model(run, "slice")
-    if run.spec.method.refit and run.spec.method.units != ["token"]:
+    if whole is not None:
         least_squares.refit(
-            base(run),
+            whole,
             small,
             earlier.plan(run),
             earlier.calibration(run),
@@ -466,9 +468,9 @@ def recover(run: Run, out: Path) -> None:
     """
     options = run.spec.method.recover
     curve: list[CurvePoint] = []
-    # None but who teaches is in memory beside what is trained, which is a copy: the cut model is measured as well.
+    # None but who teaches is in memory beside what is trained; the cut model is read again when it is measured.
     told = _teacher(run) if options.tokens and taught(run.spec.method) and not options.cache else None
-    if told is None:
+    if options.tokens and told is None:
         run.models = {}
     small = earlier.copy(run, "reconstruct")
     if options.tokens:
@@ -742,9 +744,8 @@ def _teacher(run: Run) -> teacher.Live:
     """Who teaches in recovery: the base, also after its correction, or the model that was brought for it; alone in memory."""
     if run.spec.teacher is None:
         name = "base" if run.spec.method.recover.correction is None else "correct"
-        taught_by = base(run) if name == "base" else earlier.model(run, name)
-        run.models = {name: taught_by}
-        return teacher.Live(taught_by)
+        run.models = {kept: model for kept, model in run.models.items() if kept == name}
+        return teacher.Live(base(run) if name == "base" else earlier.model(run, name))
     info = earlier.info(run)
     dtype = torch.bfloat16 if info["teacher"]["dtype"] == "BF16" else torch.float32
     tokens = info["tokens"] or range(info["model"]["config"]["vocab_size"])
@@ -779,7 +780,7 @@ def _despite_ties(run: Run, phase: str, parity: Parity, bound: float, again: Cal
     any tokens.
     """
     for number in range(1, TIES + 1):
-        if parity.relative_error <= bound or not family(base(run)).router:
+        if parity.relative_error <= bound or not family_of(earlier.info(run)["model"]["config"]).router:
             break
         run.emit(
             "notice",

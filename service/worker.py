@@ -28,7 +28,7 @@ from sqlalchemy.exc import NoResultFound
 from sqlmodel import Session
 
 from narrow_engine.documents import ending
-from narrow_engine.errors import NO_MEMORY, NarrowError
+from narrow_engine.errors import NarrowError, tells_of_no_memory
 from narrow_engine.events import Event
 from narrow_engine.spec import INPUTS, PLACING, CompressionSpec, DatasetId, JobSpec, ModelId, first_fault
 from service import janitor, logs, metrics, queue, told, traces
@@ -349,7 +349,7 @@ class _Execution:
                 )
         else:
             last = (_end_of(self.folder / "stderr.log").strip().splitlines() or [""])[-1]
-            if any(word in last for word in NO_MEMORY):
+            if tells_of_no_memory(last):
                 self._failed(
                     "out_of_memory",
                     "The job ran out of memory as it began: give it more (resources.memory, NARROW_MAX_JOB_MEMORY).",

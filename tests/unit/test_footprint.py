@@ -38,7 +38,7 @@ def test_the_activations_of_every_family_are_known_from_its_config(family, low):
 
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
         ratio = (predicted(96) - predicted(48)) / (kept(model, 1, 96) - kept(model, 1, 48))
-    assert 0.89 < ratio < (1.17 if (family, low) == ("gpt_neox", True) else 1.12 if low else 1.08)
+    assert (0.89 if low else 0.92) < ratio < (1.17 if (family, low) == ("gpt_neox", True) else 1.12 if low else 1.08)
 
 
 class Allocated(TorchDispatchMode):

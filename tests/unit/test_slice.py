@@ -107,11 +107,14 @@ def test_a_model_names_its_tokens_by_their_new_numbers():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("old", [False, True], ids=["new config", "says in config.json how to generate"])
-def test_what_a_plan_makes_is_known_without_the_weights(family, old, tmp_path):
+@pytest.mark.parametrize("kind", ["new config", "says in config.json how to generate", "one that transformers cannot read"])
+def test_what_a_plan_makes_is_known_without_the_weights(family, kind, tmp_path):
     """As from a model whose vocabulary was trimmed before."""
     tiny_model(family, pad_token_id=300, initializer_range=0.1).bfloat16().save_pretrained(tmp_path)
-    if old:
+    if kind == "one that transformers cannot read":
+        path = tmp_path / "generation_config.json"
+        path.write_text(path.read_text(), encoding="utf-16")
+    elif kind != "new config":
         (tmp_path / "generation_config.json").unlink()
         config = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps({**config, "suppress_tokens": [3, 299], "temperature": 0.5}))
