@@ -145,7 +145,8 @@ def test_an_expert_that_no_token_reaches_is_worth_nothing(criterion):
 def test_a_near_tie_is_told_from_an_error_by_other_tokens(monkeypatch, name, errors, kept, notices):
     probes, told = [], []
     monkeypatch.setattr(earlier, "probe", lambda run, number: probes.append(number))
-    run = SimpleNamespace(models={"base": tiny_model(name)}, emit=lambda *event: told.append(event))
+    monkeypatch.setattr(earlier, "info", lambda run: {"model": {"config": config_dict(tiny_model(name))}})
+    run = SimpleNamespace(emit=lambda *event: told.append(event))
     first, *more = [Parity(max_error=error, relative_error=error) for error in errors]
     assert stages._despite_ties(run, "slice", first, 1e-4, lambda _: more.pop(0)).relative_error == kept
     assert (len(told), probes) == (notices, list(range(1, notices + 1)))
