@@ -127,16 +127,19 @@ class Task:
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters of a model: in one layer, outside the layers, and of both those in matrices of layers, which Muon takes."""
+    """Parameters of a model: in one layer, outside the layers, and in the matrices of a layer, which Muon takes."""
 
     layer: int
     outer: int
     layers: int
-    layer_matrices: int
     matrices: dict[tuple[int, int], tuple[int, int]]
     """Of a layer, by their shorter and longer side: numbers in all and in one of them; of experts, one."""
     muon_flops: float
     """That a step of Muon takes for the matrices of a layer."""
+
+    @property
+    def layer_matrices(self) -> int:
+        return sum(layer for layer, _ in self.matrices.values())
 
     @property
     def all(self) -> int:
@@ -166,7 +169,6 @@ def counts(config: dict[str, Any], dims: Dimensions) -> Counts:
         layer=sum(sizes[name] for name in own),
         outer=sum(size for name, size in sizes.items() if name not in own),
         layers=dims.layers,
-        layer_matrices=sum(sizes[name] for name in matrices),
         matrices=shapes,
         muon_flops=sum(_muon_flops(one_layer[name]) for name in matrices),
     )
@@ -433,6 +435,12 @@ def _teaching(job: Job) -> int:
     return held(job.config, job.base, False) if corrected else of_base(job)
 
 
+def _at_hand(job: Job) -> int:
+    """Bytes of who teaches while recovery trains: none where nobody does, or what was said is in a file."""
+    method = job.options.method
+    return _teaching(job) if taught(method) and not method.recover.cache else 0
+
+
 def trainings(job: Job) -> dict[str, Task]:
     """The stages that train, and how. Beside what is trained there is nothing in memory but who teaches."""
     options, method = job.options, job.options.method
@@ -470,7 +478,7 @@ def trainings(job: Job) -> dict[str, Task]:
     if taught(method) and recover.correction:
         found["correct"] = task(base, recover.correction.tokens, True)
     if recover.tokens:
-        teacher = (0 if recover.cache else _teaching(job)) if taught(method) else None
+        teacher = _at_hand(job) if taught(method) else None
         found["recover"] = task(job.small, recover.tokens, True, teacher=teacher, match=recover.match)
     if "trained" in controls(options):
         found["controls"] = task(base, recover.tokens + lasso, False)
@@ -494,7 +502,6 @@ def resting(job: Job) -> dict[str, int]:
     copied = held(job.config, dims, False)
     refitted = base + cut + _refit(job) if method.refit else 0
     compared = 4 * 4 * PROBED * dims.vocab
-    teacher = _teaching(job) if taught(method) and not method.recover.cache else 0
     found = {
         "load": whole + max(read, READING),
         "measure_base": whole + trimmed + _forward(job.whole, MEASURED, gpu),
@@ -505,7 +512,7 @@ def resting(job: Job) -> dict[str, int]:
         "slice": (copied if method.regularizer else base) + cut + (cut if method.init == "fresh" else max(layer, compared)),
         "reconstruct": refitted,
         "teach": _teaching(job) + _forward(dims, MEASURED, gpu) if method.recover.cache and taught(method) else 0,
-        "recover": teacher + cut + (cut if job.machine.mapped else 0) if method.recover.tokens else 0,
+        "recover": _at_hand(job) + cut + (cut if job.machine.mapped else 0) if method.recover.tokens else 0,
         "controls": refitted if "random" in controls(options) else 0,
         "measure": _measuring(job, together(job)),
         # Models that lost the first quarter of one kind of unit.

@@ -238,12 +238,15 @@ def relearn(run: Run, out: Path) -> None:
         if blocks is None:
             continue
         judged = earlier.judged(run, name)
-        makers: dict[str, Callable[[Run], PreTrainedModel]] = {"narrow": _result, "fresh": _fresh}
+        makers: dict[str, Callable[[], PreTrainedModel]] = {
+            "narrow": partial(earlier.copy, run, "recover"),  # which may be trained
+            "fresh": partial(_fresh, run),
+        }
         if spec.method.init != "fresh" and spec.method.units != ["token"]:
-            makers["random"] = _by_chance_alone
+            makers["random"] = partial(_by_chance_alone, run)
         found = {
             who: relearning.learn(
-                partial(make, run),
+                make,
                 who == "fresh",
                 blocks,
                 asked,
@@ -271,11 +274,6 @@ def relearn(run: Run, out: Path) -> None:
 
 def _by_chance_alone(run: Run) -> PreTrainedModel:
     return earlier.alone(run, _by_chance(run, "relearn"))
-
-
-def _result(run: Run) -> PreTrainedModel:
-    """A copy, that may be trained."""
-    return earlier.copy(run, "recover")
 
 
 def _fresh(run: Run) -> PreTrainedModel:

@@ -385,13 +385,14 @@ def plan(run: Run, out: Path) -> None:
 
 def cut(run: Run, out: Path) -> None:
     """Slices, and proves it: the sliced model against the base with the same units masked, on real text."""
+    if run.spec.method.init == "fresh":
+        run.models["slice"] = earlier.unfilled(run)
+        renew(run.models["slice"], run.spec.seed)
+        earlier.save_weights(run.models["slice"], out)
+        return
     whole, chosen = earlier.source(run), earlier.plan(run)
     small = slice_model(whole, chosen)
     run.models["slice"] = small
-    if run.spec.method.init == "fresh":
-        renew(small, run.spec.seed)
-        earlier.save_weights(small, out)
-        return
 
     def compared(ids: torch.Tensor) -> Parity:
         return compare(whole, small, ids, plan=chosen)
@@ -468,10 +469,13 @@ def recover(run: Run, out: Path) -> None:
     """
     options = run.spec.method.recover
     curve: list[CurvePoint] = []
-    # None but who teaches is in memory beside what is trained; the cut model is read again when it is measured.
-    told = _teacher(run) if options.tokens and taught(run.spec.method) and not options.cache else None
-    if options.tokens and told is None:
-        run.models = {}
+    told = None
+    if options.tokens:
+        # None but who teaches is in memory beside what is trained; the cut model is read again when it is measured.
+        if taught(run.spec.method) and not options.cache:
+            told = _teacher(run)
+        else:
+            run.models = {}
     small = earlier.copy(run, "reconstruct")
     if options.tokens:
         blocks, count = earlier.recovery_blocks(run)
